@@ -1,0 +1,90 @@
+"""The configuration: what it accepts, and that each mistake is answered with key, value, origin and fix."""
+
+import pytest
+import yaml
+
+from text4vis.config import ConfigError, config_from_dict, load_config, schema
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("seed: 3\ndata:\n  train: shards/a\n  batch_size: 8\nsolver:\n  lr: 5e-4\n")
+    return path
+
+
+def test_values_types_and_overrides(recipe, monkeypatch):
+    monkeypatch.setenv("PLACE", "/big")
+    config = load_config(recipe, ["data.batch_size=16", "data.val=[$PLACE/v1, $PLACE/v2]", "network.sim_header=None"])
+    assert (config.seed, config.data.batch_size, config.solver.lr) == (3, 16, 5e-4)
+    assert config.data.train == ("shards/a",) and config.data.val == ("/big/v1", "/big/v2")
+    assert config.network.sim_header == "None"
+    assert config.scale_size == 256
+    with pytest.raises(AttributeError):
+        config.seed = 4
+
+
+def test_a_resolved_configuration_reads_back_equal(recipe, tmp_path):
+    config = load_config(recipe, ["data.crop_area=[0.5, 1]"])
+    written = tmp_path / "config.yaml"
+    written.write_text(config.to_yaml())
+    assert load_config(written) == config
+    assert config_from_dict(yaml.safe_load(config.to_yaml()), "here") == config
+
+
+def test_base_files_are_laid_under(recipe, tmp_path):
+    child = tmp_path / "sub" / "child.yaml"
+    child.parent.mkdir()
+    child.write_text("base: ../recipe.yaml\ndata:\n  batch_size: 2\n")
+    config = load_config(child)
+    assert (config.seed, config.data.batch_size, config.data.train) == (3, 2, ("shards/a",))
+    recipe.write_text("base: sub/child.yaml\n")
+    with pytest.raises(ConfigError, match="include each other"):
+        load_config(child)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("solver.lr=fast", "solver.lr: expected a number, got 'fast' (from --set)"),
+        ("solver.lr=true", "solver.lr: expected a number, got True (from --set)"),
+        ("data.bach_size=3", "data.bach_size: unknown key (from --set); did you mean data.batch_size?"),
+        ("lr=3", "lr: unknown key (from --set); did you mean solver.lr?"),
+        ("data.batch_size=0", "data.batch_size: input should be greater than or equal to 1, got 0 (from --set)"),
+        ("data.batch_size=2.5", "data.batch_size: input should be a valid integer, got 2.5 (from --set)"),
+        ("data.test_crops=2", "data.test_crops: input should be 1, 3, 5 or 10, got 2 (from --set)"),
+        ("data.train_list=x", "data.train_list: not used here (from --set); build shards"),
+        ("data.crop_area=[1, 0.5]", "data.crop_area: expected 0 < low <= high <= 1, got [1.0, 0.5] (from --set)"),
+        ("data.scale_size=100", "data.scale_size: 100 is smaller than data.input_size 224 (from --set)"),
+        ("network.template=a person", "network.template: expected exactly one {} for the class name"),
+        ("data.train.x=1", "data.train.x: train is a value ('shards/a'), not a section"),
+        ("data.batch_size", "expected section.key=value"),
+        ("data.train=[a", "the value is not valid YAML"),
+    ],
+)
+def test_a_mistake_is_answered_with_key_value_origin_and_fix(recipe, override, message):
+    with pytest.raises(ConfigError) as error:
+        load_config(recipe, [override])
+    assert message in str(error.value)
+
+
+def test_the_file_is_named_as_origin(recipe, tmp_path):
+    recipe.write_text("data:\n  batch_size: many\n")
+    with pytest.raises(ConfigError, match=f"got 'many' .from {recipe}"):
+        load_config(recipe)
+    recipe.write_text("data: [\n")
+    with pytest.raises(ConfigError, match="not valid YAML .line"):
+        load_config(recipe)
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_yaml_cannot_construct_objects(recipe, tmp_path):
+    recipe.write_text(f"seed: !!python/object/apply:os.system ['touch {tmp_path}/owned']\n")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(recipe)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_every_key_says_what_it_means():
+    assert all(meaning for name, (meaning, _) in schema() if name != "seed")

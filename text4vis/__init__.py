@@ -1,0 +1,16 @@
+"""Text4Vis: video recognition with CLIP, whose frozen text embeddings of the class names are the classifier."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from text4vis.predictor import Predictor
+
+
+def load(export_dir: str | Path) -> Predictor:
+    """Opens a folder written by tools/export.py for prediction. Raises ConfigError; see `predictor.Predictor`."""
+    from text4vis.predictor import Predictor
+
+    return Predictor.load(export_dir)
