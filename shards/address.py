@@ -1,0 +1,131 @@
+"""Addresses of data sets: brace notation, which schemes are allowed, how a file's address is formed, what may be shown.
+
+An address is a local path, `file://...`, or a scheme of fsspec. Only schemes that store plain files are let through:
+nothing that runs a shell (`pipe:`), unpacks archives, or chains file systems (`a::b`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+from braceexpand import braceexpand
+
+from shards.format import ShardError
+
+REMOTE_SCHEMES = frozenset(
+    (
+        *("http", "https", "ftp", "sftp", "smb", "hdfs", "webhdfs", "memory"),
+        *("s3", "s3a", "gcs", "gs", "abfs", "abfss", "adl", "az", "oci", "oss", "hf"),
+    )
+)
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_BRACE_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)")
+# Takes rather too much than too little: what follows an address without a space may belong to a token in it.
+_URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"<>]+")
+_IPV6_HOST = re.compile(r"\[[0-9A-Fa-f:.]+\]")
+_MAX_PARTS = 10_000
+
+
+def expand_sources(sources: str | Sequence[str]) -> list[str]:
+    """Addresses that one string or a list of them stands for, braces expanded: 's3://b/part{0..3}' gives four.
+
+    Raises ShardError for an empty list, bad braces, more than 10,000 parts and refused addresses.
+    """
+    given = [sources] if isinstance(sources, str) else list(sources)
+    addresses = [address for source in given for address in _expand_braces(str(source))]
+    if not addresses:
+        raise ShardError("no data set given; name at least one shard folder or address")
+    for address in addresses:
+        scheme_of(address)
+    return addresses
+
+
+def _expand_braces(source: str) -> list[str]:
+    if "{" not in source or _is_existing_path(source):
+        return [source]
+    shown = redact(source)
+    for low, high in _BRACE_RANGE.findall(source):
+        if len(low) > 18 or len(high) > 18 or abs(int(high) - int(low)) >= _MAX_PARTS:
+            raise ShardError(f"{shown}: the braces stand for more than {_MAX_PARTS} data sets; check the range")
+    try:
+        addresses = list(itertools.islice(braceexpand(source, escape=False), _MAX_PARTS + 1))
+    except ValueError as error:
+        raise ShardError(f"{shown}: {error}; braces are written like part{{0..3}} or {{train,extra}}") from None
+    if len(addresses) > _MAX_PARTS:
+        raise ShardError(f"{shown}: the braces stand for more than {_MAX_PARTS} data sets; check the range")
+    return addresses
+
+
+def scheme_of(address: str) -> str | None:
+    """Scheme of a remote address in lower case, None for a local path or file://. Raises ShardError if refused."""
+    shown = redact(address)
+    if not address or "\0" in address:
+        raise ShardError(
+            f"{shown!r} is no address of a data set; name a shard folder or an address like s3://bucket/dir"
+        )
+    if "::" in _IPV6_HOST.sub("", address) and not _is_existing_path(address):
+        raise ShardError(f"{shown}: chained addresses ('::') are refused; name the folder that holds manifest.json")
+    if address.startswith("pipe:"):
+        raise ShardError(
+            "pipe: addresses run a shell and are refused; name a folder or an http(s), s3 or other address"
+        )
+    match = _SCHEME.match(address)
+    if match is None:
+        return None
+    scheme = match[1].lower()
+    if scheme in ("file", "local"):
+        return None
+    if scheme not in REMOTE_SCHEMES:
+        allowed = ", ".join(sorted(REMOTE_SCHEMES))
+        raise ShardError(f"{shown}: scheme {scheme!r} is refused; use a local path or one of: file, {allowed}")
+    return scheme
+
+
+def _is_existing_path(address: str) -> bool:
+    with suppress(OSError):  # a name may be too long for a path
+        return _SCHEME.match(address) is None and Path(address).exists()
+    return False
+
+
+def local_path(address: str) -> Path:
+    """Absolute path of an address without a remote scheme (`scheme_of` is None)."""
+    match = _SCHEME.match(address)
+    if match is None:
+        return Path(address).expanduser().absolute()
+    rest = address[match.end() :]
+    return Path("/" + unquote(rest.partition("/")[2])) if match[1].lower() == "file" else Path(rest).absolute()
+
+
+def join_address(address: str, name: str) -> str:
+    """Address of the file `name` below `address`; an access token in the query of http(s) stays behind the path."""
+    if address.lower().startswith(("http://", "https://")):
+        parts = urlsplit(address)
+        return urlunsplit((parts.scheme, parts.netloc, f"{parts.path.rstrip('/')}/{name}", parts.query, ""))
+    return f"{address.rstrip('/')}/{name}"
+
+
+def redact(address: str) -> str:
+    """The address as it may be shown: without user name, password, query and fragment, control characters escaped."""
+    match = _SCHEME.match(address)
+    if match is None:
+        return printable(address)
+    host, slash, path = re.split(r"[?#]", address[match.end() :], maxsplit=1)[0].partition("/")
+    return printable(f"{match[0]}{host.rpartition('@')[2]}{slash}{path}")
+
+
+def redact_text(text: str) -> str:
+    """Text of a foreign error with every address in it redacted."""
+    return printable(_URL_IN_TEXT.sub(lambda match: redact(match[0]), text))
+
+
+def printable(text: str) -> str:
+    """Text with control characters, terminal escapes and lone surrogates written as escapes."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape", "surrogatepass").decode()
+        for character in text
+    )

@@ -1,0 +1,276 @@
+"""The state of an unfinished build, `.building/` in the output folder, and how it becomes a data set.
+
+    .building/lock              held by the one builder of the folder
+    .building/settings.json     what is being built; another build in the same folder is refused
+    .building/000003.tar.part   the shard being written
+    .building/000003.npz        index rows of a finished shard; written after its tar is on disk
+
+A shard counts as finished once its index rows exist, so `kill -9` costs at most the shard that was being written.
+Publishing writes new index files, then the manifest in one step, then removes what is no longer needed: at every
+moment the folder holds the old data set, or the new one, or (before the first manifest) none.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+import shutil
+import zipfile
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shards.format import (
+    INDEX_ROLES,
+    MANIFEST,
+    MEMBER_DTYPE,
+    VIDEO_DTYPE,
+    Manifest,
+    ShardError,
+    ShardInfo,
+    fingerprint,
+    index_file,
+    shard_name,
+)
+from shards.index import Index
+
+FOLDER = ".building"
+SETTINGS = "settings.json"
+_DTYPES = {"videos": VIDEO_DTYPE, "members": MEMBER_DTYPE, "names": np.dtype(np.uint8)}
+
+
+@dataclass(frozen=True)
+class FinishedShard:
+    """A shard on disk. next_position: place in the build order of the first video after it."""
+
+    info: ShardInfo
+    name_bytes: int
+    next_position: int
+    skipped: list[dict[str, Any]]
+
+
+class Workspace:
+    """`.building/` of an output folder, locked for this process. Use as a context manager.
+
+    Raises ShardError when another process builds there, OSError as the file system does.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.path = output / FOLDER
+        self._lock = self._take_lock()
+
+    def __enter__(self) -> Workspace:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._lock)
+
+    def _take_lock(self) -> int:
+        name = self.path / "lock"
+        while True:
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                lock = os.open(name, os.O_RDWR | os.O_CREAT, 0o644)
+            except FileNotFoundError:  # another builder finished and removed the folder just now
+                continue
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if name.exists() and os.fstat(lock).st_ino == name.stat().st_ino:
+                    return lock
+            except BlockingIOError:
+                os.close(lock)
+                raise ShardError(
+                    f"{self.output}: another process is building here; wait for it, or choose another --output"
+                ) from None
+            os.close(lock)
+
+    def settings(self) -> dict[str, Any] | None:
+        """Settings of the build that was begun here, None for none."""
+        path = self.path / SETTINGS
+        try:
+            settings = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            settings = None
+        if not isinstance(settings, dict):
+            raise ShardError(f"{path}: damaged; delete {self.path} and build again")
+        return settings
+
+    def begin(self, settings: dict[str, Any]) -> None:
+        """Forgets an earlier build and notes what is built now."""
+        self._remove_all_but({"lock"})
+        write_atomically(self.path / SETTINGS, json.dumps(settings, indent=1, ensure_ascii=False).encode())
+
+    def finished_shards(self, first_shard: int) -> list[FinishedShard]:
+        """The shards that earlier runs finished, without a gap; rows behind the first gap are removed."""
+        finished: list[FinishedShard] = []
+        keep = {"lock", SETTINGS}
+        while (shard := self._load(first_shard + len(finished))) is not None:
+            keep.add(self._rows_path(first_shard + len(finished)).name)
+            finished.append(shard)
+        self._remove_all_but(keep)
+        return finished
+
+    def part(self, number: int) -> Path:
+        """Where a shard lies while it is written."""
+        return self.path / f"{shard_name(number)}.part"
+
+    def commit(self, number: int, shard: FinishedShard, tables: dict[str, np.ndarray]) -> None:
+        """Puts a shard, written and synced at `part`, in its place and records its index rows."""
+        self.part(number).replace(self.output / shard_name(number))
+        sync_folder(self.output)
+        stream = io.BytesIO()
+        meta = {"bytes": shard.info.bytes, "next_position": shard.next_position, "skipped": shard.skipped}
+        np.savez(stream, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8), **tables)  # type: ignore[arg-type]
+        write_atomically(self._rows_path(number), stream.getvalue())
+
+    def table(self, number: int, role: str) -> np.ndarray:
+        """Index rows of a finished shard."""
+        with np.load(self._rows_path(number), allow_pickle=False) as arrays:
+            return arrays[role]
+
+    def remove(self) -> None:
+        """Ends the build; the lock is held until the end."""
+        shutil.rmtree(self.path)
+
+    def _rows_path(self, number: int) -> Path:
+        return self.path / f"{number:06d}.npz"
+
+    def _remove_all_but(self, keep: set[str]) -> None:
+        for path in self.path.iterdir():
+            if path.name not in keep:
+                path.unlink()
+
+    def _load(self, number: int) -> FinishedShard | None:
+        try:
+            with np.load(self._rows_path(number), allow_pickle=False) as arrays:
+                tables = {role: arrays[role] for role in INDEX_ROLES}
+                meta = json.loads(arrays["meta"].tobytes())
+            if (self.output / shard_name(number)).stat().st_size != meta["bytes"]:
+                return None
+            info = ShardInfo(shard_name(number), meta["bytes"], len(tables["videos"]), len(tables["members"]))
+            return FinishedShard(info, len(tables["names"]), meta["next_position"], meta["skipped"])
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            return None
+
+
+def publish(
+    workspace: Workspace,
+    finished: list[FinishedShard],
+    existing: Index | None,
+    *,
+    content: str,
+    classes: list[str],
+    record: dict[str, Any],
+    skipped: list[dict[str, Any]],
+) -> Manifest:
+    """Writes the index and the manifest over the existing data set's shards and the finished ones."""
+    output = workspace.output
+    old = existing.manifest if existing else None
+    shards = [*(old.shards if old else []), *(shard.info for shard in finished)]
+    numbers = range(len(shards) - len(finished), len(shards))
+    small = {
+        role: np.concatenate(
+            [
+                *([getattr(existing, role)] if existing else []),
+                *(workspace.table(number, role) for number in numbers),
+            ]
+        )
+        for role in ("videos", "names")
+    }
+    identity = fingerprint(small["videos"], small["names"], classes, content)
+    num_members = sum(shard.members for shard in shards)
+    (output / "index").mkdir(exist_ok=True)
+
+    def members() -> Iterable[np.ndarray]:
+        if existing:
+            # In slices: the table is mapped and may be larger than the memory.
+            yield from (existing.members[start : start + 2**20] for start in range(0, len(existing.members), 2**20))
+        yield from (workspace.table(number, "members") for number in numbers)
+
+    index: dict[str, dict[str, Any]] = {}
+    for role in INDEX_ROLES:
+        arrays = members() if role == "members" else [small[role]]
+        length = num_members if role == "members" else len(small[role])
+        file = index_file(role, identity)
+        size, crc32 = _write_table(output / file, _DTYPES[role], length, arrays)
+        index[role] = {"file": file, "bytes": size, "crc32": crc32}
+    sync_folder(output / "index")
+    manifest = Manifest(
+        content=content,
+        classes=classes,
+        num_videos=len(small["videos"]),
+        num_members=num_members,
+        fingerprint=identity,
+        shards=shards,
+        index=index,
+        build={"runs": [*(old.build.get("runs", []) if old else []), record]},
+        skipped=[*(old.skipped if old else []), *skipped],
+    )
+    write_atomically(output / MANIFEST, manifest.to_json().encode())
+    clean_up(workspace, manifest)
+    return manifest
+
+
+def clean_up(workspace: Workspace, manifest: Manifest) -> None:
+    """Removes what a published data set needs no more: index files of the one before, and the workspace."""
+    used = {Path(entry["file"]).name for entry in manifest.index.values()}
+    for path in (workspace.output / "index").iterdir():
+        if path.name not in used:
+            path.unlink()
+    workspace.remove()
+
+
+def _write_table(path: Path, dtype: np.dtype, length: int, arrays: Iterable[np.ndarray]) -> tuple[int, int]:
+    """Writes a .npy file of `length` rows, piece by piece. Returns its bytes and its CRC-32."""
+    temporary = path.with_name(path.name + ".tmp")
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
+    )
+    size, crc32 = 0, 0
+    try:
+        with temporary.open("wb") as stream:
+            for piece in chain([header.getvalue()], (array.tobytes() for array in arrays)):
+                stream.write(piece)
+                size, crc32 = size + len(piece), zlib.crc32(piece, crc32)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    return size, crc32
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """The file holds all of `data` or is as it was before, whatever happens meanwhile."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Makes renames in a folder survive a power cut."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

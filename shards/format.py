@@ -1,0 +1,227 @@
+"""The shard format: file names, index tables, manifest and tar headers. Everything else in `shards` builds on this.
+
+A data set is a folder (or an address with the same files under it):
+
+    000000.tar 000001.tar ...   ordinary WebDataset tars; one video is one key, its members lie one after the other:
+                                KEY.json, then KEY.000000.jpg KEY.000001.jpg ... (or the one member KEY.mp4)
+    index/videos-F.npy          (N,) VIDEO_DTYPE: one row a video, in the order of the shards
+    index/members-F.npy         (M,) MEMBER_DTYPE: one row a frame (or stored video); memory-mapped, never loaded whole
+    index/names-F.npy           (bytes,) uint8: the original names, UTF-8, one after the other
+    manifest.json               written last: its presence says that the data set is complete; names the index files
+
+F is the first half of the data set's fingerprint: videos that are added later come with new index files, so the old
+manifest stays valid until the new one replaces it.
+
+Opening costs O(videos). Where frame k of a video lies is one row of `members`, so a reader fetches just the frames
+that it wants. The tars stand on their own: without index and manifest `tar` and `webdataset` still read them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tarfile
+import zlib
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+FORMAT_VERSION = 1
+BLOCK_BYTES = 512
+
+MANIFEST = "manifest.json"
+INDEX_ROLES = ("videos", "members", "names")
+MAX_FRAMES = 1_000_000  # six digits of a frame's member name
+MAX_MEMBER_BYTES = 2**32 - 1
+
+# Where a member's bytes lie: they start at `block * 512` of the shard's tar. width and height are 0 when unknown.
+MEMBER_DTYPE = np.dtype(
+    [("block", "<u4"), ("size", "<u4"), ("crc32", "<u4"), ("width", "<u2"), ("height", "<u2")],
+)
+
+# num_frames is the number of frames of the video; num_members equals it for stored frames and is 1 for a stored video.
+# crc32 is that of the video's member checksums in order: it changes when any byte of any frame changes.
+VIDEO_DTYPE = np.dtype(
+    [
+        ("first_member", "<u8"),
+        ("name_start", "<u8"),
+        ("name_size", "<u4"),
+        ("num_members", "<u4"),
+        ("num_frames", "<u4"),
+        ("shard", "<u4"),
+        ("json_block", "<u4"),
+        ("json_size", "<u4"),
+        ("crc32", "<u4"),
+        ("label", "<i4"),
+    ]
+)
+
+
+class ShardError(Exception):
+    """Bad data set, list or address. The message names the place, the value and the fix."""
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One tar of the data set."""
+
+    name: str
+    bytes: int
+    videos: int
+    members: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `manifest.json` holds.
+
+    content: "frames" (one member a frame) or "video" (the encoded file is the one member).
+    classes: class names, the label is the position. build: the settings the data set was built with.
+    skipped: inputs that were left out on request, as {"name", "line", "reason"}.
+    index: for each role of INDEX_ROLES its {"file", "bytes", "crc32"}.
+    """
+
+    content: str
+    classes: list[str]
+    num_videos: int
+    num_members: int
+    fingerprint: str
+    shards: list[ShardInfo]
+    index: dict[str, dict[str, Any]]
+    build: dict[str, Any] = field(default_factory=dict)
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    version: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), ensure_ascii=False, indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str) -> Manifest:
+        """Parses and checks `manifest.json`; `where` names it in errors. Raises ShardError.
+
+        The file may come from a stranger: every file it names is inside the data set's own folder.
+        """
+        try:
+            raw = json.loads(text)
+            if raw.get("version") != FORMAT_VERSION:
+                raise ShardError(
+                    f"{where}: format version {raw.get('version')!r}, this program reads {FORMAT_VERSION}; rebuild the "
+                    "data set with tools/build_shards.py"
+                )
+            raw["shards"] = [ShardInfo(**shard) for shard in raw["shards"]]
+            manifest = cls(**raw)
+            _check_manifest(manifest)
+        except ShardError:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ShardError(f"{where}: not a valid manifest ({error}); rebuild with tools/build_shards.py") from error
+        return manifest
+
+
+def _check_manifest(manifest: Manifest) -> None:
+    """Raises ValueError, TypeError, KeyError or AttributeError that says what is wrong."""
+
+    def require(condition: bool, message: str) -> None:
+        if not condition:
+            raise ValueError(message)
+
+    def is_count(value: object) -> bool:
+        return type(value) is int and 0 <= value < 2**63
+
+    require(manifest.content in ("frames", "video"), f"content is {manifest.content!r}, not 'frames' or 'video'")
+    require(isinstance(manifest.classes, list), "classes is not a list")
+    require(all(isinstance(name, str) for name in manifest.classes), "a class name is not a string")
+    require(is_count(manifest.num_videos) and is_count(manifest.num_members), "num_videos or num_members is no count")
+    require(re.fullmatch("[0-9a-f]{64}", manifest.fingerprint) is not None, "fingerprint is not 64 hex digits")
+    require(isinstance(manifest.build, dict) and isinstance(manifest.skipped, list), "build or skipped has a bad type")
+    for number, shard in enumerate(manifest.shards):
+        require(shard.name == shard_name(number), f"shard {number} is named {shard.name!r}, not {shard_name(number)}")
+        require(all(map(is_count, (shard.bytes, shard.videos, shard.members))), f"{shard.name} has a bad count")
+    require(sum(shard.videos for shard in manifest.shards) == manifest.num_videos, "shards do not add up to num_videos")
+    require(
+        sum(shard.members for shard in manifest.shards) == manifest.num_members, "shards do not add up to num_members"
+    )
+    require(set(manifest.index) == set(INDEX_ROLES), f"index has the roles {sorted(manifest.index)}")
+    for role, entry in manifest.index.items():
+        require(set(entry) == {"file", "bytes", "crc32"}, f"index {role} has the keys {sorted(entry)}")
+        require(
+            re.fullmatch(rf"index/{role}-[0-9a-f]{{32}}\.npy", entry["file"]) is not None,
+            f"index {role} is named {entry['file']!r}",
+        )
+        require(is_count(entry["bytes"]) and is_count(entry["crc32"]), f"index {role} has a bad size or checksum")
+
+
+def index_file(role: str, fingerprint: str) -> str:
+    """Path inside the data set of an index table; role is one of INDEX_ROLES."""
+    return f"index/{role}-{fingerprint[:32]}.npy"
+
+
+def shard_name(number: int) -> str:
+    return f"{number:06d}.tar"
+
+
+def video_key(number: int) -> str:
+    """WebDataset key of the number-th video of a data set. No dots: WebDataset ends a key at the first one."""
+    return f"{number:09d}"
+
+
+def frame_suffix(frame: int, extension: str) -> str:
+    """Member name after `KEY.` of a frame, e.g. `000007.jpg`."""
+    return f"{frame:06d}.{extension}"
+
+
+def _header_template() -> tuple[bytes, int]:
+    """Header of an empty name and size 0, and the sum of its bytes with the checksum field as blanks."""
+    template = tarfile.TarInfo("").tobuf(format=tarfile.USTAR_FORMAT)
+    return template, sum(template[:148]) + sum(b" " * 8) + sum(template[156:])
+
+
+_TEMPLATE, _TEMPLATE_SUM = _header_template()
+_ZERO_SIZE_SUM = sum(b"0" * 11)
+
+
+def tar_header(name: str, size: int) -> bytes:
+    """The 512-byte ustar header of a regular file, the same for the same arguments (mtime 0, owner 0, mode 0644).
+
+    Equals `tarfile.TarInfo(name).tobuf(tarfile.USTAR_FORMAT)`, about ten times faster: only name, size and checksum
+    differ from one member to the next. name: at most 100 ASCII characters. size: below 8 GiB. Raises ValueError.
+    """
+    name_bytes = name.encode("ascii")
+    digits = b"%011o" % size
+    if len(name_bytes) > 100 or len(digits) > 11:
+        raise ValueError(f"no ustar header for a name of {len(name_bytes)} bytes and {size} bytes of data")
+    checksum = _TEMPLATE_SUM + sum(name_bytes) + sum(digits) - _ZERO_SIZE_SUM
+    return b"%s%s%s%s%06o\0%s" % (
+        name_bytes.ljust(100, b"\0"),
+        _TEMPLATE[100:124],
+        digits,
+        _TEMPLATE[135:148],
+        checksum,
+        _TEMPLATE[155:],
+    )
+
+
+def padding(size: int) -> int:
+    """Zero bytes that fill the last block of a member of `size` bytes."""
+    return -size % BLOCK_BYTES
+
+
+def video_crc32(members: np.ndarray) -> int:
+    """Checksum of a video: the CRC-32 of its members' CRC-32s, little endian, in order."""
+    return zlib.crc32(np.ascontiguousarray(members["crc32"]).astype("<u4").tobytes())
+
+
+def fingerprint(videos: np.ndarray, names: np.ndarray, classes: list[str], content: str) -> str:
+    """Identity of a data set's content and order: names, labels, frame counts and checksums, class names.
+
+    Where the bytes lie (shard, block) does not enter: the same videos in the same order have the same fingerprint
+    however they are cut into shards.
+    """
+    digest = hashlib.sha256()
+    digest.update(json.dumps([FORMAT_VERSION, content, classes], ensure_ascii=False).encode())
+    for column in ("name_size", "num_frames", "crc32", "label"):
+        digest.update(np.ascontiguousarray(videos[column]).tobytes())
+    digest.update(np.ascontiguousarray(names).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,152 @@
+"""Encoded images: what they are, by their bytes and not by their name, and re-encoding with Pillow."""
+
+from __future__ import annotations
+
+import io
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+DEFAULT_QUALITY = 90
+# Above this an image is taken for a decompression bomb. It is the size at which Pillow refuses to decode.
+MAX_PIXELS = 178_956_970
+MAX_SIDE = 65_535
+
+_PNG_END = b"IEND\xaeB`\x82"
+_PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+
+
+class ImageInfo(NamedTuple):
+    """extension: jpg, png, webp or bmp. width and height in pixels, as stored (EXIF orientation is not applied)."""
+
+    extension: str
+    width: int
+    height: int
+
+
+def probe_image(data: bytes) -> ImageInfo:
+    """Kind and size of an encoded image from its header; nothing is decoded.
+
+    Raises ValueError when the bytes are empty, of another kind, cut off, or beyond the limits on the size.
+    """
+    if not data:
+        raise ValueError("the file is empty")
+    try:
+        if data.startswith(b"\xff\xd8\xff"):
+            info = ImageInfo("jpg", *_jpeg_size(data))
+        elif data.startswith(b"\x89PNG\r\n\x1a\n"):
+            info = ImageInfo("png", *_png_size(data))
+        elif data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+            info = ImageInfo("webp", *_webp_size(data))
+        elif data.startswith(b"BM"):
+            info = ImageInfo("bmp", *_bmp_size(data))
+        else:
+            raise ValueError(f"the file is no JPEG, PNG, WebP or BMP image (it begins with {data[:4].hex(' ')})")
+    except IndexError:
+        raise ValueError("the image is cut off in its header") from None
+    if not 0 < info.width <= MAX_SIDE or not 0 < info.height <= MAX_SIDE or info.width * info.height > MAX_PIXELS:
+        raise ValueError(
+            f"the image is {info.width}x{info.height} pixels; the limits are {MAX_SIDE} a side, {MAX_PIXELS} in all"
+        )
+    return info
+
+
+def reencode(data: bytes, short_side: int | None, quality: int | None) -> bytes:
+    """Decodes an image and encodes it as JPEG, see `encode_jpeg`. Raises ValueError when it does not decode."""
+    try:
+        with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as image:
+            return encode_jpeg(image, short_side, quality)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"the image does not decode ({error})") from error
+
+
+def encode_jpeg(image: Image.Image | np.ndarray, short_side: int | None, quality: int | None) -> bytes:
+    """JPEG of an image, as RGB, its shorter side scaled down to `short_side` pixels.
+
+    Grey, palette and CMYK become what Pillow's `convert("RGB")` shows. Scaling is bicubic with antialias. An image that
+    is already smaller keeps its size: enlarging costs bytes and adds nothing. The EXIF orientation is not applied, as
+    the field's loaders do not, and the tag is dropped. image may be an array (H, W, 3) uint8. quality: 90 by default.
+    """
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    if short_side is not None and min(image.size) > short_side:
+        scale = short_side / min(image.size)
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=DEFAULT_QUALITY if quality is None else quality, exif=b"")
+    return stream.getvalue()
+
+
+def check_decodes(data: bytes) -> None:
+    """Decodes every pixel of an image. Raises ValueError when it does not decode."""
+    try:
+        with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as image:
+            image.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"the image does not decode ({error})") from error
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int]:
+    """Walks the marker segments up to the frame header (SOF), then makes sure that the image has an end."""
+    position = 2
+    size: tuple[int, int] | None = None
+    while True:
+        if data[position] != 0xFF:
+            raise ValueError(f"the JPEG header is damaged at byte {position}")
+        marker = data[position + 1]
+        if marker == 0xFF:  # fill byte
+            position += 1
+            continue
+        length = (data[position + 2] << 8) | data[position + 3]
+        if marker == 0xDA:  # start of scan: the pixels follow
+            break
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height = (data[position + 5] << 8) | data[position + 6]
+            size = (data[position + 7] << 8) | data[position + 8], height
+            if data.endswith(b"\xff\xd9"):
+                return size
+        position += 2 + length
+    if size is None:
+        raise ValueError("the JPEG has no frame header")
+    # Bytes may follow the end of the image; between the scan and the end no such marker can be.
+    if data.find(b"\xff\xd9", position) < 0:
+        raise ValueError("the JPEG is cut off: it has no end marker")
+    return size
+
+
+def _png_size(data: bytes) -> tuple[int, int]:
+    if data[12:16] != b"IHDR" or len(data) < 24:
+        raise ValueError("the PNG has no header chunk")
+    if not data.endswith(_PNG_END) and _PNG_END not in data:
+        raise ValueError("the PNG is cut off: it has no end chunk")
+    return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    if len(data) < 30 or len(data) < 8 + int.from_bytes(data[4:8], "little"):
+        raise ValueError("the WebP is cut off: it is shorter than its header says")
+    kind = data[12:16]
+    if kind == b"VP8X":
+        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
+    if kind == b"VP8L":
+        bits = int.from_bytes(data[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if kind == b"VP8 ":
+        return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
+    raise ValueError(f"the WebP has an unknown first chunk {kind!r}")
+
+
+def _bmp_size(data: bytes) -> tuple[int, int]:
+    if len(data) < 26 or len(data) < int.from_bytes(data[2:6], "little"):
+        raise ValueError("the BMP is cut off: it is shorter than its header says")
+    if int.from_bytes(data[14:18], "little") == 12:
+        return int.from_bytes(data[18:20], "little"), int.from_bytes(data[20:22], "little")
+    # A negative height means that the rows run from the top.
+    return (
+        int.from_bytes(data[18:22], "little", signed=True),
+        abs(int.from_bytes(data[22:26], "little", signed=True)),
+    )

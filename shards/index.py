@@ -1,0 +1,162 @@
+"""The index of one data set, opened and checked: which videos there are and where their bytes lie.
+
+Opening costs O(videos). The member table, one row a frame, is mapped and only the rows in use are ever read, so its
+rows are checked when they are used and not here.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shards.format import (
+    BLOCK_BYTES,
+    INDEX_ROLES,
+    MANIFEST,
+    MEMBER_DTYPE,
+    VIDEO_DTYPE,
+    Manifest,
+    ShardError,
+    fingerprint,
+)
+
+# Far above any real manifest (1,400 shards take 150 kB); a hostile server cannot fill the memory.
+MAX_MANIFEST_BYTES = 256 << 20
+_REBUILD = "copy the data set again or rebuild it with tools/build_shards.py"
+_DTYPES = {"videos": VIDEO_DTYPE, "members": MEMBER_DTYPE, "names": np.dtype(np.uint8)}
+
+
+@dataclass(frozen=True)
+class Index:
+    """Tables of one data set. where: its address as it may be shown.
+
+    videos (N,) VIDEO_DTYPE and names (bytes,) uint8 are checked; members (M,) MEMBER_DTYPE is mapped and not.
+    """
+
+    where: str
+    manifest: Manifest
+    videos: np.ndarray
+    members: np.ndarray
+    names: np.ndarray
+
+    def name(self, video: int) -> str:
+        """Original name. Bytes that are no UTF-8 become lone surrogates."""
+        row = self.videos[video]
+        start = int(row["name_start"])
+        return self.names[start : start + int(row["name_size"])].tobytes().decode("utf-8", "surrogateescape")
+
+    def member_rows(self, video: int, numbers: np.ndarray) -> np.ndarray:
+        """Rows of the member table for the video's members with these numbers, each in [0, num_members)."""
+        return self.members[int(self.videos["first_member"][video]) + numbers]
+
+    def ranges(self, video: int, rows: np.ndarray) -> list[tuple[int, int]]:
+        """Byte ranges of these member rows in the video's shard. Raises ShardError if one lies outside it."""
+        shard = self.manifest.shards[int(self.videos["shard"][video])]
+        starts = rows["block"].astype(np.int64) * BLOCK_BYTES
+        stops = starts + rows["size"]
+        bad = np.flatnonzero((rows["size"] == 0) | (starts < BLOCK_BYTES) | (stops > shard.bytes))
+        if len(bad):
+            start, stop = int(starts[bad[0]]), int(stops[bad[0]])
+            raise ShardError(
+                f"{self.where}: the index places a member of video {video} at bytes {start} to {stop} of {shard.name}, "
+                f"which has {shard.bytes}; the index is damaged or belongs to another data set: {_REBUILD}"
+            )
+        return list(zip(starts.tolist(), stops.tolist(), strict=True))
+
+
+def read_local_manifest(folder: Path) -> Manifest:
+    """Manifest of the data set in a local folder. Raises ShardError."""
+    path = folder / MANIFEST
+    try:
+        size = path.stat().st_size
+        if size > MAX_MANIFEST_BYTES:
+            raise ShardError(f"{path}: has {size} bytes, more than any manifest; {_REBUILD}")
+        return Manifest.from_json(path.read_bytes(), str(path))
+    except FileNotFoundError:
+        raise ShardError(
+            f"{path}: not found; name a folder that tools/build_shards.py wrote, and finish the build if it was "
+            "interrupted (the manifest is written last)"
+        ) from None
+    except OSError as error:
+        raise ShardError(f"{path}: {error.strerror}; name a folder that tools/build_shards.py wrote") from error
+
+
+def open_index(where: str, manifest: Manifest, files: dict[str, Path]) -> Index:
+    """Opens and checks the index tables; `files` holds a local path for each role. Raises ShardError."""
+    tables = {role: _open_table(role, files[role], manifest.index[role]) for role in INDEX_ROLES}
+    videos, members, names = (tables[role] for role in INDEX_ROLES)
+    if len(videos) != manifest.num_videos or len(members) != manifest.num_members or len(videos) == 0:
+        raise ShardError(
+            f"{where}: the index holds {len(videos)} videos with {len(members)} members, the manifest says "
+            f"{manifest.num_videos} with {manifest.num_members}; {_REBUILD}"
+        )
+    # Columns lie together in memory afterwards, and nothing that another process does to the file changes them.
+    videos = np.array(videos)
+    _check_videos(where, manifest, videos, len(members), len(names))
+    try:
+        identity = fingerprint(videos, names, manifest.classes, manifest.content)
+    except UnicodeEncodeError as error:
+        raise ShardError(f"{where}: a class name is not valid text ({error}); {_REBUILD}") from None
+    if identity != manifest.fingerprint:
+        raise ShardError(
+            f"{where}: the index has the fingerprint {identity[:16]}..., the manifest says "
+            f"{manifest.fingerprint[:16]}...; they belong to different data sets: {_REBUILD}"
+        )
+    return Index(where, manifest, videos, members, names)
+
+
+def _open_table(role: str, path: Path, entry: dict[str, Any]) -> np.ndarray:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise ShardError(f"{path}: {error.strerror}; the index is not complete: {_REBUILD}") from error
+    if size != entry["bytes"]:
+        raise ShardError(f"{path}: has {size} bytes, the manifest says {entry['bytes']}; {_REBUILD}")
+    try:
+        table = np.asarray(np.lib.format.open_memmap(path, mode="r"))
+    except Exception as error:
+        # A damaged header makes numpy's parser raise almost anything.
+        raise ShardError(f"{path}: not an index table ({type(error).__name__}: {error}); {_REBUILD}") from error
+    if table.dtype != _DTYPES[role] or table.ndim != 1:
+        raise ShardError(f"{path}: holds {table.dtype} {table.shape}, not the table of {role}; {_REBUILD}")
+    # The checksum of the member table would cost O(frames); each of its rows is checked against the frame it leads to.
+    if role != "members":
+        check_crc32(path, entry["crc32"])
+    return table
+
+
+def check_crc32(path: Path, expected: int) -> None:
+    """Raises ShardError if the file's CRC-32 is another."""
+    actual = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            actual = zlib.crc32(chunk, actual)
+    if actual != expected:
+        raise ShardError(f"{path}: has the CRC-32 {actual:#010x}, the manifest says {expected:#010x}; {_REBUILD}")
+
+
+def _check_videos(where: str, manifest: Manifest, videos: np.ndarray, num_members: int, names_bytes: int) -> None:
+    """Raises ShardError, naming the first bad row, if one leads outside the tables, shards or classes."""
+    members = videos["num_members"]
+    expected = videos["num_frames"] if manifest.content == "frames" else np.ones_like(members)
+    # Differences of unsigned numbers, not sums: a sum could wrap around.
+    checks = {
+        "no frames": videos["num_frames"] == 0,
+        "num_members does not fit num_frames": members != expected,
+        f"members end behind the table's {num_members}": (videos["first_member"] > num_members)
+        | (members > num_members - np.minimum(videos["first_member"], num_members)),
+        f"the name ends behind the {names_bytes} bytes of names": (videos["name_start"] > names_bytes)
+        | (videos["name_size"] > names_bytes - np.minimum(videos["name_start"], names_bytes)),
+        f"there are {len(manifest.shards)} shards": videos["shard"] >= len(manifest.shards),
+        f"there are {len(manifest.classes)} classes": (videos["label"] < 0)
+        | (videos["label"] >= len(manifest.classes)),
+    }
+    for complaint, bad in checks.items():
+        if bad.any():
+            row = int(np.flatnonzero(bad)[0])
+            values = dict(zip(VIDEO_DTYPE.names or (), videos[row].tolist(), strict=True))
+            raise ShardError(f"{where}: row {row} of the video table is wrong ({complaint}): {values}; {_REBUILD}")

@@ -1,0 +1,149 @@
+"""Shards on a local disk or a network mount: exactly the bytes asked for, with pread, from any number of threads."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+
+from shards.format import ShardError, ShardInfo
+
+# Says what is wrong with the bytes of the ranges that were read, or None.
+Check = Callable[[Sequence[bytes]], str | None]
+Range = tuple[int, int]  # first byte and one past the last
+
+_MAX_OPEN_FILES = 128
+_BACKOFF_SECONDS = 0.1
+_MAX_BACKOFF_SECONDS = 10.0
+# A network mount answers ESTALE when a file was replaced on its server and EIO when the server was away for a while:
+# opening the file again helps, or tells what happened.
+_REOPEN_ERRORS = (errno.ESTALE, errno.EIO)
+
+
+class ShardSource(Protocol):
+    """Where the bytes of one data set's tars come from."""
+
+    def read(self, shard: int, ranges: Sequence[Range], check: Check) -> list[bytes]:
+        """Bytes of each range of a shard. Raises ShardError if they cannot be had or `check` finds fault with them."""
+
+    def renew(self) -> None:
+        """Drops locks, connections and threads, which do not survive a fork. Called in the child."""
+
+    def close(self) -> None: ...
+
+
+class OpenFile:
+    """A descriptor that is closed when its last user lets go, so that no thread is left with another file's number."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def __del__(self) -> None:
+        # __init__ may have failed before there was a descriptor.
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+def pread_exactly(descriptor: int, start: int, stop: int) -> bytes:
+    """The bytes start <= offset < stop, fewer only where the file ends. Raises OSError."""
+    data = os.pread(descriptor, stop - start, start)
+    while len(data) < stop - start:
+        more = os.pread(descriptor, stop - start - len(data), start + len(data))
+        if not more:
+            break
+        data += more
+    return data
+
+
+class LocalShards:
+    """The tars of one folder. Implements ShardSource.
+
+    Sizes are compared with the manifest at once; raises ShardError for a missing or truncated tar.
+    """
+
+    def __init__(self, folder: Path, shards: Sequence[ShardInfo], retries: int) -> None:
+        self._paths = [folder / shard.name for shard in shards]
+        self._retries = retries
+        # Size and modification time. Not the inode: some user-space mounts number their files anew now and then.
+        self._states = [self._check_size(path, shard) for path, shard in zip(self._paths, shards, strict=True)]
+        self.renew()
+
+    @staticmethod
+    def _check_size(path: Path, shard: ShardInfo) -> tuple[int, int]:
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise ShardError(f"{path}: {error.strerror}; copy the shard again or rebuild the data set") from error
+        if status.st_size != shard.bytes:
+            raise ShardError(
+                f"{path}: has {status.st_size} bytes, the manifest says {shard.bytes}; the shard is truncated or "
+                "belongs to another data set: copy it again or rebuild with tools/build_shards.py"
+            )
+        return status.st_size, status.st_mtime_ns
+
+    def renew(self) -> None:
+        self._lock = threading.Lock()
+        self._open_files: OrderedDict[int, OpenFile] = OrderedDict()
+
+    def close(self) -> None:
+        with self._lock:
+            self._open_files.clear()
+
+    def _file(self, shard: int) -> OpenFile:
+        with self._lock:
+            file = self._open_files.get(shard)
+            if file is not None:
+                self._open_files.move_to_end(shard)
+                return file
+        file = OpenFile(self._paths[shard])
+        with self._lock:
+            file = self._open_files.setdefault(shard, file)
+            while len(self._open_files) > _MAX_OPEN_FILES:
+                self._open_files.popitem(last=False)
+        return file
+
+    def _read_once(self, shard: int, ranges: Sequence[Range]) -> list[bytes]:
+        try:
+            file = self._file(shard)
+            status = os.fstat(file.descriptor)
+            if (status.st_size, status.st_mtime_ns) != self._states[shard]:
+                raise ShardError(
+                    f"{self._paths[shard]}: the file was changed or replaced while it was in use; leave the "
+                    "data set alone while it is read, and check it with tools/check_shards.py"
+                )
+            return [pread_exactly(file.descriptor, start, stop) for start, stop in ranges]
+        except OSError:
+            with self._lock:
+                self._open_files.pop(shard, None)
+            raise
+
+    def read(self, shard: int, ranges: Sequence[Range], check: Check) -> list[bytes]:
+        retrying = Retrying(
+            stop=stop_after_attempt(self._retries + 1),
+            wait=wait_exponential_jitter(initial=_BACKOFF_SECONDS, max=_MAX_BACKOFF_SECONDS, jitter=_BACKOFF_SECONDS),
+            retry=retry_if_exception(lambda error: isinstance(error, OSError) and error.errno in _REOPEN_ERRORS),
+            reraise=True,
+        )
+        try:
+            chunks = retrying(self._read_once, shard, ranges)
+        except OSError as error:
+            raise ShardError(
+                f"{self._paths[shard]}: cannot be read: {error.strerror}; check the disk or mount, then start again"
+            ) from error
+        for (start, stop), chunk in zip(ranges, chunks, strict=True):
+            if len(chunk) != stop - start:
+                raise ShardError(
+                    f"{self._paths[shard]}: ends at byte {start + len(chunk)} while {stop} are needed; the file was "
+                    "truncated while it was in use: copy it again and restart"
+                )
+        complaint = check(chunks)
+        if complaint is not None:
+            raise ShardError(complaint)
+        return chunks

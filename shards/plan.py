@@ -1,0 +1,201 @@
+"""Which sample comes when, and for which rank: pure functions of numbers, without input or output.
+
+The training stream is the endless concatenation of epoch permutations. A position in it is one integer, the number of
+samples that the whole job has consumed; everything below follows from (number of samples, seed, position), so a job
+may stop anywhere and go on with any number of ranks.
+
+numpy's random generators are not promised to give the same numbers in every version. The orders here come from
+integer hashing (splitmix64) and from sorting keys that are all different, so they never change.
+
+Letters: N samples, C classes, K shards in a window or videos a class.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MASK64 = (1 << 64) - 1
+# Ids are hashed in blocks: they stay in the processor's cache, and the scratch memory stays small.
+_BLOCK_IDS = 1 << 15
+# A batch crosses at most one epoch border unless the data set is smaller than the batch.
+_CACHED_EPOCHS = 2
+
+
+def mix64(value: int) -> int:
+    """splitmix64's finaliser of one integer: a bijection of 64-bit numbers (Steele, Lea, Flood, OOPSLA 2014)."""
+    value &= _MASK64
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return value ^ (value >> 31)
+
+
+def _mix64_inplace(values: np.ndarray, scratch: np.ndarray) -> None:
+    """`mix64` of each uint64 in `values`; `scratch` is an array of the same shape to work in."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        np.right_shift(values, np.uint64(shift), out=scratch)
+        values ^= scratch
+        values *= np.uint64(factor)
+    np.right_shift(values, np.uint64(31), out=scratch)
+    values ^= scratch
+
+
+def _hash_order(num_ids: int, *key: int) -> np.ndarray:
+    """Permutation (num_ids,) int64 of range(num_ids) that depends on the integers in `key`.
+
+    Each id is hashed; the hash's upper bits and the id share one 64-bit word, and the words are sorted. All words
+    differ, so the result does not depend on the sorting algorithm, and sorting words is three times as fast as
+    sorting ids by their hash. With 10 million ids the hash keeps 40 bits: about 45 pairs tie and keep their order.
+    """
+    salt = 0
+    for part in key:
+        salt = mix64(salt * _GOLDEN + part + _GOLDEN)
+    id_bits = max(1, (num_ids - 1).bit_length())
+    id_mask = np.uint64((1 << id_bits) - 1)
+    words = np.empty(num_ids, np.uint64)
+    scratch = np.empty(min(num_ids, _BLOCK_IDS), np.uint64)
+    for start in range(0, num_ids, _BLOCK_IDS):
+        block = words[start : start + _BLOCK_IDS]
+        temporary = scratch[: len(block)]
+        block[:] = np.arange(start, start + len(block), dtype=np.uint64)
+        block *= np.uint64(_GOLDEN)
+        block += np.uint64(salt)
+        _mix64_inplace(block, temporary)
+        block ^= np.uint64(mix64(salt + 1))
+        _mix64_inplace(block, temporary)
+        block &= ~id_mask
+        block |= np.arange(start, start + len(block), dtype=np.uint64)
+    words.sort()
+    words &= id_mask
+    return words.view(np.int64)
+
+
+def shuffle_window(shuffle: str) -> int | None:
+    """K of 'shards:K', None for 'global' and 'none'. Raises ValueError for anything else."""
+    if shuffle in ("global", "none"):
+        return None
+    kind, _, window = shuffle.partition(":")
+    if kind == "shards" and window.isascii() and window.isdigit() and int(window) > 0:
+        return int(window)
+    raise ValueError(f"shuffle: expected 'global', 'shards:K' with K of at least 1, or 'none', got {shuffle!r}")
+
+
+def epoch_order(
+    num_samples: int, seed: int, epoch: int, *, shuffle: str = "global", shard_of: np.ndarray | None = None
+) -> np.ndarray:
+    """Order of one epoch: (N,) int64, a permutation of range(N), the same for the same arguments everywhere.
+
+    shuffle: 'global' permutes all samples. 'shards:K' permutes the shards, takes them K at a time and permutes the
+    samples of each such window, so that at most K shards are in use at once; it needs `shard_of`, the (N,) shard
+    numbers. 'none' is 0, 1, 2, ... for evaluation. Raises ValueError.
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples: expected at least 1, got {num_samples}")
+    window = shuffle_window(shuffle)
+    if shuffle == "none":
+        return np.arange(num_samples, dtype=np.int64)
+    order = _hash_order(num_samples, seed, epoch)
+    if window is None:
+        return order
+    if shard_of is None or shard_of.shape != (num_samples,):
+        raise ValueError(f"shuffle={shuffle!r} needs shard_of, the ({num_samples},) shard numbers of the samples")
+    shards = np.flatnonzero(np.bincount(shard_of))
+    num_windows = -(-len(shards) // window)
+    # numpy sorts 16-bit numbers by radix, five times as fast.
+    window_of_shard = np.empty(shards[-1] + 1, np.uint16 if num_windows < 1 << 16 else np.int64)
+    window_of_shard[shards[_hash_order(len(shards), seed, epoch, 1)]] = np.arange(len(shards)) // window
+    # A stable sort keeps the hash order of the samples within each window.
+    return order[np.argsort(window_of_shard[shard_of[order]], kind="stable")]
+
+
+class Stream:
+    """The endless concatenation of epoch orders. See `epoch_order` for the arguments; raises ValueError as it does.
+
+    Starting at any position costs the order of one epoch, wherever the position lies.
+    """
+
+    def __init__(
+        self, num_samples: int, seed: int, shuffle: str = "global", shard_of: np.ndarray | None = None
+    ) -> None:
+        if num_samples < 1:
+            raise ValueError(f"num_samples: expected at least 1, got {num_samples}")
+        if shuffle_window(shuffle) is not None and shard_of is None:
+            raise ValueError(f"shuffle={shuffle!r} needs shard_of, the ({num_samples},) shard numbers of the samples")
+        self.num_samples = num_samples
+        self.seed = seed
+        self.shuffle = shuffle
+        self.shard_of = shard_of
+        self._orders: dict[int, np.ndarray] = {}
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            while len(self._orders) >= _CACHED_EPOCHS:
+                self._orders.pop(next(iter(self._orders)))
+            self._orders[epoch] = epoch_order(
+                self.num_samples, self.seed, epoch, shuffle=self.shuffle, shard_of=self.shard_of
+            )
+        return self._orders[epoch]
+
+    def take(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Sample ids and epochs, both (stop - start,) int64, at the stream positions start <= position < stop."""
+        if not 0 <= start <= stop:
+            raise ValueError(f"stream positions: expected 0 <= start <= stop, got {start} and {stop}")
+        ids = np.empty(stop - start, np.int64)
+        epochs = np.empty(stop - start, np.int64)
+        position = start
+        while position < stop:
+            epoch, offset = divmod(position, self.num_samples)
+            count = min(stop - position, self.num_samples - offset)
+            target = slice(position - start, position - start + count)
+            ids[target] = self._order(epoch)[offset : offset + count]
+            epochs[target] = epoch
+            position += count
+        return ids, epochs
+
+
+def _check_rank(rank: int, world_size: int) -> None:
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank: expected 0 <= rank < world size, got rank {rank} of world size {world_size}")
+
+
+def rank_slice(global_start: int, global_batch: int, rank: int, world_size: int) -> tuple[int, int]:
+    """Stream positions (start, stop) of one rank's share of the global batch that starts at `global_start`.
+
+    Raises ValueError if the world size does not divide the global batch.
+    """
+    _check_rank(rank, world_size)
+    if global_batch < 1 or global_batch % world_size:
+        nearest = max(1, (2 * global_batch + world_size) // (2 * world_size)) * world_size
+        raise ValueError(
+            f"a global batch of {global_batch} videos cannot be shared equally by {world_size} ranks; "
+            f"the nearest that can is {nearest}"
+        )
+    share = global_batch // world_size
+    start = global_start + rank * share
+    return start, start + share
+
+
+def eval_slice(num_samples: int, rank: int, world_size: int) -> tuple[int, int]:
+    """Samples (start, stop) that one rank evaluates: contiguous, every sample once, shares differ by at most one."""
+    _check_rank(rank, world_size)
+    return num_samples * rank // world_size, num_samples * (rank + 1) // world_size
+
+
+def few_shot_subset(labels_N: np.ndarray, shots: int, seed: int) -> np.ndarray:
+    """Ids (shots * C,) int64, sorted, of `shots` samples of each class 0 ... C-1, C being the largest label plus one.
+
+    Depends on nothing but the arguments, so every rank draws the same. Raises ValueError if a class has too few.
+    """
+    if shots < 1 or len(labels_N) == 0:
+        raise ValueError(f"few-shot subset: expected at least one shot and one sample, got {shots} and {len(labels_N)}")
+    counts_C = np.bincount(labels_N)
+    short = np.flatnonzero(counts_C < shots)
+    if len(short):
+        raise ValueError(
+            f"few-shot subset: class {short[0]} has {counts_C[short[0]]} videos, {shots} are asked for "
+            f"({len(short)} of {len(counts_C)} classes have too few); lower the number of shots or add videos"
+        )
+    order = _hash_order(len(labels_N), seed)
+    by_class = order[np.argsort(np.asarray(labels_N)[order], kind="stable")]
+    first_C = np.cumsum(counts_C) - counts_C
+    return np.sort(by_class[(first_C[:, None] + np.arange(shots)).ravel()])

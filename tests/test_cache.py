@@ -1,0 +1,342 @@
+"""The node-wide cache of shards: one download each, the limit, least recently used first, crashes and damage."""
+
+import logging
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from shard_data import FlakyServer, make_dataset, serve, status_fault
+
+import shards.cache
+import shards.remote
+from shards.cache import CacheFullError, ShardCache, default_cache_dir, entry_name, fetch_once
+from shards.format import ShardError
+from shards.reader import open_dataset
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(shards.remote, "_BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(shards.cache, "_POLL_SECONDS", 0.002)
+
+
+@pytest.fixture
+def stored(tmp_path):
+    return make_dataset(tmp_path / "served" / "data")
+
+
+@pytest.fixture
+def server(tmp_path, stored):
+    with serve(tmp_path / "served") as server:
+        yield server
+
+
+def open_cached(server: FlakyServer, tmp_path: Path, name: str = "data", **options):
+    options = {"cache_bytes": 10**6, "cache_dir": tmp_path / "cache", "timeout_seconds": 5, **options}
+    return open_dataset(f"{server.address}/{name}", **options)
+
+
+def read_everything(dataset) -> list[list[bytes]]:
+    return dataset.read_many([(sample, np.arange(dataset.num_frames[sample])) for sample in range(len(dataset))])
+
+
+def kept(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "cache" / "shards").glob("*.tar"))
+
+
+def tar_requests(server: FlakyServer) -> dict[str, int]:
+    return {path: count for path, count in server.requests.items() if path.endswith(".tar")}
+
+
+def test_each_shard_is_downloaded_once(server, stored, tmp_path):
+    for _ in range(2):
+        with open_cached(server, tmp_path) as dataset:
+            for _ in range(3):
+                assert read_everything(dataset) == stored
+    assert tar_requests(server) == {f"data/00000{number}.tar": 1 for number in range(3)}
+    assert len(kept(tmp_path)) == 3
+    assert not list((tmp_path / "cache" / "shards").glob("*.part"))
+
+
+def test_equal_shard_names_do_not_collide(server, stored, tmp_path):
+    other = make_dataset(tmp_path / "served" / "other", seed=1)
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "served" / "data").glob("*.tar")}
+    # Also of equal sizes: the shards of `twin` differ from those of `data` in nothing but their bytes.
+    twin = make_dataset(tmp_path / "served" / "twin", seed=0)
+    assert {path.name: path.stat().st_size for path in (tmp_path / "served" / "twin").glob("*.tar")} == sizes
+    for name, expected in [("data", stored), ("other", other), ("twin", twin), ("data", stored)]:
+        with open_cached(server, tmp_path, name) as dataset:
+            assert read_everything(dataset) == expected
+    assert len(kept(tmp_path)) == 9
+
+
+def _read_in_process(address, folder, barrier, results):
+    with open_dataset(address, cache_bytes=10**7, cache_dir=folder, io_threads=8) as dataset:
+        barrier.wait(30)
+        results.put(read_everything(dataset))
+
+
+def test_three_processes_download_once(tmp_path):
+    stored = make_dataset(tmp_path / "served" / "data", [6] * 24, videos_per_shard=2)
+    context = multiprocessing.get_context("spawn")
+    with serve(tmp_path / "served") as server:
+        barrier, results = context.Barrier(3), context.Queue()
+        arguments = (f"{server.address}/data", tmp_path / "cache", barrier, results)
+        processes = [context.Process(target=_read_in_process, args=arguments) for _ in range(3)]
+        for process in processes:
+            process.start()
+        assert all(results.get(timeout=60) == stored for _ in processes)
+        for process in processes:
+            process.join(10)
+        assert tar_requests(server) == {f"data/{number:06d}.tar": 1 for number in range(12)}
+        # The index too.
+        assert all(count == 1 for path, count in server.requests.items() if path.startswith("data/index"))
+
+
+def test_killed_download_leaves_nothing_behind(server, stored, tmp_path):
+    stop = threading.Event()
+
+    def stall(handler, body):
+        """Sends half of the shard, then nothing: the moment for a kill."""
+        handler.send_response(206 if handler.headers.get("Range") else 200)
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body[: len(body) // 2])
+        handler.wfile.flush()
+        stop.wait(30)
+        return True
+
+    server.fault = lambda path, count: stall if path.endswith(".tar") else None
+    program = (
+        "import sys, numpy as np\nfrom shards.reader import open_dataset\n"
+        "dataset = open_dataset(sys.argv[1], cache_dir=sys.argv[2], cache_bytes=10**6)\n"
+        "dataset.read_many([(0, np.array([0])), (3, np.array([0]))])\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program, f"{server.address}/data", str(tmp_path / "cache")])
+    try:
+        deadline = time.monotonic() + 30
+        while len(tar_requests(server)) < 2:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait(10)
+    finally:
+        process.kill()
+        stop.set()
+    folder = tmp_path / "cache" / "shards"
+    assert len(list(folder.glob("*.part"))) == 2 and not kept(tmp_path)
+    server.fault = lambda path, count: None
+    with open_cached(server, tmp_path) as dataset:
+        # Only the first shard is asked for; the other one's leftover is cleaned away with it.
+        assert dataset.read(0, np.array([0])) == stored[0][:1]
+        assert not list(folder.glob("*.part"))
+        assert read_everything(dataset) == stored
+
+
+def test_least_recently_used_goes_first_and_the_limit_holds(tmp_path):
+    cache = ShardCache(tmp_path / "shards", 1000)
+    downloads: list[str] = []
+
+    def use(name: str, size: int) -> None:
+        def download(descriptor: int) -> None:
+            downloads.append(name)
+            assert sum(path.stat().st_size for path in cache.folder.iterdir()) <= 1000
+            os.pwrite(descriptor, name[0].encode() * size, 0)
+
+        descriptor = cache.open(name, size, download)
+        assert os.pread(descriptor, 2000, 0) == name[0].encode() * size
+        os.close(descriptor)
+        time.sleep(0.002)
+
+    for name in "abc":
+        use(name, 300)
+    use("a", 300)
+    use("d", 300)  # b is the one that was not used for longest
+    assert sorted(path.stem for path in cache.folder.glob("*.tar")) == ["a", "c", "d"]
+    use("e", 700)
+    assert sorted(path.stem for path in cache.folder.glob("*.tar")) == ["d", "e"]
+    use("a", 300)
+    assert downloads == ["a", "b", "c", "d", "e", "a"]
+    with pytest.raises(CacheFullError, match="1001 bytes do not fit"):
+        use("f", 1001)
+    assert not list(cache.folder.glob("*.part"))
+
+
+def _churn(folder, seed, results):
+    """Uses 12 files of 100 bytes at random in a cache for 450, watching the total all the time."""
+    rng = np.random.default_rng(seed)
+    cache = ShardCache(Path(folder), 450)
+    worst = wrong = 0
+    for _ in range(60):
+        name = str(rng.integers(12))
+        data = f"{name:>100}".encode()
+
+        def download(descriptor, data=data):
+            os.pwrite(descriptor, data[:50], 0)
+            time.sleep(0.001)
+            os.pwrite(descriptor, data[50:], 50)
+
+        try:
+            descriptor = cache.open(name, 100, download)
+        except CacheFullError:
+            continue
+        wrong += os.pread(descriptor, 200, 0) != data
+        os.close(descriptor)
+        total = 0
+        for path in cache.folder.iterdir():
+            with suppress(FileNotFoundError):
+                total += path.stat().st_size
+        worst = max(worst, total)
+    results.put((worst, wrong))
+
+
+def test_limit_holds_with_concurrent_ranks(tmp_path):
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    processes = [context.Process(target=_churn, args=(tmp_path / "shards", seed, results)) for seed in range(3)]
+    for process in processes:
+        process.start()
+    outcomes = [results.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join(10)
+    assert [wrong for _, wrong in outcomes] == [0, 0, 0]
+    # A listing is no snapshot: while it is taken, one file may go and another come under each of the other ranks.
+    assert max(worst for worst, _ in outcomes) <= 450 + 2 * 100
+    assert sum(path.stat().st_size for path in (tmp_path / "shards").iterdir()) <= 450
+
+
+def test_small_limit_still_reads_right(server, stored, tmp_path):
+    limit = max(path.stat().st_size for path in (tmp_path / "served" / "data").glob("*.tar"))
+    with open_cached(server, tmp_path, cache_bytes=limit, io_threads=1) as dataset:
+        for _ in range(3):
+            assert read_everything(dataset) == stored
+            assert sum(path.stat().st_size for path in kept(tmp_path)) <= limit
+
+
+def test_shard_larger_than_the_limit_is_read_by_ranges(server, stored, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING), open_cached(server, tmp_path, cache_bytes=5000) as dataset:
+        for _ in range(2):
+            assert read_everything(dataset) == stored
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 1 and "do not fit" in warnings[0] and "raise cache_bytes" in warnings[0]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), PermissionError(13, "Permission denied")])
+def test_full_or_read_only_disk_falls_back_to_ranges(server, stored, tmp_path, monkeypatch, caplog, error):
+    with open_cached(server, tmp_path) as dataset:
+        assert dataset.read(6, np.array([0])) == stored[6][:1]
+
+        def pwrite(*arguments):
+            raise error
+
+        monkeypatch.setattr(os, "pwrite", pwrite)
+        with caplog.at_level(logging.WARNING):
+            for _ in range(2):
+                assert read_everything(dataset) == stored
+        warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        assert len(warnings) == 1 and error.strerror in warnings[0] and "reading ranges" in warnings[0]
+        # What is in the cache is used still; the rest is not downloaded over and over again.
+        before = dict(server.requests)
+        assert dataset.read(6, np.array([1])) == stored[6][1:2]
+        assert server.requests == before
+        monkeypatch.undo()
+        monkeypatch.setattr(shards.cache, "_PAUSE_SECONDS", 0)
+        dataset._parts[0].source._paused_until = 0
+        assert read_everything(dataset) == stored
+        assert len(kept(tmp_path)) == 3
+
+
+def test_index_on_a_full_disk_is_a_clear_error(server, tmp_path, monkeypatch):
+    def pwrite(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with pytest.raises(ShardError, match=r"cache/index: the index of .* No space left on device; free .*cache_dir"):
+        open_cached(server, tmp_path)
+
+
+def overwrite_all(tmp_path: Path) -> None:
+    for path in kept(tmp_path):
+        path.write_bytes(bytes(path.stat().st_size))
+
+
+def test_damaged_entry_is_fetched_again(server, stored, tmp_path):
+    with open_cached(server, tmp_path, io_threads=8) as dataset:
+        assert read_everything(dataset) == stored
+        overwrite_all(tmp_path)
+        with ThreadPoolExecutor(8) as pool:
+            assert all(result == stored for result in pool.map(lambda _: read_everything(dataset), range(8)))
+        assert tar_requests(server) == {f"data/00000{number}.tar": 2 for number in range(3)}
+        # Truncated and deleted by hand.
+        paths = kept(tmp_path)
+        os.truncate(paths[0], 100)
+        paths[1].unlink()
+        assert read_everything(dataset) == stored
+
+
+def test_damage_in_the_store_is_an_error_and_not_fetched_for_ever(server, stored, tmp_path):
+    shard = tmp_path / "served" / "data" / "000001.tar"
+    good = shard.read_bytes()
+    start = good.index(stored[3][2])
+    shard.write_bytes(good[:start] + b"????" + good[start + 4 :])
+    with open_cached(server, tmp_path) as dataset:
+        for _ in range(4):
+            with pytest.raises(ShardError, match=r"sample 3, 000001.tar of .*frame 2 has the CRC-32"):
+                dataset.read(3, np.array([1, 2]))
+            assert dataset.read(3, np.array([0, 1])) == stored[3][:2]
+        assert tar_requests(server) == {"data/000001.tar": 2}
+
+
+def test_failed_download_is_named_and_leaves_nothing(server, tmp_path):
+    with open_cached(server, tmp_path, retries=1) as dataset:
+        server.fault = lambda path, count: status_fault(500)
+        with pytest.raises(ShardError, match=r"/data/000000.tar: HTTP status 500 .*after 2 attempts"):
+            dataset.read(0, np.array([0]))
+        server.fault = lambda path, count: status_fault(404)
+        with pytest.raises(ShardError, match=r"/data/000000.tar: HTTP status 404"):
+            dataset.read(0, np.array([0]))
+    assert [path.name for path in (tmp_path / "cache" / "shards").iterdir()] == ["lock"]
+
+
+def test_stopped_holder_of_a_lock_is_not_waited_for_for_ever(server, stored, tmp_path, monkeypatch, caplog):
+    with open_cached(server, tmp_path) as dataset:
+        monkeypatch.setattr(shards.cache, "_LOCK_SECONDS", 0.05)
+        entered, leave = threading.Event(), threading.Event()
+
+        def hold(descriptor):
+            entered.set()
+            leave.wait(20)
+            raise CacheFullError("given up")
+
+        name = dataset._parts[0].source._names[0]
+        size = (tmp_path / "served" / "data" / "000000.tar").stat().st_size
+
+        def holder():
+            with pytest.raises(CacheFullError):
+                fetch_once(tmp_path / "cache" / "shards" / f"{name}.tar", size, hold)
+
+        thread = threading.Thread(target=holder)
+        thread.start()
+        assert entered.wait(10)
+        assert dataset.read(0, np.array([0])) == stored[0][:1]
+        leave.set()
+        thread.join(10)
+    assert "another process has held a lock" in caplog.text
+
+
+def test_names_and_default_place(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert default_cache_dir() == Path("/somewhere/text4vis")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert default_cache_dir() == Path("/home/me/.cache/text4vis")
+    assert len({entry_name("a", 1), entry_name("a", 2), entry_name("b", 1), entry_name("a\n1")}) == 3

@@ -1,0 +1,69 @@
+"""The schedule against its closed form, and who is in which parameter group."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import tiny_network
+
+from text4vis.config import SolverConfig
+from text4vis.model import build_model
+from text4vis.optim import learning_rate, parameter_groups
+
+EPOCHS = st.integers(1, 100)
+LR = 5e-5
+
+
+@given(st.floats(0, 1), EPOCHS, st.integers(0, 20))
+def test_schedule_is_linear_then_half_a_cosine(part, epochs, warmup):
+    epoch = part * epochs
+    rate = learning_rate(epoch, LR, epochs, warmup)
+    if epoch < warmup:
+        assert rate == pytest.approx(LR * epoch / warmup)
+    elif epoch < epochs:
+        angle = math.pi * (epoch - warmup) / (epochs - warmup)
+        assert rate == pytest.approx(LR * math.cos(angle / 2) ** 2, abs=1e-18)
+    assert 0 <= rate <= LR
+
+
+def test_schedule_at_the_released_recipe():
+    rates = [learning_rate(epoch, LR, 30, 5) for epoch in (0, 2.5, 5, 17.5, 30, 31)]
+    assert rates == pytest.approx([0, LR / 2, LR, LR / 2, 0, 0], abs=1e-12)
+
+
+@given(st.floats(0, 29.999))
+def test_schedule_is_continuous(epoch):
+    step = 1e-6
+    assert abs(learning_rate(epoch + step, LR, 30, 5) - learning_rate(epoch, LR, 30, 5)) < LR * step
+
+
+def groups_of(tmp_path, network=(), **solver):
+    model = build_model(tiny_network(tmp_path, **dict(network)), 4)
+    return model, {group["name"]: group for group in parameter_groups(model, SolverConfig(**solver))}
+
+
+def names(model, group) -> set[str]:
+    members = {id(parameter) for parameter in group["params"]}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in members}
+
+
+@pytest.mark.parametrize("header", ["Transf", "LSTM"])  # an LSTM's parameters have `visual` in their names
+def test_every_trainable_parameter_is_in_one_group(tmp_path, header):
+    model, groups = groups_of(tmp_path, {"sim_header": header}, lr=1e-3, clip_ratio=0.1, weight_decay=0.3)
+    clip, head = names(model, groups["clip"]), names(model, groups["head"])
+    assert clip | head == {name for name, _ in model.named_parameters()} and not clip & head
+    assert "logit_scale" in clip and "visual.proj" in clip
+    assert head and all(name.startswith("fusion_model.") for name in head)
+    assert [(g["lr"], g["base_lr"], g["weight_decay"]) for g in (groups["clip"], groups["head"])] == [
+        (pytest.approx(1e-4), pytest.approx(1e-4), 0.3),
+        (1e-3, 1e-3, 0.3),
+    ]
+    torch.optim.AdamW(groups.values())
+
+
+def test_frozen_parameters_and_empty_groups_are_left_out(tmp_path):
+    model, groups = groups_of(tmp_path, {"fix_video": True})
+    assert names(model, groups["clip"]) == {"logit_scale"}
+    assert set(groups_of(tmp_path, {"sim_header": "None"})[1]) == {"clip"}

@@ -1,0 +1,371 @@
+"""Reading over HTTP and S3 from real servers: faults are tried again, then named; never a wrong byte."""
+
+import os
+import random
+import socket
+import time
+import traceback
+from itertools import pairwise
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from shard_data import (
+    FlakyServer,
+    hang_up_fault,
+    make_dataset,
+    serve,
+    slow_fault,
+    status_fault,
+    truncated_fault,
+)
+
+import shards.remote
+from shards.format import ShardError
+from shards.reader import open_dataset
+from shards.remote import RemoteFiles, join_ranges
+
+
+@pytest.fixture(autouse=True)
+def _quick_and_private(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards.remote, "_BACKOFF_SECONDS", 0.01)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def stored(tmp_path):
+    return make_dataset(tmp_path / "served" / "data")
+
+
+@pytest.fixture
+def server(tmp_path, stored):
+    with serve(tmp_path / "served") as server:
+        yield server
+
+
+def open_served(server: FlakyServer, **options):
+    return open_dataset(f"{server.address}/data", **{"timeout_seconds": 5, **options})
+
+
+def read_everything(dataset) -> list[list[bytes]]:
+    return dataset.read_many([(sample, np.arange(dataset.num_frames[sample])) for sample in range(len(dataset))])
+
+
+@given(
+    ranges=st.lists(st.tuples(st.integers(0, 1000), st.integers(1, 50)).map(lambda r: (r[0], r[0] + r[1])), min_size=1),
+    max_gap=st.integers(0, 100),
+)
+def test_joined_ranges_cover_all_and_little_more(ranges, max_gap):
+    joined = join_ranges(ranges, max_gap)
+    assert all(any(a <= start and stop <= b for a, b in joined) for start, stop in ranges)
+    assert all(right[0] - left[1] > max_gap for left, right in pairwise(joined))
+    covered = {byte for start, stop in ranges for byte in range(start, stop)}
+    gaps = sum(stop - start for start, stop in joined) - len(covered)
+    assert gaps <= max_gap * (len(ranges) - len(joined))
+
+
+def test_http_equals_local(server, stored):
+    with open_served(server) as dataset:
+        assert read_everything(dataset) == stored
+        assert dataset.describe(0).endswith(f"000000.tar of {server.address}/data)")
+        rng = random.Random(0)
+        for _ in range(30):
+            sample = rng.randrange(len(dataset))
+            frames = np.array([rng.randrange(dataset.num_frames[sample]) for _ in range(4)])
+            assert dataset.read(sample, frames) == [stored[sample][frame] for frame in frames]
+
+
+def test_only_the_ranges_travel(tmp_path):
+    stored = make_dataset(tmp_path / "served" / "data", [300], frame_bytes=20_000)
+    with serve(tmp_path / "served") as server, open_served(server) as dataset:
+        before = server.bytes_sent, server.requests["data/000000.tar"]
+        frames = np.arange(8) * 37
+        got = dataset.read(0, frames)
+        assert got == [stored[0][frame] for frame in frames]
+        assert server.bytes_sent - before[0] == sum(map(len, got))
+        assert server.requests["data/000000.tar"] - before[1] == 8
+        # Neighbours come as one, for the price of the tar headers between them.
+        before = server.bytes_sent, server.requests["data/000000.tar"]
+        got = dataset.read(0, np.arange(100, 108))
+        assert got == stored[0][100:108]
+        assert server.bytes_sent - before[0] <= sum(map(len, got)) + 7 * 1024
+        assert server.requests["data/000000.tar"] - before[1] == 1
+
+
+def test_index_is_kept(server, stored, tmp_path):
+    for _ in range(2):
+        with open_served(server) as dataset:
+            assert read_everything(dataset)[0] == stored[0]
+    assert {path: n for path, n in server.requests.items() if path.startswith("data/index")} == dict.fromkeys(
+        [path for path in server.requests if path.startswith("data/index")], 1
+    )
+    kept = list((tmp_path / "cache" / "text4vis" / "index").iterdir())
+    assert len(kept) == 3
+    for file in kept:
+        file.write_bytes(b"x" * 10)  # damaged: fetched again
+    with open_served(server) as dataset:
+        assert read_everything(dataset) == stored
+    for file in kept:
+        file.write_bytes(file.read_bytes()[::-1])  # damaged, but of the right size
+    with open_served(server) as dataset:
+        assert read_everything(dataset) == stored
+
+
+def other_range_fault(handler, body):
+    """Answers a range request with the file's first bytes."""
+    if not handler.headers.get("Range"):
+        return False
+    handler.answer(206, body, {"Content-Range": f"bytes 0-{len(body) - 1}/*"})
+    return True
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        status_fault(500),
+        status_fault(503),
+        status_fault(429),
+        status_fault(408),
+        truncated_fault,
+        hang_up_fault,
+        slow_fault(1.0),
+        other_range_fault,
+    ],
+    ids=["500", "503", "429", "408", "truncated", "hang-up", "slow", "other-range"],
+)
+def test_transient_faults_are_tried_again(server, stored, fault):
+    """Two of three requests for each file fail."""
+    server.fault = lambda path, count: None if count % 3 == 0 else fault
+    # One at a time: the third attempt of every request is the one that works.
+    with open_served(server, timeout_seconds=0.4, retries=8, io_threads=1) as dataset:
+        assert read_everything(dataset)[:2] == stored[:2]
+
+
+@pytest.mark.parametrize("status", [500, 503])
+def test_lasting_fault_is_named(server, status):
+    with open_served(server, retries=2) as dataset:
+        server.fault = lambda path, count: status_fault(status)
+        before = server.requests["data/000000.tar"]
+        with pytest.raises(
+            ShardError, match=rf"{server.address}/data/000000.tar: HTTP status {status} .*after 3 attempts"
+        ):
+            dataset.read(0, np.array([0]))
+        assert server.requests["data/000000.tar"] - before == 3
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 410])
+def test_refusals_fail_at_once(server, status):
+    with open_served(server) as dataset:
+        server.fault = lambda path, count: status_fault(status)
+        with pytest.raises(ShardError, match=rf"/data/000000.tar: HTTP status {status} .*check the address"):
+            dataset.read(0, np.array([0]))
+        assert server.requests["data/000000.tar"] == 1
+
+
+def test_no_data_set_there(server):
+    with pytest.raises(ShardError, match=rf"{server.address}/nothing/manifest.json: HTTP status 404"):
+        open_dataset(f"{server.address}/nothing")
+
+
+def test_server_that_ignores_ranges(server, stored):
+    server.ranges = False
+    with open_served(server) as dataset:
+        with pytest.raises(ShardError, match=r"status 200 and the whole file; use a server .*cache_bytes"):
+            dataset.read(0, np.array([0]))
+        assert server.requests["data/000000.tar"] == 1
+    with open_served(server, cache_bytes=10**6) as dataset:
+        assert read_everything(dataset) == stored
+
+
+def test_large_files_from_a_server_that_ignores_ranges(server, stored, monkeypatch):
+    monkeypatch.setattr(shards.remote, "_PART_BYTES", 1000)
+    for ranges in (True, False):
+        server.ranges = ranges
+        for file in Path(os.environ["XDG_CACHE_HOME"]).rglob("*.*"):
+            file.unlink()
+        with open_served(server, cache_bytes=10**6) as dataset:
+            assert read_everything(dataset) == stored
+
+
+def test_wrong_content_is_fetched_once_more_then_named(server, stored):
+    def scramble(handler, body):
+        headers = {"Content-Range": handler.headers["Range"].replace("bytes=", "bytes ") + "/*"}
+        handler.answer(206, bytes(len(body)), headers)
+        return True
+
+    with open_served(server) as dataset:
+        server.fault = lambda path, count: scramble if count == 1 else None
+        assert dataset.read(0, np.array([0])) == stored[0][:1]
+        server.fault = lambda path, count: scramble
+        with pytest.raises(ShardError, match=r"vidéo 0 0.x \(sample 0, 000000.tar of http.*frame 1 has the CRC-32"):
+            dataset.read(0, np.array([1]))
+
+
+def test_shard_of_another_size(server, tmp_path):
+    with open_served(server) as dataset:
+        shard = tmp_path / "served" / "data" / "000000.tar"
+        shard.write_bytes(shard.read_bytes() + bytes(512))
+        with pytest.raises(ShardError, match=r"000000.tar: has \d+ bytes, the manifest says \d+; .*upload"):
+            dataset.read(0, np.array([0]))
+        shard.write_bytes(shard.read_bytes()[:600])
+        with pytest.raises(ShardError, match=r"000000.tar: .*(416|manifest says)"):
+            dataset.read(0, np.array([0]))
+
+
+def test_index_that_the_manifest_does_not_describe(server, tmp_path):
+    for file in (tmp_path / "served" / "data" / "index").glob("videos*"):
+        file.write_bytes(file.read_bytes()[:-1] + b"\x07")
+    with pytest.raises(ShardError, match=r"/data/index/videos-.*is not the file that manifest.json describes"):
+        open_served(server)
+
+
+def test_server_that_dies(server, stored):
+    with open_served(server, retries=2) as dataset:
+        assert dataset.read(0, np.array([0])) == stored[0][:1]
+        server.die()
+        with pytest.raises(ShardError, match=rf"{server.address}/data/000001.tar: .*after 3 attempts"):
+            dataset.read(3, np.array([0]))
+
+
+def test_address_where_nobody_listens():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    start = time.monotonic()
+    with pytest.raises(ShardError, match=rf"http://127.0.0.1:{port}/x/manifest.json: .*after 2 attempts"):
+        open_dataset(f"http://127.0.0.1:{port}/x", retries=1)
+    assert time.monotonic() - start < 5
+
+
+def test_secrets_stay_out_of_errors(server):
+    address = server.address.replace("://", "://user:pass@") + "/data?token=s3cr3t"
+    with open_dataset(address) as dataset:
+        assert "s3cr3t" not in dataset.describe(0) + "".join(dataset.places)
+        server.fault = lambda path, count: status_fault(403)
+        with pytest.raises(ShardError) as info:
+            dataset.read(0, np.array([0]))
+    text = "".join(traceback.format_exception(info.value))
+    assert "s3cr3t" not in text and "pass" not in str(info.value) and "user" not in str(info.value)
+
+
+def test_in_a_forked_child(server, stored):
+    with open_served(server, io_threads=2) as dataset:
+        assert read_everything(dataset) == stored
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if read_everything(dataset) == stored else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert read_everything(dataset) == stored
+
+
+def test_synchronous_file_system(stored, tmp_path):
+    memory = fsspec.filesystem("memory")
+    memory.put(str(tmp_path / "served" / "data"), "/bucket/data", recursive=True)
+    try:
+        with open_dataset("memory://bucket/data") as dataset:
+            assert read_everything(dataset) == stored
+        memory.rm("/bucket/data/000001.tar")
+        with (
+            open_dataset("memory://bucket/data") as dataset,
+            pytest.raises(ShardError, match=r"memory://bucket/data/000001.tar: FileNotFoundError.*check the address"),
+        ):
+            read_everything(dataset)
+    finally:
+        memory.rm("/bucket", recursive=True)
+
+
+def test_many_random_faults(tmp_path):
+    """A store that fails a third of the time, at random, in all ways at once."""
+    stored = make_dataset(tmp_path / "served" / "data", [12] * 30, frame_bytes=3000)
+    rng = random.Random(1)
+    faults = [status_fault(500), status_fault(503), truncated_fault, hang_up_fault, slow_fault(0.6)]
+    with serve(tmp_path / "served") as server:
+        server.fault = lambda path, count: rng.choice(faults) if rng.random() < 1 / 3 else None
+        with open_served(server, timeout_seconds=0.5, retries=15) as dataset:
+            requests = [(n, np.sort(np.random.default_rng(n).integers(0, 12, 4))) for n in range(30)]
+            for (sample, frames), got in zip(requests, dataset.read_many(requests), strict=True):
+                assert got == [stored[sample][frame] for frame in frames]
+
+
+# S3
+
+
+@pytest.fixture(scope="module")
+def s3_endpoint():
+    from moto.server import ThreadedMotoServer
+
+    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    moto.start()
+    host, port = moto.get_host_and_port()
+    yield f"http://{host}:{port}"
+    moto.stop()
+
+
+def s3_options(endpoint: str) -> dict:
+    return {
+        "key": "key",
+        "secret": "very-secret",
+        "endpoint_url": endpoint,
+        "client_kwargs": {"region_name": "us-east-1"},
+    }
+
+
+@pytest.fixture
+def bucket(s3_endpoint, tmp_path, stored):
+    files = fsspec.filesystem("s3", **s3_options(s3_endpoint))
+    name = tmp_path.name.replace("_", "-").lower()
+    files.call_s3("create_bucket", Bucket=name)
+    make_dataset(tmp_path / "more", [2, 3], seed=4)
+    files.put(str(tmp_path / "served" / "data"), f"{name}/part0", recursive=True)
+    files.put(str(tmp_path / "more"), f"{name}/part1", recursive=True)
+    return name
+
+
+def test_s3_equals_local(bucket, s3_endpoint, stored, tmp_path):
+    options = s3_options(s3_endpoint)
+    with open_dataset(f"s3://{bucket}/part{{0..1}}", storage_options=options) as dataset:
+        assert len(dataset) == 9
+        with open_dataset(str(tmp_path / "more")) as more:
+            assert read_everything(dataset) == stored + read_everything(more)
+    with open_dataset(f"s3://{bucket}/part0", storage_options=options, cache_bytes=10**6) as dataset:
+        assert read_everything(dataset) == stored
+
+
+def test_s3_faults_are_named(bucket, s3_endpoint, stored):
+    options = s3_options(s3_endpoint)
+    with pytest.raises(ShardError, match=rf"s3://{bucket}/nothing/manifest.json: FileNotFoundError"):
+        open_dataset(f"s3://{bucket}/nothing", storage_options=options)
+    files = fsspec.filesystem("s3", **options)
+    with open_dataset(f"s3://{bucket}/part0", storage_options=options, retries=1) as dataset:
+        files.pipe(f"{bucket}/part0/000000.tar", bytes(700))
+        with pytest.raises(ShardError, match=rf"s3://{bucket}/part0/000000.tar: "):
+            dataset.read(1, np.array([4]))
+        files.rm(f"{bucket}/part0/000001.tar")
+        with pytest.raises(ShardError, match=rf"s3://{bucket}/part0/000001.tar: FileNotFoundError"):
+            dataset.read(3, np.array([0]))
+
+
+def test_s3_that_cannot_be_reached_or_refuses(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with serve(tmp_path / "empty") as server:
+        for status, expected in [(403, "PermissionError|Forbidden"), (503, "after 3 attempts")]:
+            server.requests.clear()
+            server.fault = lambda path, count, status=status: status_fault(status)
+            (tmp_path / "empty" / "b" / "d").mkdir(parents=True, exist_ok=True)
+            (tmp_path / "empty" / "b" / "d" / "manifest.json").write_text("{}")
+            with pytest.raises(ShardError, match=rf"s3://b/d/manifest.json: .*({expected})") as info:
+                open_dataset("s3://b/d", storage_options=s3_options(server.address), retries=2)
+            assert sum(server.requests.values()) == (1 if status == 403 else 3)
+            assert "very-secret" not in "".join(traceback.format_exception(info.value))
+        closed = server.address
+    with pytest.raises(ShardError, match=r"s3://b/d/manifest.json: .*after 2 attempts"):
+        open_dataset("s3://b/d", storage_options=s3_options(closed), retries=1, timeout_seconds=2)
+
+
+def test_missing_driver_is_named():
+    files = RemoteFiles("oci://b/x", retries=0, timeout_seconds=1, storage_options=None)
+    with pytest.raises(ShardError, match=r"oci://b/x/manifest.json: ImportError: .*nstall"):
+        files.read_whole("manifest.json", 10)

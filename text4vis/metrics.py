@@ -1,0 +1,96 @@
+"""Metrics and class splits of the evaluation protocols. Pure numpy: sums and counts, so that ranks can be added up.
+
+N videos, C classes, K values of k. Scores are larger for likelier classes. A percentage is a float from 0 to 100.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+def half_class_splits(num_classes: int, num_splits: int = 10) -> list[NDArray[np.int64]]:
+    """Class ids, sorted, of the zero-shot half-class splits: for split s, `num_classes // 2` of a permutation seeded s.
+
+    Equals the published rule `numpy.random.seed(s); numpy.random.permutation(C)[:C // 2]` without touching the global
+    generator.
+    """
+    if num_classes < 2:
+        raise ValueError(f"half_class_splits: expected at least 2 classes, got {num_classes}")
+    permutations = (np.random.RandomState(split).permutation(num_classes) for split in range(num_splits))
+    return [np.sort(permutation[: num_classes // 2]).astype(np.int64) for permutation in permutations]
+
+
+def topk_correct(scores_NC: Array, labels_N: Array, ks: Sequence[int] = (1, 5)) -> dict[int, int]:
+    """Videos whose class is among the k best, for each k.
+
+    Ties count against the model: the class must have fewer than k others that score as high or higher, so a constant
+    score is never correct unless k >= C. A video with a NaN among its scores is never correct.
+    """
+    scores_NC, labels_N = _checked(scores_NC, labels_N)
+    own_N1 = np.take_along_axis(scores_NC, labels_N[:, None], axis=1)
+    rank_N = (scores_NC >= own_N1).sum(axis=1)  # 1 for the best class: it is as high as itself
+    valid_N = ~np.isnan(scores_NC).any(axis=1)
+    return {k: int((valid_N & (rank_N <= k)).sum()) for k in ks}
+
+
+def mean_average_precision(scores_NC: Array, labels_N: Array) -> float:
+    """Mean over the classes present of the average precision of "is of this class", per cent.
+
+    AP = sum over thresholds of (recall - previous recall) * precision, with videos of equal score at one threshold.
+    Raises ValueError without videos or with NaN scores.
+    """
+    scores_NC, labels_N = _checked(scores_NC, labels_N)
+    if not len(labels_N):
+        raise ValueError("mean_average_precision: no videos")
+    if np.isnan(scores_NC).any():
+        raise ValueError("mean_average_precision: scores contain NaN")
+    return 100.0 * float(
+        np.mean([_average_precision(scores_NC[:, label], labels_N == label) for label in np.unique(labels_N)])
+    )
+
+
+def _average_precision(scores_N: Array, relevant_N: Array) -> float:
+    order = np.argsort(-scores_N, kind="stable")
+    scores_N, relevant_N = scores_N[order], relevant_N[order]
+    last_of_ties = np.append(np.flatnonzero(scores_N[1:] != scores_N[:-1]), len(scores_N) - 1)
+    found = np.cumsum(relevant_N)[last_of_ties]
+    precision = found / (last_of_ties + 1)
+    recall = found / found[-1]
+    return float(np.sum(np.diff(recall, prepend=0.0) * precision))
+
+
+def confusion_matrix(pred_N: Array, labels_N: Array, num_classes: int) -> NDArray[np.int64]:
+    """Counts (C, C): rows are true classes, columns predicted ones. Raises ValueError on an id out of range."""
+    pred_N, labels_N = np.asarray(pred_N, np.int64), np.asarray(labels_N, np.int64)
+    if pred_N.shape != labels_N.shape or pred_N.ndim != 1:
+        raise ValueError(f"confusion_matrix: expected two (N,) arrays, got {pred_N.shape} and {labels_N.shape}")
+    for ids in (pred_N, labels_N):
+        if len(ids) and not 0 <= ids.min() <= ids.max() < num_classes:
+            raise ValueError(f"confusion_matrix: class ids {ids.min()}..{ids.max()} are not in 0..{num_classes - 1}")
+    flat = np.bincount(labels_N * num_classes + pred_N, minlength=num_classes**2)
+    return flat.reshape(num_classes, num_classes)
+
+
+def mean_class_accuracy(confusion_CC: Array) -> float:
+    """Mean over the classes present of the share of their videos that is right, per cent. ValueError without videos."""
+    confusion_CC = np.asarray(confusion_CC)
+    videos_C = confusion_CC.sum(axis=1)
+    present_C = videos_C > 0
+    if not present_C.any():
+        raise ValueError("mean_class_accuracy: no videos")
+    return 100.0 * float(np.mean(np.diag(confusion_CC)[present_C] / videos_C[present_C]))
+
+
+def _checked(scores_NC: Array, labels_N: Array) -> tuple[Array, NDArray[np.int64]]:
+    scores_NC, labels_N = np.asarray(scores_NC), np.asarray(labels_N, np.int64)
+    if scores_NC.ndim != 2 or labels_N.shape != scores_NC.shape[:1]:
+        raise ValueError(f"expected scores (N, C) and labels (N,), got {scores_NC.shape} and {labels_N.shape}")
+    if len(labels_N) and not 0 <= labels_N.min() <= labels_N.max() < scores_NC.shape[1]:
+        raise ValueError(f"labels {labels_N.min()}..{labels_N.max()} are not in 0..{scores_NC.shape[1] - 1}")
+    return scores_NC, labels_N

@@ -1,0 +1,102 @@
+"""The video recogniser: CLIP's visual tower on every frame, a temporal head, cosine with class embeddings.
+
+B videos, T frames, C classes, D embedding width; frames are (B, T, 3, H, W) uint8. Imports config, heads and towers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from text4vis.config import ConfigError, NetworkConfig
+from text4vis.heads import build_head
+from text4vis.towers import TextTower, Towers, build_towers
+
+
+def build_model(network: NetworkConfig, num_segments: int, *, image_size: int | None = None) -> VideoClip:
+    """A recogniser in fp32 on the CPU for videos of `num_segments` frames.
+
+    `image_size` (pixels, default: the tower's own) interpolates the position embedding where it differs. The head is
+    random, drawn from torch's global generator. Raises ConfigError, naming the key.
+    """
+    towers = build_towers(network, image_size)
+    try:
+        head = build_head(
+            network.sim_header,
+            embed_dim=towers.embed_dim,
+            text_width=towers.text_width,
+            num_segments=num_segments,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return VideoClip(towers, head, num_segments, fix_video=network.fix_video)
+
+
+class VideoClip(nn.Module):
+    """`visual`, `fusion_model` and `logit_scale` are its parameters, under the names that Text4Vis's files use.
+
+    `logit_scale` has shape (1,): the engine cannot partition a parameter without dimensions. The frozen text tower
+    (`text`) is not a submodule: it stays in fp32 on the CPU, and neither the optimiser nor a checkpoint sees it.
+    """
+
+    def __init__(self, towers: Towers, head: nn.Module, num_segments: int, *, fix_video: bool = False) -> None:
+        super().__init__()
+        self.visual = towers.visual
+        self.fusion_model = head
+        self.logit_scale = nn.Parameter(torch.tensor([towers.logit_scale]))
+        self.text: TextTower = towers.text
+        self.clip_config: dict[str, Any] = towers.config
+        self.mean, self.std = towers.mean, towers.std
+        self.embed_dim, self.image_size, self.num_segments = towers.embed_dim, towers.image_size, num_segments
+        self.fix_video = fix_video
+        if fix_video:
+            self.visual.requires_grad_(False)
+        self.train()
+
+    def train(self, mode: bool = True) -> VideoClip:
+        """A frozen visual tower stays in evaluation mode, so that its batch statistics stay frozen too."""
+        super().train(mode)
+        if self.fix_video:
+            self.visual.eval()
+        return self
+
+    def forward(self, frames_BTCHW: Tensor, class_embeddings_CD: Tensor) -> Tensor:
+        """Logits (B, C) float32: exp(logit_scale) times the cosine of video and class, computed in float32."""
+        videos_BD = nn.functional.normalize(self.encode_video(frames_BTCHW), dim=-1)
+        classes_CD = class_embeddings_CD.to(device=videos_BD.device, dtype=torch.float32)
+        cosines_BC = videos_BD @ nn.functional.normalize(classes_CD, dim=-1).T
+        return self.logit_scale.float().exp() * cosines_BC
+
+    def encode_video(self, frames_BTCHW: Tensor) -> Tensor:
+        """Videos (B, D) float32, not normalised."""
+        return self.fusion_model(self.encode_frames(frames_BTCHW))
+
+    def encode_frames(self, frames_BTCHW: Tensor) -> Tensor:
+        """Frames' embeddings (B, T, D) in the visual tower's dtype, not normalised. Any memory format will do."""
+        size = self.image_size
+        if frames_BTCHW.dtype != torch.uint8 or tuple(frames_BTCHW.shape[2:]) != (3, size, size):
+            found = f"{tuple(frames_BTCHW.shape)} {frames_BTCHW.dtype}"
+            raise ValueError(f"frames: expected (B, T, 3, {size}, {size}) uint8 (data.input_size), got {found}")
+        scale, shift = _pixel_constants(self.mean, self.std, frames_BTCHW.device)
+        pixels = frames_BTCHW.flatten(0, 1).float() * scale + shift
+        embeddings = self.visual(pixels.to(next(self.visual.parameters()).dtype))
+        return embeddings.unflatten(0, frames_BTCHW.shape[:2])
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Texts (C, D) float32 on the CPU, not normalised, without gradient. Raises ValueError if one is too long."""
+        return self.text.encode(texts)
+
+
+@functools.cache
+def _pixel_constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Scale and shift (3, 1, 1) that turn 0..255 into (x / 255 - mean) / std.
+
+    Not buffers, because the engine would round those to bf16; cached, because a copy to the device would stall a step.
+    """
+    mean_C11, std_C11 = (torch.tensor(values, dtype=torch.float64).reshape(3, 1, 1) for values in (mean, std))
+    scale, shift = 1 / (255 * std_C11), -mean_C11 / std_C11
+    return scale.float().to(device), shift.float().to(device)

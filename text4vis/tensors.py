@@ -1,0 +1,119 @@
+"""Named tensors from files, and their strict loading. Nothing but tensors, numbers and containers is ever rebuilt.
+
+Imports text4vis.config only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from open_clip.pretrained import get_pretrained_url, list_pretrained_models_by_tag
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from text4vis.config import ConfigError
+
+State = dict[str, Tensor]
+
+# Numbers that OpenAI's archives keep among the tensors.
+OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
+
+
+def read_weights(path: Path, key: str) -> State:
+    """Named tensors of a file: safetensors, a torch file of tensors, or one of OpenAI's published archives.
+
+    OpenAI's archives are TorchScript, that is, code: one is opened only if its SHA-256 is that of a published file.
+    `key` is the config key named in errors. Raises ConfigError.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            content: Any = load_file(path)
+        except FileNotFoundError:
+            raise ConfigError(f"{key}: no such file: {path}") from None
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{key}: {path} is not a readable safetensors file ({error})") from None
+    elif _is_torchscript(path):
+        content = _openai_archive(path, key)
+    else:
+        content = read_torch_file(path, key)
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ConfigError(f"{key}: {path} is not a dictionary of named tensors")
+    state = {name.removeprefix("module."): tensor for name, tensor in content.items()}
+    return {name: tensor for name, tensor in state.items() if name not in OPENAI_EXTRAS}
+
+
+def read_torch_file(path: Path, key: str) -> Any:
+    """Tensors, numbers, strings and containers of a torch file; a file that holds more is refused, unread.
+
+    `key` is named in errors. Raises ConfigError.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ConfigError(f"{key}: no such file: {path}") from None
+    except Exception as error:  # a damaged file fails in any way
+        if "Weights only load failed" in str(error):
+            reason = "holds more than tensors and numbers, and pickled code is never run; save its state dict alone"
+        else:
+            reason = f"is not a readable torch file ({' '.join(str(error).split())})"
+        raise ConfigError(f"{key}: {path} {reason}") from None
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def _openai_archive(path: Path, key: str) -> State:
+    published = {get_pretrained_url(name, "openai").split("/")[-2] for name in list_pretrained_models_by_tag("openai")}
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() not in published:
+        raise ConfigError(
+            f"{key}: {path} is a TorchScript archive, which carries code, and none that OpenAI published; save its "
+            "state dict as .safetensors"
+        )
+    return dict(torch.jit.load(path, map_location="cpu").state_dict())
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], where: str, hint: str = "") -> None:
+    """Loads exactly the module's tensors. Raises ConfigError listing every key that is missing, extra or mis-shaped.
+
+    A scale of shape () fits one of shape (1,) and the other way round.
+    """
+    expected = module.state_dict()
+    state = dict(state)
+    for name in expected.keys() & state.keys():
+        if state[name].numel() == 1 == expected[name].numel():
+            state[name] = state[name].reshape(expected[name].shape)
+    shapes = {
+        f"{name} {list(state[name].shape)} for {list(expected[name].shape)}"
+        for name in expected.keys() & state.keys()
+        if state[name].shape != expected[name].shape
+    }
+    problems = {
+        "missing": expected.keys() - state.keys(),
+        "unexpected": state.keys() - expected.keys(),
+        "shape": shapes,
+    }
+    report = [f"{kind}: {_some(names)}" for kind, names in problems.items() if names]
+    if report:
+        raise ConfigError(f"{where} does not fit the model; {'; '.join(report)}{hint}")
+    module.load_state_dict(state)
+
+
+def _some(names: Collection[str], most: int = 6) -> str:
+    first = ", ".join(sorted(names)[:most])
+    return first if len(names) <= most else f"{first} and {len(names) - most} more"

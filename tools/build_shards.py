@@ -1,0 +1,104 @@
+"""Packs videos into WebDataset tar shards with an index. After an interruption, run it again: it goes on."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from shards.annotations import parse_annotations, parse_labels
+from shards.format import MANIFEST, ShardError
+from shards.writer import build_shards
+
+_UNITS = {"": 1, "B": 1, **{f"{letter}B": 1000**power for power, letter in enumerate("KMGT", start=1)}}
+_UNITS |= {f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", start=1)}
+
+_SHOWN_SKIPS = 10
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of `1GB`, `500MB`, `1GiB` or a plain number."""
+    match = re.fullmatch(r"(\d{1,15})(?:\.(\d{1,9}))?\s*([a-zA-Z]*)", text.strip())
+    if match is None or match[3].upper() not in _UNITS:
+        raise argparse.ArgumentTypeError(f"expected bytes such as 1GB, 500MB, 1GiB or 1000000, got {text!r}")
+    value = int(float(f"{match[1]}.{match[2] or 0}") * _UNITS[match[3].upper()])
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1 byte, got {text!r}")
+    return value
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--annotations", required=True, metavar="LIST", help="lines of `folder frames label` or `video.mp4 label`")
+    add("--root", required=True, metavar="DIR", help="folder that the paths of the list begin in")
+    add("--labels", required=True, metavar="CSV", help="class list with the header `id,name`")
+    add("--output", required=True, metavar="DIR", help="folder of the data set")
+    add("--image-template", default="img_{:05d}.jpg", metavar="NAME", help="file name of a frame by its number")
+    add("--shard-bytes", type=parse_bytes, default="1GB", metavar="SIZE", help="close a shard when it has reached this")
+    add("--max-frames", type=int, metavar="K", help="thin longer videos to K frames, uniformly")
+    add("--short-side", type=int, metavar="PX", help="re-encode: scale the shorter side down to PX")
+    add("--quality", type=int, metavar="Q", help="re-encode: JPEG quality, 90 if only the size is given")
+    add("--seed", type=int, default=0, metavar="S", help="of the order of the videos")
+    add("--workers", type=int, metavar="N", help="threads; by default one a core")
+    add("--on-error", choices=("fail", "skip"), default="fail", help="what to do about a video that cannot be read")
+    add("--append", action="store_true", help="add the videos to the finished data set in --output, as new shards")
+    add(
+        "--store",
+        choices=("frames", "video"),
+        default="frames",
+        help="JPEG frames, or the encoded video files as they are",
+    )
+    add("--fps", type=float, metavar="N", help="resample video files to N frames a second")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    labels = parse_labels(arguments.labels)
+    annotations = parse_annotations(arguments.annotations, len(labels), labels_file=arguments.labels)
+    options = {name: value for name, value in vars(arguments).items() if name not in ("annotations", "labels")}
+    started = time.perf_counter()
+    videos = size = 0
+    with tqdm(total=len(annotations), unit="video", disable=not sys.stderr.isatty()) as bar:
+
+        def advance(num_videos: int, _num_frames: int, num_bytes: int) -> None:
+            nonlocal videos, size
+            videos, size = videos + num_videos, size + num_bytes
+            bar.update(num_videos)
+            bar.set_postfix_str(f"{size / 1e6:.0f} MB", refresh=False)
+
+        manifest = build_shards(
+            annotations, labels=labels, progress=advance, list_name=arguments.annotations, **options
+        )
+    seconds = time.perf_counter() - started
+    if videos == 0:
+        print(f"{arguments.output}: already complete")
+    total_bytes = sum(shard.bytes for shard in manifest.shards)
+    print(
+        f"{arguments.output}: {manifest.num_videos} videos, {manifest.num_members} "
+        f"{'frames' if manifest.content == 'frames' else 'video files'}, {len(manifest.shards)} shards, "
+        f"{total_bytes / 1e6:.1f} MB; this run: {seconds:.1f} s, {size / 1e6 / seconds:.0f} MB/s; "
+        f"{len(manifest.skipped)} skipped"
+    )
+    for entry in manifest.skipped[:_SHOWN_SKIPS]:
+        print(f"  skipped line {entry['line']}: {entry['reason']}")
+    if len(manifest.skipped) > _SHOWN_SKIPS:
+        print(
+            f"  and {len(manifest.skipped) - _SHOWN_SKIPS} more, see `skipped` in {Path(arguments.output) / MANIFEST}"
+        )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ShardError, OSError, ValueError) as error:
+        print(f"build_shards: error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("build_shards: stopped; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)

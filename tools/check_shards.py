@@ -1,0 +1,100 @@
+"""Proves data sets of shards sound and tells what they hold. Exit code: 0 sound, 1 unsound, 2 wrong usage."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from shards.annotations import parse_labels
+from shards.checker import VIDEOS_PER_RANK, Report, check_datasets
+from shards.format import ShardError
+
+_SHOWN_LINES = 20
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("datasets", nargs="+", metavar="DIR", help="data sets; no video may be in two of them")
+    parser.add_argument("--deep", action="store_true", help="decode every frame too")
+    parser.add_argument("--labels", metavar="CSV", help="class list that the data sets must have")
+    parser.add_argument("--json", metavar="FILE", help="write the report here as JSON")
+    parser.add_argument("--workers", type=int, metavar="N", help="threads; by default one a core")
+    return parser.parse_args()
+
+
+def print_table(report: Report) -> None:
+    terminal = sys.stdout.isatty()
+    table = Table(box=box.ROUNDED if terminal else box.ASCII)
+    table.add_column("")
+    rows = [_cells(dataset.statistics) for dataset in report.datasets]
+    for dataset in report.datasets:
+        table.add_column(ascii(dataset.path)[1:-1], justify="right")
+    for name in dict.fromkeys(name for cells in rows for name in cells):
+        table.add_row(name, *(cells.get(name, "-") for cells in rows))
+    table.add_row("result", *("UNSOUND" if dataset.problems else "sound" for dataset in report.datasets))
+    Console(markup=False, highlight=False, width=None if terminal else 160).print(table)
+
+
+def _cells(statistics: dict[str, Any]) -> dict[str, str]:
+    if not statistics:
+        return {}
+
+    def spread(name: str) -> str:
+        return "{min:,} / {median:,} / {max:,}".format(**statistics[name])
+
+    return {
+        "content": statistics["content"],
+        "fingerprint": statistics["fingerprint"][:16],
+        "videos": f"{statistics['videos']:,}",
+        "frames": f"{statistics['frames']:,}",
+        "shards": f"{statistics['shards']:,}",
+        "MB": f"{statistics['bytes'] / 1e6:,.1f}",
+        "frames a video, min / median / max": spread("frames_per_video"),
+        "bytes a member": spread("member_bytes"),
+        "shorter side, pixels": spread("short_side"),
+        "classes (empty)": f"{statistics['classes']} ({statistics['empty_classes']})",
+        "videos a class": spread("videos_per_class"),
+        "skipped when built": f"{statistics['skipped']:,}",
+        f"ranks fed well (>= {VIDEOS_PER_RANK} videos a rank an epoch)": f"{statistics['well_fed_ranks']:,}",
+        "ranks of a reader that splits by shard": f"at most {statistics['shards']:,}",
+    }
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    try:
+        labels = parse_labels(arguments.labels) if arguments.labels else None
+    except ShardError as error:
+        print(f"check_shards: error: {error}", file=sys.stderr)
+        return 2
+    with tqdm(unit="video", disable=not sys.stderr.isatty()) as bar:
+        report = check_datasets(
+            arguments.datasets, labels=labels, deep=arguments.deep, workers=arguments.workers, progress=bar.update
+        )
+    print_table(report)
+    lines = [f"problem: {line}" for dataset in report.datasets for line in dataset.problems]
+    lines += [f"leak: {line}" for line in report.leaks]
+    lines += [f"warning: {line}" for dataset in report.datasets for line in dataset.warnings]
+    for line in lines[:_SHOWN_LINES]:
+        print(line)
+    if len(lines) > _SHOWN_LINES:
+        print(f"and {len(lines) - _SHOWN_LINES} more lines; --json FILE holds all")
+    if arguments.json:
+        Path(arguments.json).write_text(report.to_json(), encoding="utf-8")
+    print("sound" if report.sound else "UNSOUND")
+    return 0 if report.sound else 1
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except OSError as error:
+        print(f"check_shards: error: {error}", file=sys.stderr)
+        sys.exit(1)

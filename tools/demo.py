@@ -1,0 +1,140 @@
+"""The whole of Text4Vis on drawn people, from nothing to a picture: what `make demo` runs.
+
+    python tools/demo.py --output demo
+
+Each stage is one of the ordinary commands, shown before it runs. A finished stage is skipped the next time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = "configs/demo.yaml"
+SPLITS = ("train", "val", "unseen")
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    commands: list[list[str]]
+
+
+def stages(folder: Path) -> list[Stage]:
+    data, run = folder / "data", folder / "run"
+    python, binaries = sys.executable, Path(sys.executable).parent
+    launch = [str(binaries / "deepspeed"), "--num_gpus", str(torch.cuda.device_count() or 2)]
+
+    def build(split: str) -> list[str]:
+        labels = data / ("unseen_labels.csv" if split == "unseen" else "labels.csv")
+        return [
+            python, "tools/build_shards.py", "--annotations", f"{data}/{split}.txt", "--root", f"{data}/frames",
+            "--labels", str(labels), "--output", f"{folder}/shards/{split}", "--shard-bytes", "32MB",
+        ]  # fmt: skip
+
+    shards = [f"data.train={folder}/shards/train", f"data.val={folder}/shards/val"]
+    unseen = [f"data.val={folder}/shards/unseen", "data.dataset=unseen"]
+    return [
+        Stage("data", [[python, "tools/make_demo_data.py", "--output", str(data)]]),
+        Stage("shards", [build(split) for split in SPLITS]),
+        Stage(
+            "training",
+            [[*launch, "text4vis/train.py", "--config", CONFIG, "--output", str(run), *with_set(shards)]],
+        ),
+        Stage(
+            "evaluation",
+            [
+                [*launch, "text4vis/evaluate.py", "--config", CONFIG, "--model", str(run), *with_set(settings),
+                 "--report", f"{folder}/{name}.json"]
+                for name, settings in (("val", shards), ("unseen", unseen))
+            ],
+        ),
+        Stage("export", [[python, "tools/export.py", str(run), "--output", f"{folder}/exported"]]),
+        Stage(
+            "prediction",
+            [[python, "tools/predict.py", first_video(data), "--model", f"{folder}/exported", "--picture",
+              f"{folder}/prediction.png"]],
+        ),
+    ]  # fmt: skip
+
+
+def with_set(settings: list[str]) -> list[str]:
+    return [word for setting in settings for word in ("--set", setting)]
+
+
+def first_video(data: Path) -> str:
+    """Frame folder of the first video of the val list, once there is one."""
+    annotations = data / "val.txt"
+    name = annotations.read_text(encoding="utf-8").split(" ", 1)[0] if annotations.exists() else ""
+    return str(data / "frames" / name)
+
+
+def perform(stage: Stage, folder: Path, console: Console) -> float:
+    """Runs the stage's commands unless the same commands have been finished before. Returns seconds spent on it."""
+    done = folder / "stages" / f"{stage.name}.json"
+    if done.exists():
+        record = json.loads(done.read_text(encoding="utf-8"))
+        if record["commands"] == stage.commands:
+            console.print(f"[bold]{stage.name}[/]: done before, {record['seconds']:.0f} s")
+            return float(record["seconds"])
+    started = time.perf_counter()
+    for command in stage.commands:
+        console.print(f"[bold]{stage.name}[/]: {' '.join(command)}", highlight=False, soft_wrap=True)
+        result = subprocess.run(command, check=False)
+        if result.returncode:
+            sys.exit(f"demo: error: stage {stage.name} failed with exit code {result.returncode}; its output is above")
+    seconds = time.perf_counter() - started
+    done.parent.mkdir(parents=True, exist_ok=True)
+    done.write_text(json.dumps({"commands": stage.commands, "seconds": seconds}), encoding="utf-8")
+    return seconds
+
+
+def summary(folder: Path, seconds: dict[str, float]) -> Table:
+    manifests = [json.loads((folder / "shards" / split / "manifest.json").read_text("utf-8")) for split in SPLITS]
+    shards = [shard for manifest in manifests for shard in manifest["shards"]]
+    val, unseen = (json.loads((folder / f"{name}.json").read_text("utf-8")) for name in ("val", "unseen"))
+    lines = (folder / "run" / "metrics.jsonl").read_text("utf-8").splitlines()
+    table = Table("demo", "", title="Text4Vis demo", show_header=False)
+    table.add_row("videos", " + ".join(f"{m['num_videos']} {s}" for m, s in zip(manifests, SPLITS, strict=True)))
+    table.add_row("shards", f"{len(shards)}, {sum(shard['bytes'] for shard in shards) / 1e6:.0f} MB")
+    table.add_row("training steps", str(json.loads(lines[-1])["step"]))
+    table.add_row("seconds", ", ".join(f"{name} {spent:.0f}" for name, spent in seconds.items()))
+    table.add_row("top-1 on val", f"{val['top1']:.1f} %  ({val['classes']} classes, chance {val['chance']:.1f} %)")
+    table.add_row(
+        "zero-shot top-1",
+        f"{unseen['top1']:.1f} %  ({unseen['classes']} unseen classes, chance {unseen['chance']:.1f} %)",
+    )
+    table.add_row("picture", str(folder / "prediction.png"))
+    table.add_row("curves", f"{Path(sys.executable).parent}/tensorboard --logdir {folder / 'run' / 'tensorboard'}")
+    return table
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for everything that it makes")
+    folder = Path(os.path.relpath(parser.parse_args().output, ROOT))
+    os.chdir(ROOT)  # the commands are shown as a reader in the project's folder would type them
+    console = Console()
+    seconds: dict[str, float] = {}
+    for name in [stage.name for stage in stages(folder)]:
+        stage = next(
+            stage for stage in stages(folder) if stage.name == name
+        )  # later commands depend on earlier results
+        seconds[name] = perform(stage, folder, console)
+    console.print(summary(folder, seconds))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

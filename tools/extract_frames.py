@@ -1,0 +1,67 @@
+"""Decodes videos into folders of JPEG frames and writes OUT/annotations.txt. After an interruption, run it again."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from shards.annotations import parse_annotations
+from shards.extraction import ANNOTATIONS, extract_frames
+from shards.format import ShardError
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--videos", required=True, metavar="LIST", help="lines of `video.mp4 label`")
+    add("--root", required=True, metavar="DIR", help="folder that the paths of the list begin in")
+    add("--output", required=True, metavar="DIR", help="folder for the frame folders and annotations.txt")
+    add("--short-side", type=int, default=256, metavar="PX", help="scale the shorter side down to PX; 0 keeps the size")
+    add("--fps", type=float, metavar="N", help="take N frames a second instead of all")
+    add("--quality", type=int, default=90, metavar="Q", help="JPEG quality")
+    add("--image-template", default="img_{:05d}.jpg", metavar="NAME", help="file name of a frame by its number")
+    add("--workers", type=int, metavar="N", help="threads; by default one a core")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    videos = parse_annotations(arguments.videos)
+    started = time.perf_counter()
+    with tqdm(total=len(videos), unit="video", disable=not sys.stderr.isatty()) as bar:
+
+        def advance(num_videos: int, _num_frames: int) -> None:
+            bar.update(num_videos)
+
+        frames = extract_frames(
+            videos,
+            root=arguments.root,
+            output=arguments.output,
+            short_side=arguments.short_side or None,
+            quality=arguments.quality,
+            fps=arguments.fps,
+            image_template=arguments.image_template,
+            workers=arguments.workers,
+            progress=advance,
+            list_name=arguments.videos,
+        )
+    seconds = time.perf_counter() - started
+    print(
+        f"{arguments.output}: {len(videos)} videos, {frames} frames in {seconds:.1f} s; list: "
+        f"{Path(arguments.output) / ANNOTATIONS}"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ShardError, OSError, ValueError) as error:
+        print(f"extract_frames: error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("extract_frames: stopped; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
