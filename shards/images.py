@@ -13,6 +13,8 @@ DEFAULT_QUALITY = 90
 MAX_PIXELS = 178_956_970
 MAX_SIDE = 65_535
 
+_JPEG_END = b"\xff\xd9"
+_NO_HEAD = b"no image begins like this"
 _PNG_END = b"IEND\xaeB`\x82"
 _PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 
@@ -30,11 +32,32 @@ def probe_image(data: bytes) -> ImageInfo:
 
     Raises ValueError when the bytes are empty, of another kind, cut off, or beyond the limits on the size.
     """
+    return _probe(data)[0]
+
+
+class ImageProbe:
+    """`probe_image` for the frames of one video, which mostly share their header: it is parsed once."""
+
+    def __init__(self) -> None:
+        self._head = _NO_HEAD
+        self._info = ImageInfo("", 0, 0)
+
+    def __call__(self, data: bytes) -> ImageInfo:
+        if not (data.startswith(self._head) and data.endswith(_JPEG_END)):
+            self._info, head_bytes = _probe(data)
+            self._head = data[:head_bytes] if head_bytes else _NO_HEAD
+        return self._info
+
+
+def _probe(data: bytes) -> tuple[ImageInfo, int]:
+    """Kind and size, and for a JPEG the number of bytes from its beginning that they follow from (else 0)."""
+    head_bytes = 0
     if not data:
         raise ValueError("the file is empty")
     try:
         if data.startswith(b"\xff\xd8\xff"):
-            info = ImageInfo("jpg", *_jpeg_size(data))
+            width, height, head_bytes = _jpeg_size(data)
+            info = ImageInfo("jpg", width, height)
         elif data.startswith(b"\x89PNG\r\n\x1a\n"):
             info = ImageInfo("png", *_png_size(data))
         elif data.startswith(b"RIFF") and data[8:12] == b"WEBP":
@@ -49,7 +72,7 @@ def probe_image(data: bytes) -> ImageInfo:
         raise ValueError(
             f"the image is {info.width}x{info.height} pixels; the limits are {MAX_SIDE} a side, {MAX_PIXELS} in all"
         )
-    return info
+    return info, head_bytes
 
 
 def reencode(data: bytes, short_side: int | None, quality: int | None) -> bytes:
@@ -90,10 +113,10 @@ def check_decodes(data: bytes) -> None:
         raise ValueError(f"the image does not decode ({error})") from error
 
 
-def _jpeg_size(data: bytes) -> tuple[int, int]:
-    """Walks the marker segments up to the frame header (SOF), then makes sure that the image has an end."""
+def _jpeg_size(data: bytes) -> tuple[int, int, int]:
+    """Width, height, and where the frame header (SOF) that tells them ends; makes sure that the image has an end."""
     position = 2
-    size: tuple[int, int] | None = None
+    size: tuple[int, int, int] | None = None
     while True:
         if data[position] != 0xFF:
             raise ValueError(f"the JPEG header is damaged at byte {position}")
@@ -106,14 +129,14 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
             break
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             height = (data[position + 5] << 8) | data[position + 6]
-            size = (data[position + 7] << 8) | data[position + 8], height
-            if data.endswith(b"\xff\xd9"):
+            size = (data[position + 7] << 8) | data[position + 8], height, position + 2 + length
+            if data.endswith(_JPEG_END):
                 return size
         position += 2 + length
     if size is None:
         raise ValueError("the JPEG has no frame header")
     # Bytes may follow the end of the image; between the scan and the end no such marker can be.
-    if data.find(b"\xff\xd9", position) < 0:
+    if data.find(_JPEG_END, position) < 0:
         raise ValueError("the JPEG is cut off: it has no end marker")
     return size
 

@@ -331,8 +331,8 @@ class ShardDataset:
             )
         what = f"frame {number}" if index.manifest.content == "frames" else "the video"
         return (
-            f"{self.describe(sample)}: {what} has the CRC-32 {actual:#010x}, the index says {expected:#010x}; the shard "
-            "is damaged: find what else is with tools/check_shards.py, then copy it again or rebuild"
+            f"{self.describe(sample)}: {what} has the CRC-32 {actual:#010x}, the index says {expected:#010x}; the "
+            "shard is damaged: find what else is with tools/check_shards.py, then copy it again or rebuild"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

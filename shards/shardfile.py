@@ -47,6 +47,7 @@ class ShardFile:
         self._waiting_bytes = 0
         self._synced = 0
         self._sync: threading.Thread | None = None
+        self._sync_error: OSError | None = None
         self._file: int | None = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
 
     def add_video(self, key: str, chunks: Iterator[Chunk], annotation: Annotation, class_name: str) -> int:
@@ -102,6 +103,8 @@ class ShardFile:
         self._flush()
         assert self._file is not None
         self._join_sync()
+        if self._sync_error is not None:
+            raise self._sync_error
         os.fsync(self._file)
         os.close(self._file)
         self._file = None
@@ -157,8 +160,15 @@ class ShardFile:
         if self.position - self._synced >= _SYNC_BYTES and (self._sync is None or not self._sync.is_alive()):
             # The disk works while the next videos are read, and little is left for the final sync.
             self._synced = self.position
-            self._sync = threading.Thread(target=os.fdatasync, args=(self._file,), daemon=True)
+            self._sync = threading.Thread(target=self._sync_data, args=(self._file,), daemon=True)
             self._sync.start()
+
+    def _sync_data(self, file: int) -> None:
+        # The system reports a failed write to one sync only: remember it for `close`.
+        try:
+            os.fdatasync(file)
+        except OSError as error:
+            self._sync_error = error
 
     def _pwrite(self, text: bytes, offset: int) -> None:
         assert self._file is not None

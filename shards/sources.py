@@ -18,7 +18,7 @@ import numpy as np
 
 from shards.annotations import Annotation
 from shards.format import MAX_FRAMES, MAX_MEMBER_BYTES
-from shards.images import encode_jpeg, probe_image, reencode
+from shards.images import ImageProbe, encode_jpeg, probe_image, reencode
 from shards.video import VideoError, VideoInfo, frames_at_rate, iter_frames, probe_video
 
 CHUNK_FRAMES = 64
@@ -153,11 +153,12 @@ def _read_folder(root: Path, name: str, num_frames: int, options: SourceOptions)
         positions = thinned(num_frames, options.max_frames).tolist()
         details = {"source": {"frames": num_frames}}
         chunk = Chunk(len(positions), details)
+        probe = ImageProbe()
         for position in positions:
             frame = options.image_template.format(first + position)
             data = _read_frame(folder, name, frame, num_frames)
             try:
-                extension, width, height = probe_image(data)
+                extension, width, height = probe(data)
                 if options.reencodes:
                     data = reencode(data, options.short_side, options.quality)
                     extension, width, height = probe_image(data)

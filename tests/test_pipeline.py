@@ -5,6 +5,7 @@ import hashlib
 import io
 import itertools
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,8 @@ from shards.format import ShardError
 from shards.writer import build_shards
 from text4vis.augmentation import Crop, Geometry
 from text4vis.config import Config, ConfigError, config_from_dict
-from text4vis.pipeline import Frame, build_loader, decode_graph, place, place_on_device
+from text4vis.jobs import Frame
+from text4vis.pipeline import build_loader, image_graph, place, place_on_device, video_graph
 from text4vis.sampling import test_indices as clip_indices
 
 NUM_VIDEOS = 23
@@ -171,17 +173,18 @@ def test_the_graph_that_also_resizes_gives_the_same_pictures(photographs):
     """What a GPU runs, run here on the CPU: DALI's cubic resize against Pillow's; and it is defined for a GPU too."""
     _, root = photographs
     data = (root / "video1" / "img_00001.jpg").read_bytes()
-    graph = decode_graph(device_id=None, num_threads=1, max_frames=1, resize="cubic")
+    graph = image_graph(device_id=None, num_threads=1, batch_size=1, resize="cubic")
     graph.feed_input("encoded", [np.frombuffer(data, np.uint8)])
     graph.feed_input("start", np.array([[0, 0]], np.int32))
     graph.feed_input("shape", np.array([[270, 480]], np.int32))
     graph.feed_input("size", np.array([[256, 455]], np.float32))
     graph.schedule_run()
-    ours = np.asarray(graph.share_outputs()[0].at(0)).astype(int)
+    ours = np.asarray(graph.share_outputs()[0][0]).astype(int)
     expected = np.asarray(Image.open(io.BytesIO(data)).resize((455, 256), Image.Resampling.BICUBIC), dtype=int)
     assert np.abs(ours - expected).mean() <= 0.5 and np.abs(ours - expected).max() <= 8
     for resize in ("linear", "cubic"):
-        assert decode_graph(device_id=0, num_threads=2, max_frames=8, resize=resize).device_id == 0
+        for graph in (image_graph, video_graph):
+            assert graph(device_id=0, num_threads=2, batch_size=8, resize=resize).device_id == 0
 
 
 def test_placing_on_the_device_equals_placing_on_the_cpu():
@@ -195,6 +198,53 @@ def test_placing_on_the_device_equals_placing_on_the_cpu():
     ours = torch.zeros(expected.shape, dtype=torch.uint8)
     place_on_device([frame], [torch.from_numpy(image)], ours)
     assert np.abs(ours.numpy().astype(int) - expected).max() <= 1  # grey may round the other way
+
+
+@pytest.fixture(scope="module")
+def stored_videos(tmp_path_factory):
+    """Three short H.264 files with B-frames, stored as they are, and their decoded frames by name."""
+    base = tmp_path_factory.mktemp("videos")
+    picture = np.asarray(Image.fromarray(load_sample_image("flower.jpg")).resize((160, 120)))
+    for number in range(3):
+        with av.open(str(base / f"clip {number}.mp4"), "w") as file:
+            stream = file.add_stream("libx264", rate=25)
+            stream.width, stream.height, stream.pix_fmt = 96, 72, "yuv420p"
+            for k in range(20 + number):
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture[k : k + 72, 2 * k : 2 * k + 96]))
+                file.mux(stream.encode(frame))
+            file.mux(stream.encode())
+    (base / "list.txt").write_text("".join(f"clip {n}.mp4 {n}\n" for n in range(3)))
+    annotations = parse_annotations(base / "list.txt")
+    build_shards(annotations, root=base, labels=["a", "b", "c"], output=base / "shards", store="video")
+    return base
+
+
+def test_stored_videos_give_exactly_the_planned_frames(stored_videos):
+    config = settings(stored_videos / "shards", test_clips=2, test_crops=3, input_size=72, scale_size=72, batch_size=12)
+    with build_loader(config, "val") as loader:
+        seen = [(int(i), frames) for batch in loader for i, frames in zip(batch.ids, batch.frames, strict=True)]
+        names = [loader.dataset.name(i) for i, _ in seen]
+        counts = [int(loader.dataset.num_frames[i]) for i, _ in seen]
+    assert sorted(names) == [f"clip {n}.mp4" for n in range(3)] and sorted(counts) == [20, 21, 22]
+    for name, count, (_, frames) in zip(names, counts, seen, strict=True):
+        with av.open(str(stored_videos / name)) as file:
+            decoded = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+        for position, number in enumerate(clip_indices(count, 4, 2)):
+            for c, left in enumerate((0, 24, 12)):
+                view = frames[position // 4 * 3 + c, position % 4].permute(1, 2, 0).numpy()
+                np.testing.assert_array_equal(view, decoded[number][:, left : left + 72])
+
+
+def test_frames_and_videos_can_be_joined(shards, stored_videos, tmp_path):
+    """A batch that mixes both kinds is what the two alone would give."""
+    folders = make_frame_folders(tmp_path, [4, 5])
+    names = tmp_path / "abc.csv"
+    names.write_text("id,name\n0,a\n1,b\n2,c\n")
+    frames = build(folders.annotations, folders.root, names, tmp_path / "shards")
+    videos = stored_videos / "shards"
+    both = list(itertools.chain(*take(settings(frames, val=[str(frames), str(videos)], batch_size=5), "val")))
+    apart = [video for folder in (frames, videos) for batch in take(settings(folder), "val") for video in batch]
+    assert [video[1:] for video in both] == [video[1:] for video in apart]
 
 
 def test_synthetic_data_keeps_plan_and_labels(shards):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -24,11 +25,13 @@ from conftest import FrameFolders, jpeg, make_frame_folders
 from PIL import Image
 
 import shards.building
+import shards.shardfile
 import shards.sources
 from shards.annotations import Annotation, parse_annotations, parse_labels
 from shards.checker import check_datasets
 from shards.feed import OrderedFeed
 from shards.format import Manifest, ShardError, tar_header
+from shards.images import ImageProbe, probe_image
 from shards.index import Index, open_index, read_local_manifest
 from shards.sources import SourceOptions, thinned
 from shards.writer import build_shards
@@ -198,6 +201,17 @@ def test_a_failing_write_loses_nothing(frame_folders, built, tmp_path, monkeypat
     assert len(list((tmp_path / "data").glob("*.tar"))) == min(step // 2, 8)
     build(frame_folders, tmp_path / "data")
     assert content(tmp_path / "data") == content(built)
+
+
+def test_a_failing_background_sync_is_not_forgotten(frame_folders, tmp_path, monkeypatch):
+    def failing(file: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(shards.shardfile, "_SYNC_BYTES", 1)
+    monkeypatch.setattr(shards.shardfile.os, "fdatasync", failing)
+    with pytest.raises(ShardError, match="Input/output error"):
+        build(frame_folders, tmp_path / "data")
+    assert not list((tmp_path / "data").glob("*.tar"))
 
 
 def test_full_disk_is_one_clear_line(frame_folders, built, tmp_path):
@@ -459,6 +473,17 @@ def test_kinds_of_images(tmp_path):
             assert (image.mode, image.size, len(image.getexif())) == ("RGB", (40, 30), 0)
             assert np.abs(np.asarray(image, int) - pixels).max() <= 3
     assert check_datasets([tmp_path / "kept"], deep=True).sound
+
+
+def test_a_remembered_header_is_only_used_for_the_same_header():
+    probe = ImageProbe()
+    images = [jpeg(0), jpeg(1), png((10, 20)), jpeg(2), jpeg(3, 64, 64), jpeg(4), png((5, 5)), png((6, 6)), jpeg(5)]
+    images += [jpeg(6) + b"trailing", jpeg(7)]
+    assert [probe(data) for data in images] == [probe_image(data) for data in images]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="cut off"):
+            probe(jpeg(8)[:-30])
+        assert probe(jpeg(9)) == ("jpg", 48, 32)
 
 
 def test_short_side_scales_down_only(tmp_path):

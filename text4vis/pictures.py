@@ -19,7 +19,7 @@ def save_prediction(prediction: Prediction, title: str, path: str | Path) -> Non
     width = 1.55 * columns
     bars = 0.34 * num_classes + 0.45
     figure = Figure(figsize=(width, 1.75 * rows + bars + 0.5), dpi=120, facecolor="white", layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1.75 * rows, bars))
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.75 * rows, bars)).flat
     top.suptitle(title, color=_INK, fontsize=12, parse_math=False)
     for axes, frame, index in zip(
         top.subplots(rows, columns, squeeze=False).flat, prediction.frames, prediction.indices, strict=False

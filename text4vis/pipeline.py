@@ -14,34 +14,28 @@ from __future__ import annotations
 
 import io
 import itertools
-import queue
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
-from shards.reader import ShardDataset, open_dataset
 
 from shards.annotations import parse_labels
 from shards.format import ShardError
-from shards.plan import Stream, eval_slice, rank_slice
-from text4vis import augmentation, sampling
-from text4vis.augmentation import Crop, Geometry
+from shards.reader import ShardDataset, open_dataset
+from shards.video import VideoError, decode_frames
+from text4vis.augmentation import Geometry
 from text4vis.config import Config, ConfigError
 from text4vis.distributed import cores_per_rank
+from text4vis.jobs import Frame, Job, Planner
+from text4vis.prefetch import Prefetcher, pipelined
 
 cv2.setNumThreads(1)  # the pipeline's own threads are the parallelism
-
-Item = TypeVar("Item")
-Started = TypeVar("Started")
-Done = TypeVar("Done")
 
 
 @dataclass(frozen=True)
@@ -55,24 +49,6 @@ class Batch:
     frames: torch.Tensor
     labels: torch.Tensor
     ids: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Frame:
-    """One distinct frame of a batch: what is cut from it, and where each crop goes: (b, v, t, crop)."""
-
-    geometry: Geometry
-    targets: tuple[tuple[int, int, int, Crop], ...]
-
-
-@dataclass(frozen=True)
-class Job:
-    """The plan of one batch: for each video its distinct frames' indices, and the F frames in the same order."""
-
-    ids: np.ndarray
-    labels: np.ndarray
-    requests: list[tuple[int, np.ndarray]]
-    frames: list[Frame]
 
 
 def build_loader(config: Config, split: str, *, rank: int = 0, world_size: int = 1, consumed: int = 0) -> Loader:
@@ -120,22 +96,42 @@ class Loader:
         self, config: Config, split: str, dataset: ShardDataset, *, rank: int, world_size: int, consumed: int
     ) -> None:
         self.config, self.split, self.dataset = config, split, dataset
-        self.rank, self.world_size, self.consumed = rank, world_size, consumed
+        self.planner = Planner(config, split, dataset, rank, world_size)
+        self.world_size, self.consumed = world_size, consumed
         if not len(dataset):
             raise ConfigError(f"data.{split}: the data set {', '.join(getattr(config.data, split))} holds no videos")
         self.num_threads = config.data.workers or cores_per_rank()
         self.device = _decode_device(config)
-        self._workers: list[_Worker] = []
+        self._running: list[Prefetcher[Batch]] = []
 
     def __iter__(self) -> Iterator[Batch]:
-        worker = _Worker(self)
-        self._workers.append(worker)
-        return worker
+        running = Prefetcher(self._batches(), self.config.data.prefetch, f"{self.split}-loader")
+        self._running.append(running)
+        return running
+
+    def _batches(self) -> Generator[Batch, None, None]:
+        """Reads, decodes and finishes batch after batch, each step working ahead of the next."""
+        if self.config.data.synthetic:
+            yield from map(_Synthetic(self), self.jobs())
+            return
+        with ThreadPoolExecutor(1, "read") as reads, ThreadPoolExecutor(self.num_threads, "finish") as threads:
+
+            def start_reading(job: Job) -> tuple[Job, Future[list[list[bytes]]]]:
+                return job, reads.submit(self.dataset.read_many, job.requests)
+
+            def finish_reading(started: tuple[Job, Future[list[list[bytes]]]]) -> tuple[Job, list[list[bytes]]]:
+                return started[0], started[1].result()
+
+            decoder: Any = _GpuDecoder(self) if self.device.type == "cuda" else _CpuDecoder(self, threads)
+            finisher = _Finisher(self, threads)
+            read = pipelined(self.jobs(), start_reading, finish_reading, depth=2)
+            decoded = pipelined(read, decoder.start, decoder.finish, depth=1)
+            yield from pipelined(decoded, finisher.start, finisher.finish, depth=1)
 
     def close(self) -> None:
-        for worker in self._workers:
-            worker.close()
-        self._workers.clear()
+        for running in self._running:
+            running.close()
+        self._running.clear()
 
     def __enter__(self) -> Loader:
         return self
@@ -143,106 +139,14 @@ class Loader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @property
-    def num_views(self) -> int:
-        return 1 if self.split == "train" else self.config.data.test_clips * self.config.data.test_crops
+    def jobs(self) -> Iterator[Job]:
+        """The plans behind the batches."""
+        return self.planner.jobs(self.consumed)
 
     @property
     def batch_size(self) -> int:
-        """Videos per batch: views of an evaluation share the memory of one training batch."""
-        return max(1, self.config.data.batch_size // self.num_views)
-
-    @property
-    def max_frames(self) -> int:
-        """Most distinct frames that one batch can hold."""
-        clips = 1 if self.split == "train" else self.config.data.test_clips
-        return self.batch_size * clips * self.config.data.num_segments
-
-    def jobs(self) -> Iterator[Job]:
-        """The plans of the rank's batches, in order. Pure: reads nothing but the index."""
-        if self.split == "train":
-            for ids, epochs in self._train_positions():
-                yield self._train_job(ids, epochs)
-        else:
-            start, stop = eval_slice(len(self.dataset), self.rank, self.world_size)
-            for first in range(start, stop, self.batch_size):
-                yield self._eval_job(np.arange(first, min(first + self.batch_size, stop)))
-
-    def _train_positions(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(ids, epochs) of the rank's micro batches: its slice of each global batch, cut by gradient accumulation."""
-        steps = self.config.solver.grad_accumulation_steps
-        global_batch = self.batch_size * steps * self.world_size
-        stream = Stream(len(self.dataset), self.config.seed, self.config.data.shuffle, self.dataset.shard_of)
-        for position in itertools.count(self.consumed, global_batch):
-            start, stop = rank_slice(position, global_batch, self.rank, self.world_size)
-            for first in range(start, stop, self.batch_size):
-                yield stream.take(first, first + self.batch_size)
-
-    def _train_job(self, ids: np.ndarray, epochs: np.ndarray) -> Job:
-        data = self.config.data
-        requests, frames = [], []
-        for b, (sample, epoch) in enumerate(zip(ids.tolist(), epochs.tolist(), strict=True)):
-            if data.augmentation == "none":
-                drawn, indices = None, sampling.val_indices(int(self.dataset.num_frames[sample]), data.num_segments)
-            else:
-                rng = augmentation.generator(self.config.seed, epoch, sample)
-                drawn = augmentation.draw(data, int(self.dataset.num_frames[sample]), rng)
-                indices = drawn.indices
-
-            def geometry(height: int, width: int, drawn: augmentation.Draw | None = drawn) -> Geometry:
-                if drawn is None:
-                    return augmentation.eval_geometry(height, width, self.config.scale_size, data.input_size, 1)
-                return augmentation.train_geometry(drawn, height, width, data.input_size)
-
-            request, planned = self._plan_video(b, sample, indices, geometry)
-            requests.append(request)
-            frames += planned
-        return Job(ids, self.dataset.labels[ids], requests, frames)
-
-    def _eval_job(self, ids: np.ndarray) -> Job:
-        data = self.config.data
-
-        def geometry(height: int, width: int) -> Geometry:
-            return augmentation.eval_geometry(height, width, self.config.scale_size, data.input_size, data.test_crops)
-
-        requests, frames = [], []
-        for b, sample in enumerate(ids.tolist()):
-            num_frames = int(self.dataset.num_frames[sample])
-            if data.test_clips == 1 and not data.dense:
-                indices = sampling.val_indices(num_frames, data.num_segments)
-            else:
-                indices = sampling.test_indices(num_frames, data.num_segments, data.test_clips, data.dense)
-            request, planned = self._plan_video(b, sample, indices, geometry)
-            requests.append(request)
-            frames += planned
-        return Job(ids, self.dataset.labels[ids], requests, frames)
-
-    def _plan_video(
-        self, b: int, sample: int, indices: np.ndarray, geometry: Callable[[int, int], Geometry]
-    ) -> tuple[tuple[int, np.ndarray], list[Frame]]:
-        """The distinct frames of `indices` (clips x T, clip-major) and where each one's crops go.
-
-        View v of crop c of clip k is k * crops + c.
-        """
-        segments = self.config.data.num_segments
-        distinct, where = np.unique(indices, return_inverse=True)
-        places: list[list[int]] = [[] for _ in distinct]
-        for position, frame in enumerate(where.tolist()):
-            places[frame].append(position)
-        by_size: dict[tuple[int, int], Geometry] = {}
-        frames = []
-        for size, positions in zip(self.dataset.frame_sizes(sample, distinct).tolist(), places, strict=True):
-            height, width = size
-            if (height, width) not in by_size:
-                by_size[height, width] = geometry(height, width)
-            plan = by_size[height, width]
-            targets = tuple(
-                (b, position // segments * len(plan.crops) + c, position % segments, crop)
-                for position in positions
-                for c, crop in enumerate(plan.crops)
-            )
-            frames.append(Frame(plan, targets))
-        return (sample, distinct), frames
+        """Videos of a full batch."""
+        return self.planner.batch_size
 
 
 def _decode_device(config: Config) -> torch.device:
@@ -254,199 +158,252 @@ def _decode_device(config: Config) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def decode_graph(*, device_id: int | None, num_threads: int, max_frames: int, resize: str | None) -> Any:
-    """The DALI pipeline, not yet built: encoded frames -> RGB regions (H, W, 3) uint8, one per frame.
+def image_graph(*, device_id: int | None, num_threads: int, batch_size: int, resize: str | None) -> Any:
+    """The DALI pipeline for stored frames, not yet built: F encoded frames -> F regions (H, W, 3) uint8 RGB.
 
     device_id: GPU for decoding ("mixed"), or None for the CPU. resize: None, "linear" or "cubic" (both with antialias)
     to the size given with each frame. Inputs: `encoded`, `start`, `shape` (top-left, height-width of the region) and,
     with resize, `size`.
     """
 
-    @pipeline_def(
-        batch_size=max_frames, num_threads=num_threads, device_id=device_id, prefetch_queue_depth=1, exec_dynamic=True
-    )
     def graph() -> Any:
-        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
-        start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
-        shape = fn.external_source(name="shape", dtype=types.INT32, ndim=1)
         images = fn.decoders.image_slice(
-            encoded,
-            start=start,
-            shape=shape,
+            _input("encoded", types.UINT8),
+            start=_input("start", types.INT32),
+            shape=_input("shape", types.INT32),
             axes=(0, 1),
             device="cpu" if device_id is None else "mixed",
             output_type=types.RGB,
             adjust_orientation=False,  # as Pillow: EXIF orientation is not applied
             jpeg_fancy_upsampling=True,  # as Pillow
         )
-        if resize is not None:
-            size = fn.external_source(name="size", dtype=types.FLOAT, ndim=1)
-            kind = {"linear": types.INTERP_LINEAR, "cubic": types.INTERP_CUBIC}[resize]
-            images = fn.resize(images, size=size, interp_type=kind, antialias=True)
+        return _resized(images, resize)
+
+    return _pipeline(graph, device_id, num_threads, batch_size)
+
+
+def video_graph(*, device_id: int, num_threads: int, batch_size: int, resize: str) -> Any:
+    """The DALI pipeline for stored videos on a GPU, not yet built: B encoded files -> B sequences (k, H, W, 3) uint8.
+
+    `frames` holds each video's (k,) frame numbers; the other inputs are those of `image_graph`, once a video. There is
+    no CPU version: DALI's CPU decoder does not know H.264.
+    """
+
+    def graph() -> Any:
+        frames = fn.decoders.video(
+            _input("encoded", types.UINT8), frames=_input("frames", types.INT32), device="mixed", affine=False
+        )
+        regions = fn.slice(
+            frames,
+            _input("start", types.INT32),
+            _input("shape", types.INT32),
+            axis_names="HW",
+            out_of_bounds_policy="error",
+        )
+        return _resized(regions, resize)
+
+    return _pipeline(graph, device_id, num_threads, batch_size)
+
+
+def _input(name: str, dtype: Any) -> Any:
+    return fn.external_source(name=name, dtype=dtype, ndim=1, no_copy=name == "encoded")
+
+
+def _resized(images: Any, resize: str | None) -> Any:
+    if resize is None:
         return images
-
-    return graph()
-
-
-def pipelined(
-    items: Iterable[Item], start: Callable[[Item], Started], finish: Callable[[Started], Done], depth: int
-) -> Iterator[Done]:
-    """Yields finish(start(item)) in order, with `depth` items started ahead of the one being finished."""
-    pending: deque[Started] = deque()
-    for item in items:
-        pending.append(start(item))
-        if len(pending) > depth:
-            yield finish(pending.popleft())
-    while pending:
-        yield finish(pending.popleft())
+    kind = {"linear": types.INTERP_LINEAR, "cubic": types.INTERP_CUBIC}[resize]
+    return fn.resize(images, size=_input("size", types.FLOAT), interp_type=kind, antialias=True)
 
 
-class _Worker(Iterator[Batch]):
-    """One running pass of a loader: a thread that drives reading, decoding and finishing into a bounded queue."""
+def _pipeline(graph: Callable[[], Any], device_id: int | None, num_threads: int, batch_size: int) -> Any:
+    return pipeline_def(
+        graph,
+        batch_size=batch_size,
+        num_threads=num_threads,
+        device_id=device_id,
+        prefetch_queue_depth=1,  # how many runs are in flight is decided here, by `pipelined`
+        exec_dynamic=True,  # outputs stay valid as long as they are held
+    )()
 
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
-        self._queue: queue.Queue[Any] = queue.Queue(maxsize=loader.config.data.prefetch)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=f"{loader.split}-loader", daemon=True)
-        self._thread.start()
 
-    def __next__(self) -> Batch:
-        item = self._queue.get()
-        if isinstance(item, Batch):
-            return item
-        self._put(item)  # the end and an error stay the answer of every later call
-        if item is None:
-            raise StopIteration
-        raise item
+@dataclass(frozen=True)
+class _Decoding:
+    """A batch on its way through a decoder. encoded: the stored frames' bytes; videos: what decodes stored videos."""
 
-    def close(self) -> None:
-        """Stops the thread and waits for it. The iterator then ends."""
-        self._stopped.set()
-        while self._thread.is_alive():
-            try:
-                self._queue.get_nowait()
-            except queue.Empty:
-                self._thread.join(timeout=0.05)
-        self._queue = queue.Queue()
-        self._queue.put(None)
+    job: Job
+    encoded: list[bytes]
+    videos: dict[int, Future[list[np.ndarray]]]
 
-    def _put(self, item: Any) -> bool:
-        while not self._stopped.is_set():
-            try:
-                self._queue.put(item, timeout=0.1)
-                return True
-            except queue.Full:
+
+class _CpuDecoder:
+    """Read bytes to the regions that the plan asks for: DALI for stored frames, PyAV for stored videos."""
+
+    def __init__(self, loader: Loader, threads: ThreadPoolExecutor) -> None:
+        self._dataset, self._threads = loader.dataset, threads
+        self._graph = image_graph(
+            device_id=None, num_threads=loader.num_threads, batch_size=loader.planner.max_frames, resize=None
+        )
+
+    def start(self, read: tuple[Job, list[list[bytes]]]) -> _Decoding:
+        job, by_video = read
+        encoded, regions, videos = [], [], {}
+        frames = iter(job.frames)
+        for b, ((sample, numbers), files) in enumerate(zip(job.requests, by_video, strict=True)):
+            own = [next(frames) for _ in numbers]
+            if self._dataset.content(sample) == "video":
+                videos[b] = self._threads.submit(decode_frames, files[0], numbers)
+            else:
+                encoded += files
+                regions += [frame.geometry.region for frame in own]
+        if encoded:
+            _feed(self._graph, encoded, regions)
+            self._graph.schedule_run()
+        return _Decoding(job, encoded, videos)
+
+    def finish(self, started: _Decoding) -> tuple[Job, list[np.ndarray]]:
+        """The job and its F images (H, W, 3) uint8, each the region that was planned."""
+        job = started.job
+        stored = iter(_outputs(self._graph, self._dataset, started) if started.encoded else ())
+        images: list[np.ndarray] = []
+        for b, (sample, numbers) in enumerate(job.requests):
+            if b not in started.videos:
+                images += map(np.asarray, itertools.islice(stored, len(numbers)))
                 continue
-        return False
-
-    def _run(self) -> None:
-        try:
-            for batch in self._batches():
-                if not self._put(batch):
-                    return
-            self._put(None)
-        except BaseException as error:  # whatever it is, the consumer must see it
-            self._put(error)
-
-    def _batches(self) -> Iterator[Batch]:
-        loader = self._loader
-        if loader.config.data.synthetic:
-            yield from map(_Synthetic(loader), loader.jobs())
-            return
-        threads = loader.num_threads
-        with ThreadPoolExecutor(1, "read") as reads, ThreadPoolExecutor(threads, "finish") as finishes:
-            decoder = _Decoder(loader)
-            finisher = _Finisher(loader, finishes)
-            read = pipelined(
-                loader.jobs(),
-                lambda job: (job, reads.submit(loader.dataset.read_many, job.requests)),
-                lambda started: (started[0], started[1].result()),
-                depth=2,
-            )
-            decoded = pipelined(read, decoder.start, decoder.finish, depth=1)
-            yield from pipelined(decoded, finisher.start, finisher.finish, depth=1)
+            try:
+                whole = started.videos[b].result()
+            except VideoError as error:
+                raise ShardError(
+                    f"{self._dataset.describe(sample)}: does not decode ({error}); rebuild the data set without it"
+                ) from error
+            for image in whole:
+                top, left, height, width = job.frames[len(images)].geometry.region
+                images.append(image[top : top + height, left : left + width])
+        return job, images
 
 
-class _Decoder:
-    """Encoded frames to images, by DALI."""
+class _GpuDecoder:
+    """Read bytes to resized images on the GPU, by DALI. A data set of frames and videos joined takes both graphs."""
 
     def __init__(self, loader: Loader) -> None:
         self._dataset = loader.dataset
-        self._on_gpu = loader.device.type == "cuda"
         cubic = loader.split == "val" or loader.config.data.augmentation == "none"
-        self._graph = decode_graph(
-            device_id=loader.device.index if self._on_gpu else None,
-            num_threads=loader.num_threads,
-            max_frames=loader.max_frames,
-            resize=("cubic" if cubic else "linear") if self._on_gpu else None,
-        )
-        self._graph.build()
+        options: dict[str, Any] = {
+            "device_id": loader.device.index,
+            "num_threads": loader.num_threads,
+            "resize": "cubic" if cubic else "linear",
+        }
+        self._images = image_graph(**options, batch_size=loader.planner.max_frames)
+        self._videos = video_graph(**options, batch_size=loader.batch_size)
 
-    def start(self, read: tuple[Job, list[list[bytes]]]) -> tuple[Job, list[bytes]]:
+    def start(self, read: tuple[Job, list[list[bytes]]]) -> tuple[_Decoding, list[bytes]]:
         job, by_video = read
-        encoded = list(itertools.chain.from_iterable(by_video))
-        regions = np.array([frame.geometry.region for frame in job.frames], dtype=np.int32)
-        self._graph.feed_input("encoded", [np.frombuffer(data, np.uint8) for data in encoded])
-        self._graph.feed_input("start", np.ascontiguousarray(regions[:, :2]))
-        self._graph.feed_input("shape", np.ascontiguousarray(regions[:, 2:]))
-        if self._on_gpu:
-            sizes = np.array([(f.geometry.height, f.geometry.width) for f in job.frames], dtype=np.float32)
-            self._graph.feed_input("size", sizes)
-        self._graph.schedule_run()
-        return job, encoded
+        encoded, stored, videos, wanted, first_frames = [], [], [], [], []
+        frames = iter(job.frames)
+        for (sample, numbers), files in zip(job.requests, by_video, strict=True):
+            own = [next(frames) for _ in numbers]
+            if self._dataset.content(sample) == "video":
+                videos += files
+                wanted.append(np.asarray(numbers, np.int32))
+                first_frames.append(own[0].geometry)
+            else:
+                encoded += files
+                stored += [frame.geometry for frame in own]
+        if encoded:
+            _feed(self._images, encoded, [g.region for g in stored], [(g.height, g.width) for g in stored])
+            self._images.schedule_run()
+        if videos:
+            regions = [g.region for g in first_frames]
+            _feed(self._videos, videos, regions, [(g.height, g.width) for g in first_frames], wanted)
+            self._videos.schedule_run()
+        return _Decoding(job, encoded, {}), videos
 
-    def finish(self, started: tuple[Job, list[bytes]]) -> tuple[Job, Any]:
-        """The job and its F images, as a DALI tensor list whose buffers live as long as it does."""
-        job, encoded = started
-        try:
-            (images,) = self._graph.share_outputs()
-        except RuntimeError as error:
-            raise self._explain(job, encoded, error) from error
-        self._graph.release_outputs()
+    def finish(self, started: tuple[_Decoding, list[bytes]]) -> tuple[Job, list[torch.Tensor]]:
+        decoding, videos = started
+        job = decoding.job
+        stored = iter(_outputs(self._images, self._dataset, decoding) if decoding.encoded else ())
+        sequences = iter(_outputs(self._videos, self._dataset, decoding) if videos else ())
+        images: list[torch.Tensor] = []
+        for sample, numbers in job.requests:
+            if self._dataset.content(sample) == "video":
+                images += torch.from_dlpack(next(sequences)).unbind(0)
+            else:
+                images += map(torch.from_dlpack, itertools.islice(stored, len(numbers)))
         return job, images
 
-    def _explain(self, job: Job, encoded: list[bytes], error: RuntimeError) -> Exception:
-        """DALI reports a batch; find the frame that does not decode."""
-        names = [(sample, frame) for sample, frames in job.requests for frame in frames.tolist()]
-        for (sample, frame), data in zip(names, encoded, strict=True):
-            try:
-                Image.open(io.BytesIO(data)).load()
-            except Exception as reason:
-                return ShardError(
-                    f"{self._dataset.describe(sample)}: frame {frame} does not decode ({reason}); find all such frames "
-                    "with tools/check_shards.py --deep, then rebuild the data set without them"
-                )
-        return error
+
+def _feed(
+    graph: Any,
+    encoded: list[bytes],
+    regions: list[tuple[int, int, int, int]],
+    sizes: list[tuple[int, int]] | None = None,
+    frames: list[np.ndarray] | None = None,
+) -> None:
+    regions_N4 = np.array(regions, dtype=np.int32)
+    graph.feed_input("encoded", [np.frombuffer(data, np.uint8) for data in encoded])
+    graph.feed_input("start", np.ascontiguousarray(regions_N4[:, :2]))
+    graph.feed_input("shape", np.ascontiguousarray(regions_N4[:, 2:]))
+    if sizes is not None:
+        graph.feed_input("size", np.array(sizes, dtype=np.float32))
+    if frames is not None:
+        graph.feed_input("frames", frames)
+
+
+def _outputs(graph: Any, dataset: ShardDataset, decoding: _Decoding) -> list[Any]:
+    """The next run's outputs, one by one, without copies: each holds on to DALI's memory."""
+    try:
+        (images,) = graph.share_outputs()
+    except RuntimeError as error:
+        raise _explain(dataset, decoding, error) from error
+    graph.release_outputs()
+    return list(images)
+
+
+def _explain(dataset: ShardDataset, decoding: _Decoding, error: RuntimeError) -> Exception:
+    """DALI reports a batch; find the frame that does not decode."""
+    names = [
+        (sample, frame)
+        for sample, frames in decoding.job.requests
+        if dataset.content(sample) == "frames"
+        for frame in frames.tolist()
+    ]
+    for (sample, frame), data in zip(names, decoding.encoded, strict=True):
+        try:
+            Image.open(io.BytesIO(data)).load()
+        except Exception as reason:
+            return ShardError(
+                f"{dataset.describe(sample)}: frame {frame} does not decode ({reason}); find all such frames "
+                "with tools/check_shards.py --deep, then rebuild the data set without them"
+            )
+    return error
 
 
 class _Finisher:
     """Images to a batch: resize (CPU only), crop, flip, grey."""
 
     def __init__(self, loader: Loader, threads: ThreadPoolExecutor) -> None:
-        self._loader, self._threads = loader, threads
+        self._device, self._threads = loader.device, threads
         data = loader.config.data
-        self._shape = (loader.num_views, data.num_segments, data.input_size, data.input_size, 3)
+        self._shape = (loader.planner.num_views, data.num_segments, data.input_size, data.input_size, 3)
         self._parts = 2 * loader.num_threads  # smaller than a thread's share, so that no thread waits long
 
-    def start(self, decoded: tuple[Job, Any]) -> tuple[Job, torch.Tensor, list[Future[None]]]:
+    def start(self, decoded: tuple[Job, list[Any]]) -> tuple[Job, torch.Tensor, list[Future[None]]]:
         job, images = decoded
-        if self._loader.device.type == "cuda":
-            frames = torch.empty((len(job.ids), *self._shape), dtype=torch.uint8, device=self._loader.device)
-            stream = torch.cuda.Stream(self._loader.device)
+        frames_BVTHWC = torch.empty((len(job.ids), *self._shape), dtype=torch.uint8, device=self._device)
+        if self._device.type == "cuda":
+            stream = torch.cuda.Stream(self._device)
             with torch.cuda.stream(stream):
-                place_on_device(job.frames, [torch.from_dlpack(images[f]) for f in range(len(job.frames))], frames)
+                place_on_device(job.frames, images, frames_BVTHWC)
             stream.synchronize()
-            return job, frames, []
-        frames = torch.empty((len(job.ids), *self._shape), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-        out = frames.numpy()
+            return job, frames_BVTHWC, []
+        out = frames_BVTHWC.numpy()
 
         def part(first: int, last: int) -> None:
-            for f in range(first, last):
-                place(job.frames[f], np.asarray(images.at(f)), out)
+            for frame, image in zip(job.frames[first:last], images[first:last], strict=True):
+                place(frame, image, out)
 
         edges = np.linspace(0, len(job.frames), self._parts + 1).astype(int).tolist()
-        return job, frames, [self._threads.submit(part, *edge) for edge in itertools.pairwise(edges)]
+        return job, frames_BVTHWC, [self._threads.submit(part, *edge) for edge in itertools.pairwise(edges)]
 
     def finish(self, started: tuple[Job, torch.Tensor, list[Future[None]]]) -> Batch:
         job, frames_BVTHWC, futures = started
@@ -507,7 +464,7 @@ class _Synthetic:
 
     def __init__(self, loader: Loader) -> None:
         data = loader.config.data
-        shape = (loader.batch_size, loader.num_views, data.num_segments, data.input_size, data.input_size, 3)
+        shape = (loader.batch_size, loader.planner.num_views, data.num_segments, data.input_size, data.input_size, 3)
         noise = torch.Generator().manual_seed(loader.config.seed)
         self._frames = torch.randint(256, shape, dtype=torch.uint8, generator=noise).to(loader.device)
 

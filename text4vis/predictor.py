@@ -25,7 +25,8 @@ from text4vis.augmentation import eval_geometry
 from text4vis.classifier import text_classifier
 from text4vis.config import Config, config_from_dict
 from text4vis.evaluation import class_scores
-from text4vis.pipeline import Frame, place
+from text4vis.jobs import Frame
+from text4vis.pipeline import place
 from text4vis.sampling import val_indices
 from text4vis.weights import load_export
 

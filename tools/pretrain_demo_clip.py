@@ -4,7 +4,7 @@
 
 It reads the architecture (open_clip's JSON format) from `--config`, and writes three files that belong together:
 `demo-clip.json`, `demo-clip-bpe.txt.gz` (the first merges of CLIP's own vocabulary, as many as `vocab_size` allows) and
-`demo-clip.safetensors` (16-bit). The default run takes about 20 minutes on two cores.
+`demo-clip.safetensors` (16-bit). The default run takes about a quarter of an hour on two cores.
 
 What the model has seen, so that zero-shot results on the demo's unseen classes can be judged: single frames only, no
 video. Frames are rendered from the training actions (`ACTIONS`) or from random postures, never from `UNSEEN_ACTIONS`,
@@ -56,10 +56,10 @@ def parse_arguments() -> argparse.Namespace:
         "--output", type=Path, required=True, help="folder for the JSON, the vocabulary and the weights"
     )
     parser.add_argument("--config", type=Path, default=CONFIG, help="architecture in open_clip's JSON format")
-    parser.add_argument("--steps", type=int, default=2200)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--frames", type=int, default=60_000, help="rendered frames to draw the batches from")
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--frames", type=int, default=24_000, help="rendered frames to draw the batches from")
+    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--joint-weight", type=float, default=20.0, help="weight of the joints' squared error")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2, help="processes that render")

@@ -1,0 +1,77 @@
+"""Work done ahead of its use: a thread that fills a bounded queue, and steps that overlap. Knows nothing of videos."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any, Generic, TypeVar
+
+Item = TypeVar("Item")
+Started = TypeVar("Started")
+Done = TypeVar("Done")
+
+
+def pipelined(
+    items: Iterable[Item], start: Callable[[Item], Started], finish: Callable[[Started], Done], depth: int
+) -> Iterator[Done]:
+    """Yields finish(start(item)) in order, with `depth` items started ahead of the one being finished."""
+    pending: deque[Started] = deque()
+    for item in items:
+        pending.append(start(item))
+        if len(pending) > depth:
+            yield finish(pending.popleft())
+    while pending:
+        yield finish(pending.popleft())
+
+
+class Prefetcher(Iterator[Item], Generic[Item]):
+    """Runs the generator `items` in a thread of its own, up to `depth` items ahead. An error there is raised here."""
+
+    def __init__(self, items: Generator[Item, None, None], depth: int, name: str) -> None:
+        self._items = items
+        self._queue: queue.Queue[Any] = queue.Queue(maxsize=depth)
+        self._stopped = threading.Event()
+        self._end: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def __next__(self) -> Item:
+        if self._end is not None:  # the end, or an error, stays the answer of every later call
+            raise self._end
+        kind, value = self._queue.get()
+        if kind == "end":
+            self._end = value
+            raise value
+        return value
+
+    def close(self) -> None:
+        """Ends the generator between two items, and waits until it has let go of what it holds."""
+        self._stopped.set()
+        self._end = self._end or StopIteration()
+        while self._thread.is_alive():
+            try:
+                self._queue.get(timeout=0.05)
+            except queue.Empty:
+                continue
+
+    def _run(self) -> None:
+        end: BaseException = StopIteration()
+        try:
+            for item in self._items:
+                if not self._put(("item", item)):
+                    break
+            self._items.close()
+        except BaseException as error:  # whatever it is, the consumer must see it
+            end = error
+        self._put(("end", end))
+
+    def _put(self, item: tuple[str, Any]) -> bool:
+        while not self._stopped.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
