@@ -117,7 +117,7 @@ def test_unseen_names_are_new_combinations_of_known_words() -> None:
 
 def test_captions_name_training_actions_but_no_unseen_one() -> None:
     rng = np.random.default_rng(1)
-    examples = [example for scene in range(150) for example in render_examples(np.random.default_rng((2, scene)))]
+    examples = [example for scene in range(240) for example in render_examples(np.random.default_rng((2, scene)))]
     captions = {sample_caption(rng, examples[index % len(examples)].facts) for index in range(20_000)}
     text = "\n".join(captions)
     assert all(action.name in text for action in ACTIONS)

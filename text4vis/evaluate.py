@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     config = load_config(arguments.config, arguments.set)
     ranks = distributed.start()
-    torch.set_num_threads(config.engine.num_threads or distributed.cores_per_rank())
+    distributed.use_cores(config.engine.num_threads)
     with build_loader(config, "val", rank=ranks.rank, world_size=ranks.world_size) as loader:
         names = class_names(config, loader.dataset)
         model = load_model(arguments.model, config)

@@ -74,7 +74,7 @@ class Trainer:
         self.ranks = distributed.ranks()
         self.start_from = _find_start(output, resume)
         torch.manual_seed(config.seed)  # the head's first weights: equal on all ranks
-        torch.set_num_threads(config.engine.num_threads or distributed.cores_per_rank())
+        distributed.use_cores(config.engine.num_threads)
         self.val_loader = self._loader("val")
         self.train_loader = self._loader("train")
         self.class_names = class_names(config, self.train_loader.dataset)

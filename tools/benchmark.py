@@ -1,0 +1,132 @@
+"""Measures the data engine beside what people use instead: loaders, reading, building, opening, order, position.
+
+Contenders take turns (A B C, A B C, …); the table shows medians and their spread. Meant for a machine that does nothing
+else. What it needs it makes below --work and finds again; docs/performance.md explains every line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from shards.format import ShardError
+from text4vis.benchmarks.contenders import Setup
+from text4vis.benchmarks.data import Workload, make_workload, open_workload
+from text4vis.benchmarks.figures import Figure, Processes, machine
+from text4vis.benchmarks.suites import SUITES, Plan
+from text4vis.config import ConfigError
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("benchmark", choices=(*SUITES, "all"), help="what to measure")
+    add("--json", type=Path, metavar="FILE", help="write all figures and the machine's description here")
+    add("--runs", type=int, default=5, metavar="N", help="rounds")
+    add("--seconds", type=float, default=8, metavar="S", help="least duration of one measurement of throughput")
+    add("--batch-size", type=int, default=32, metavar="B", help="videos in a training batch")
+    add("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="threads or worker processes")
+    data = parser.add_argument_group("data")
+    add = data.add_argument
+    add("--work", type=Path, default=Path("bench"), metavar="DIR", help="folder for data made here")
+    add("--clips", type=Path, metavar="DIR", help="video files to cut the frames from, instead of two photographs")
+    add("--videos", type=int, default=240, metavar="N", help="videos to make")
+    add("--frames-per-video", type=int, default=100, metavar="N", help="frames of each")
+    add("--shards", type=Path, metavar="DIR", help="measure on this data set instead; needs --frames")
+    add("--frames", type=Path, metavar="DIR", help="the folders of frames that --shards was built from")
+    add("--index-videos", type=int, default=240_000, metavar="N", help="videos in the index of open and position")
+    add("--index-frames", type=int, default=300, metavar="N", help="frames of each")
+    add("--order-samples", type=int, default=10_000_000, metavar="N", help="samples that order permutes")
+    arguments = parser.parse_args()
+    if (arguments.shards is None) != (arguments.frames is None):
+        parser.error("--shards and --frames go together: the alternatives read the folders")
+    counts = ("runs", "batch_size", "workers", "videos", "frames_per_video", "index_videos", "index_frames")
+    for name in (*counts, "order_samples"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(arguments, name)}")
+    return arguments
+
+
+def workload(arguments: argparse.Namespace) -> Workload:
+    if arguments.shards is not None:
+        return open_workload(arguments.shards, arguments.frames)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    (arguments.work / ".gitignore").write_text("*\n")
+    return make_workload(
+        arguments.work,
+        num_videos=arguments.videos,
+        num_frames=arguments.frames_per_video,
+        clips=arguments.clips,
+    )
+
+
+def print_table(figures: list[Figure]) -> None:
+    terminal = sys.stdout.isatty()
+    table = Table(box=box.ROUNDED if terminal else box.MARKDOWN)
+    for name in ("benchmark", "what", "median", "spread", "ratio", "target"):
+        table.add_column(name, justify="right" if name in ("median", "spread", "ratio") else "left")
+    for figure in figures:
+        table.add_row(
+            figure.benchmark,
+            figure.what,
+            f"{_number(figure.median)} {figure.unit}",
+            f"{_number(min(figure.values))} to {_number(max(figure.values))}",
+            "" if figure.ratio is None else f"{figure.ratio:.2f}",
+            figure.target,
+        )
+    Console(markup=False, highlight=False, width=None if terminal else 160).print(table)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    names = list(SUITES) if arguments.benchmark == "all" else [arguments.benchmark]
+    data = workload(arguments)
+    figures: list[Figure] = []
+    with Processes() as processes:
+        plan = Plan(
+            setup=Setup(data, arguments.batch_size, arguments.workers),
+            processes=processes,
+            work=arguments.work,
+            rounds=arguments.runs,
+            seconds=arguments.seconds,
+            index_videos=arguments.index_videos,
+            index_frames=arguments.index_frames,
+            order_samples=arguments.order_samples,
+        )
+        for name in names:
+            figures += SUITES[name](plan)
+    print_table(figures)
+    description = machine()
+    print("{processor}, {cores} cores, {date}, load average {load_average:.1f}".format(**description))
+    if arguments.json:
+        content = {
+            "machine": description,
+            "arguments": {
+                name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()
+            },
+            "figures": [figure.to_dict() for figure in figures],
+        }
+        arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ShardError, ConfigError, OSError, subprocess.CalledProcessError) as error:
+        print(f"benchmark: error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("benchmark: stopped", file=sys.stderr)
+        sys.exit(130)
