@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -125,14 +126,13 @@ class LocalShards:
             raise
 
     def read(self, shard: int, ranges: Sequence[Range], check: Check) -> list[bytes]:
-        retrying = Retrying(
-            stop=stop_after_attempt(self._retries + 1),
-            wait=wait_exponential_jitter(initial=_BACKOFF_SECONDS, max=_MAX_BACKOFF_SECONDS, jitter=_BACKOFF_SECONDS),
-            retry=retry_if_exception(lambda error: isinstance(error, OSError) and error.errno in _REOPEN_ERRORS),
-            reraise=True,
-        )
         try:
-            chunks = retrying(self._read_once, shard, ranges)
+            try:
+                chunks = self._read_once(shard, ranges)
+            except OSError as error:
+                if error.errno not in _REOPEN_ERRORS:
+                    raise
+                chunks = self._read_again(shard, ranges)
         except OSError as error:
             raise ShardError(
                 f"{self._paths[shard]}: cannot be read: {error.strerror}; check the disk or mount, then start again"
@@ -147,3 +147,14 @@ class LocalShards:
         if complaint is not None:
             raise ShardError(complaint)
         return chunks
+
+    def _read_again(self, shard: int, ranges: Sequence[Range]) -> list[bytes]:
+        """After a failure that reopening may mend. Apart from `read`: the retry machinery costs as much as a read."""
+        retrying = Retrying(
+            stop=stop_after_attempt(max(1, self._retries)),
+            wait=wait_exponential_jitter(initial=_BACKOFF_SECONDS, max=_MAX_BACKOFF_SECONDS, jitter=_BACKOFF_SECONDS),
+            retry=retry_if_exception(lambda error: isinstance(error, OSError) and error.errno in _REOPEN_ERRORS),
+            reraise=True,
+        )
+        time.sleep(_BACKOFF_SECONDS)
+        return retrying(self._read_once, shard, ranges)

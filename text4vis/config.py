@@ -86,6 +86,9 @@ class DataConfig:
     workers: Annotated[StrictInt, Field(ge=0)] = Field(
         0, description="decoding threads per rank; 0: the cores that the rank owns"
     )
+    io_threads: Annotated[StrictInt, Field(ge=0)] = Field(
+        0, description="reading threads per rank; 0: the rank's cores for local folders, 16 for remote ones"
+    )
     prefetch: Count = Field(3, description="batches prepared ahead of the step")
     verify: Bool = Field(True, description="check each frame's CRC-32 as it is read")
     cache_dir: Str | None = Field(None, description="node-wide folder for remote indexes and shards")

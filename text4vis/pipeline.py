@@ -25,6 +25,7 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
+from shards.address import scheme_of
 from shards.annotations import parse_labels
 from shards.format import ShardError
 from shards.reader import ShardDataset, open_dataset
@@ -34,6 +35,8 @@ from text4vis.config import Config, ConfigError
 from text4vis.distributed import cores_per_rank
 from text4vis.jobs import Frame, Job, Planner
 from text4vis.prefetch import Prefetcher, pipelined
+
+REMOTE_IO_THREADS = 16
 
 cv2.setNumThreads(1)  # the pipeline's own threads are the parallelism
 
@@ -68,8 +71,11 @@ def open_split(config: Config, split: str) -> ShardDataset:
     sources = config.data.train if split == "train" else config.data.val
     if not sources:
         raise ConfigError(f"data.{split}: no shards named; build them with tools/build_shards.py and name the folder")
+    is_local = all(scheme_of(source) is None for source in sources)
     return open_dataset(
         list(sources),
+        # More threads than cores only hide latency: from a local disk's cache they cost three times the CPU.
+        io_threads=config.data.io_threads or (cores_per_rank() if is_local else REMOTE_IO_THREADS),
         cache_dir=config.data.cache_dir,
         cache_bytes=config.data.cache_bytes or None,
         verify=config.data.verify,

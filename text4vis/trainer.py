@@ -32,8 +32,8 @@ logger = logging.getLogger("text4vis")
 
 # Keys that change how a run is carried out, not what it computes: they may differ when a run goes on.
 FREE_ON_RESUME = (
-    "logging.", "engine.num_threads", "data.workers", "data.prefetch", "data.decode", "data.cache_", "data.verify",
-    "data.train", "data.val",
+    "logging.", "engine.num_threads", "data.train", "data.val", "data.workers", "data.io_threads", "data.prefetch",
+    "data.decode", "data.cache_", "data.verify",
 )  # fmt: skip
 
 
