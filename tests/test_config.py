@@ -1,11 +1,15 @@
 """The configuration: what it accepts, and that each mistake is answered with key, value, origin and fix."""
 
 import re
+from pathlib import Path
 
 import pytest
 import yaml
 
 from text4vis.config import ConfigError, config_from_dict, load_config, schema
+from text4vis.model import build_model
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -90,3 +94,14 @@ def test_yaml_cannot_construct_objects(recipe, tmp_path):
 
 def test_every_key_says_what_it_means():
     assert all(meaning for name, (meaning, _) in schema() if name != "seed")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_recipe_is_complete(path, monkeypatch):
+    """It loads, opens with its command, and its network can be built; the demo's CLIP ships with it."""
+    monkeypatch.chdir(ROOT)
+    config = load_config(path)
+    assert f"--config configs/{path.name}" in path.read_text().split("seed:")[0]
+    if config.network.arch.endswith(".json"):
+        model = build_model(config.network, config.data.num_segments, image_size=config.data.input_size)
+        assert model.image_size == config.data.input_size
