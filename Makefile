@@ -20,7 +20,7 @@ bench: .venv/dev
 	$(BIN)/python tools/benchmark.py all
 
 clean:
-	rm -rf .venv demo
+	rm -rf .venv demo bench
 
 # Two environments in one: what the program needs, and on top of it what its tests need.
 .venv/bin/pip:

@@ -14,6 +14,9 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
+import weakref
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,7 +33,7 @@ from shards.annotations import parse_labels
 from shards.format import ShardError
 from shards.reader import ShardDataset, open_dataset
 from shards.video import VideoError, decode_frames
-from text4vis.augmentation import Geometry
+from text4vis.augmentation import Crop, Geometry
 from text4vis.config import Config, ConfigError
 from text4vis.distributed import cores_per_rank
 from text4vis.jobs import Frame, Job, Planner
@@ -384,6 +387,24 @@ def _explain(dataset: ShardDataset, decoding: _Decoding, error: RuntimeError) ->
     return error
 
 
+class _Memory:
+    """Blocks for batches, used again once nobody holds the batch: mapping tens of megabytes anew for every batch costs
+    the CPU a fifth of the loader's time."""
+
+    def __init__(self) -> None:
+        self._free: deque[np.ndarray] = deque()
+
+    def lend(self, shape: tuple[int, ...]) -> np.ndarray:
+        """A uint8 array of unspecified content; a tensor made of it keeps it lent."""
+        size = math.prod(shape)
+        block = self._free.pop() if self._free else np.empty(size, np.uint8)
+        if block.size < size:
+            block = np.empty(size, np.uint8)
+        lent = block[:size].reshape(shape)
+        weakref.finalize(lent, self._free.append, block)
+        return lent
+
+
 class _Finisher:
     """Images to a batch: resize (CPU only), crop, flip, grey."""
 
@@ -391,18 +412,20 @@ class _Finisher:
         self._device, self._threads = loader.device, threads
         data = loader.config.data
         self._shape = (loader.planner.num_views, data.num_segments, data.input_size, data.input_size, 3)
+        self._memory = _Memory()
         self._parts = 2 * loader.num_threads  # smaller than a thread's share, so that no thread waits long
 
     def start(self, decoded: tuple[Job, list[Any]]) -> tuple[Job, torch.Tensor, list[Future[None]]]:
         job, images = decoded
-        frames_BVTHWC = torch.empty((len(job.ids), *self._shape), dtype=torch.uint8, device=self._device)
         if self._device.type == "cuda":
+            frames_BVTHWC = torch.empty((len(job.ids), *self._shape), dtype=torch.uint8, device=self._device)
             stream = torch.cuda.Stream(self._device)
             with torch.cuda.stream(stream):
                 place_on_device(job.frames, images, frames_BVTHWC)
             stream.synchronize()
             return job, frames_BVTHWC, []
-        out = frames_BVTHWC.numpy()
+        out = self._memory.lend((len(job.ids), *self._shape))
+        frames_BVTHWC = torch.from_numpy(out)
 
         def part(first: int, last: int) -> None:
             for frame, image in zip(job.frames[first:last], images[first:last], strict=True):
@@ -428,27 +451,44 @@ def _batch(job: Job, frames_BVTHWC: torch.Tensor) -> Batch:
 
 def place(frame: Frame, image_HW3: np.ndarray, out_BVTSS3: np.ndarray) -> None:
     """Resizes a decoded region on the CPU and writes its crops into the batch. Releases the interpreter lock."""
-    image_HW3 = _resize(image_HW3, frame.geometry)
-    side = out_BVTSS3.shape[3]
+    geometry, side = frame.geometry, out_BVTSS3.shape[3]
+    if not geometry.cubic and (geometry.height, geometry.width) == (side, side):
+        _place_whole(frame, image_HW3, out_BVTSS3)
+        return
+    image_HW3 = _resize(image_HW3, geometry)
     for b, v, t, crop in frame.targets:
         view = image_HW3[crop.top : crop.top + side, crop.left : crop.left + side]
-        if crop.grey:
-            view = cv2.cvtColor(cv2.cvtColor(view, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-        if crop.flip:
-            cv2.flip(view, 1, dst=out_BVTSS3[b, v, t])
-        else:
-            out_BVTSS3[b, v, t] = view
+        out_BVTSS3[b, v, t] = view
+        _recolour_and_flip(out_BVTSS3[b, v, t], crop)
 
 
-def _resize(image_HW3: np.ndarray, geometry: Geometry) -> np.ndarray:
+def _place_whole(frame: Frame, image_HW3: np.ndarray, out_BVTSS3: np.ndarray) -> None:
+    """Training: the resized region is the view, so it is resized where it belongs; all targets share one crop."""
+    (b, v, t, crop), *others = frame.targets
+    view = out_BVTSS3[b, v, t]
+    _resize(image_HW3, frame.geometry, into=view)
+    _recolour_and_flip(view, crop)
+    for b, v, t, _ in others:
+        out_BVTSS3[b, v, t] = view
+
+
+def _recolour_and_flip(view_SS3: np.ndarray, crop: Crop) -> None:
+    if crop.grey:
+        cv2.cvtColor(cv2.cvtColor(view_SS3, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB, dst=view_SS3)
+    if crop.flip:
+        cv2.flip(view_SS3, 1, dst=view_SS3)
+
+
+def _resize(image_HW3: np.ndarray, geometry: Geometry, into: np.ndarray | None = None) -> np.ndarray:
     """Evaluation: Pillow's bicubic with antialias. Training: bilinear, averaging when shrinking by two or more."""
     height, width = geometry.height, geometry.width
-    if image_HW3.shape[:2] == (height, width):
-        return image_HW3
     if geometry.cubic:
+        if image_HW3.shape[:2] == (height, width):
+            return image_HW3
         return np.asarray(Image.fromarray(image_HW3).resize((width, height), Image.Resampling.BICUBIC))
     shrinks = image_HW3.shape[0] >= 2 * height or image_HW3.shape[1] >= 2 * width
-    return cv2.resize(image_HW3, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    kind = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    return cv2.resize(image_HW3, (width, height), dst=into, interpolation=kind)
 
 
 def place_on_device(frames: list[Frame], images_HW3: list[torch.Tensor], out_BVTSS3: torch.Tensor) -> None:
