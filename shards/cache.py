@@ -14,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import logging
+import math
 import os
 import threading
 import time
@@ -220,6 +221,7 @@ class CachedShards:
 
     def renew(self) -> None:
         self._warning_lock = threading.Lock()
+        self._dropping_lock = threading.Lock()
         self._ranges.renew()
 
     def close(self) -> None:
@@ -255,13 +257,14 @@ class CachedShards:
                 complaint = f"{self._files.place(self._shards[shard].name)}: its copy in the cache is truncated"
             if complaint is None:
                 return chunks
-            # Threads that read the same bad copy must not take its successor for bad: whoever finds it gone just
-            # reads again, and it is noted only after it is gone.
-            if self._cache.is_current(self._names[shard], descriptor):
-                if time.monotonic() - self._refetched_at.get(shard, -_REFETCH_SECONDS) < _REFETCH_SECONDS:
-                    raise ShardError(complaint)
-                self._cache.drop(self._names[shard])
-                self._refetched_at[shard] = time.monotonic()
+            # Threads that read the same bad copy must not take its successor for bad: one at a time, and whoever
+            # finds the copy gone just reads again.
+            with self._dropping_lock:
+                if self._cache.is_current(self._names[shard], descriptor):
+                    if time.monotonic() - self._refetched_at.get(shard, -math.inf) < _REFETCH_SECONDS:
+                        raise ShardError(complaint)
+                    self._cache.drop(self._names[shard])
+                    self._refetched_at[shard] = time.monotonic()
             return None
         finally:
             os.close(descriptor)
