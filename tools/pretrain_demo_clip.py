@@ -4,11 +4,11 @@
 
 It reads the architecture (open_clip's JSON format) from `--config`, and writes three files that belong together:
 `demo-clip.json`, `demo-clip-bpe.txt.gz` (the first merges of CLIP's own vocabulary, as many as `vocab_size` allows) and
-`demo-clip.safetensors` (16-bit). The default run took 23 minutes on two
-cores that other programs used as well.
+`demo-clip.safetensors` (16-bit). The default run took 23 minutes on two cores that other
+programs used as well.
 
-Beside the contrastive loss there is an auxiliary one: a linear layer, thrown away at the end, reads the positions of the
-joints off the image embedding. Without it the small model is slow to notice limbs.
+Beside the contrastive loss there is an auxiliary one: a linear layer, thrown away at the end, reads the positions of
+the joints off the image embedding. Without it the small model is slow to notice limbs.
 
 What the model has seen, so that zero-shot results on the demo's unseen classes can be judged: single frames only, no
 video. Frames are rendered from the training actions (`ACTIONS`) or from random postures, never from `UNSEEN_ACTIONS`,
