@@ -227,6 +227,9 @@ class CachedShards:
     def close(self) -> None:
         self._ranges.close()
 
+    def expect(self, shard: int, ranges: Sequence[Range]) -> None:
+        """Nothing to prepare: `io_threads` requests are on their way at the same time."""
+
     def read(self, shard: int, ranges: Sequence[Range], check: Check) -> list[bytes]:
         try:
             for _ in range(_MAX_FETCHES):

@@ -55,6 +55,22 @@ class _Part:
     source: ShardSource
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """What one request reads: the distinct members `numbers`, their rows and byte ranges, in one shard.
+
+    positions: for each frame of the request its place among the distinct ones.
+    """
+
+    part: _Part
+    sample: int
+    shard: int
+    numbers: np.ndarray
+    rows: np.ndarray
+    ranges: list[tuple[int, int]]
+    positions: np.ndarray
+
+
 def open_dataset(
     sources: str | Sequence[str],
     *,
@@ -78,7 +94,8 @@ def open_dataset(
     retries: attempts after the first when a remote or mount fails for a moment, with exponential backoff.
     timeout_seconds: for connecting and for each wait for data.
     storage_options: passed to fsspec for the remote data sets (credentials, endpoint ...).
-    io_threads: requests that `read_many` works on at the same time.
+    io_threads: requests that `read_many` works on at the same time. One is enough for local folders: the kernel is told
+        of all ranges beforehand and fetches them at the same time.
 
     Raises ShardError for anything that is not a sound data set, ValueError for bad options.
     """
@@ -229,6 +246,11 @@ class ShardDataset:
         """Addresses of the data sets as they may be shown."""
         return [part.index.where for part in self._parts]
 
+    @property
+    def skipped(self) -> list[dict[str, Any]]:
+        """Inputs that were left out when the data sets were built, as {"name", "line", "reason"}."""
+        return [entry for part in self._parts for entry in part.index.manifest.skipped]
+
     def _locate(self, sample: int) -> tuple[_Part, int]:
         if not 0 <= sample < len(self):
             raise IndexError(f"sample {sample} of {len(self)}")
@@ -271,26 +293,30 @@ class ShardDataset:
         Raises ShardError if they cannot be read or are damaged, IndexError for numbers out of range, ValueError if the
         sample is a stored video.
         """
-        part, video = self._locate(sample)
-        if part.index.manifest.content != "frames":
+        if self.content(sample) != "frames":
             raise ValueError(f"{self.describe(sample)}: a stored video has no single frames; use read_video")
-        distinct, positions = np.unique(self._member_numbers(part, sample, frames), return_inverse=True)
-        chunks = self._read_members(part, sample, video, distinct)
-        return [chunks[position] for position in positions]
+        return self._read(self._wanted(sample, frames))
 
     def read_video(self, sample: int) -> bytes:
         """The encoded file of a stored video. Raises ShardError, ValueError if its frames are stored one by one."""
-        part, video = self._locate(sample)
-        if part.index.manifest.content != "video":
+        if self.content(sample) != "video":
             raise ValueError(f"{self.describe(sample)}: stored as single frames; use read")
-        return self._read_members(part, sample, video, np.zeros(1, np.int64))[0]
+        return self._read(self._wanted(sample, np.zeros(1, np.int64)))[0]
 
     def read_many(self, requests: Sequence[tuple[int, np.ndarray]]) -> list[list[bytes]]:
         """`read(sample, frames)` of each request, at the same time on `io_threads` threads, results in order.
 
         For a stored video the list holds its one file, whatever the frames. Raises what `read` and `read_video` raise.
         """
-        futures = [self._pool.submit(self._read_request, sample, frames) for sample, frames in requests]
+        wanted = [
+            self._wanted(sample, frames if self.content(sample) == "frames" else np.zeros(1, np.int64))
+            for sample, frames in requests
+        ]
+        for one in wanted:
+            one.part.source.expect(one.shard, one.ranges)
+        if self._options.io_threads == 1:
+            return [self._read(one) for one in wanted]
+        futures = [self._pool.submit(self._read, one) for one in wanted]
         try:
             return [future.result() for future in futures]
         except BaseException:
@@ -298,28 +324,30 @@ class ShardDataset:
                 future.cancel()
             raise
 
-    def _read_request(self, sample: int, frames: np.ndarray) -> list[bytes]:
-        if self.content(sample) == "video":
-            return [self.read_video(sample)]
-        return self.read(sample, frames)
-
-    def _read_members(self, part: _Part, sample: int, video: int, numbers: np.ndarray) -> list[bytes]:
+    def _wanted(self, sample: int, frames: np.ndarray) -> _Wanted:
         if self._closed:
             raise ValueError("the data set is closed")
-        if len(numbers) == 0:
+        part, video = self._locate(sample)
+        distinct, positions = np.unique(self._member_numbers(part, sample, frames), return_inverse=True)
+        rows = part.index.member_rows(video, distinct)
+        ranges = part.index.ranges(video, rows)
+        return _Wanted(part, sample, int(part.index.videos["shard"][video]), distinct, rows, ranges, positions)
+
+    def _read(self, wanted: _Wanted) -> list[bytes]:
+        if not wanted.ranges:
             return []
-        index = part.index
-        rows = index.member_rows(video, numbers)
+        part, numbers, rows = wanted.part, wanted.numbers, wanted.rows
 
         def check(chunks: Sequence[bytes]) -> str | None:
             if not self._options.verify:
                 return None
             for number, expected, chunk in zip(numbers.tolist(), rows["crc32"].tolist(), chunks, strict=True):
                 if zlib.crc32(chunk) != expected:
-                    return self._describe_damage(part, sample, number, zlib.crc32(chunk), expected)
+                    return self._describe_damage(part, wanted.sample, number, zlib.crc32(chunk), expected)
             return None
 
-        return part.source.read(int(index.videos["shard"][video]), index.ranges(video, rows), check)
+        chunks = part.source.read(wanted.shard, wanted.ranges, check)
+        return [chunks[position] for position in wanted.positions]
 
     def _describe_damage(self, part: _Part, sample: int, number: int, actual: int, expected: int) -> str:
         index, video = part.index, self._locate(sample)[1]

@@ -383,6 +383,9 @@ class RemoteShards:
     def close(self) -> None:
         self._files.close()
 
+    def expect(self, shard: int, ranges: Sequence[Range]) -> None:
+        """Nothing to prepare: `io_threads` requests are on their way at the same time."""
+
     def read(self, shard: int, ranges: Sequence[Range], check: Check) -> list[bytes]:
         info = self._shards[shard]
         chunks = self._files.read_ranges(info.name, ranges, info.bytes)

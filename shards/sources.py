@@ -141,11 +141,17 @@ def thinned(num_frames: int, max_frames: int | None) -> np.ndarray:
 
 def _read_folder(root: Path, name: str, num_frames: int, options: SourceOptions) -> Iterator[Chunk]:
     if num_frames == 0:
-        raise InputError(name, "the list gives it 0 frames", "extract it again and correct its count, or skip it")
+        raise InputError(
+            name,
+            "the list gives it 0 frames",
+            "extract it again and correct its count, or leave out such videos with --on-error skip",
+        )
     try:
         folder = os.open(root / name, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:
-        raise InputError(name, "no such folder", "check --root and the path, or skip it") from None
+        raise InputError(
+            name, "no such folder", "check --root and the path, or leave out such videos with --on-error skip"
+        ) from None
     except OSError as error:
         raise InputError(name, error.strerror or str(error), "make the folder readable") from None
     try:
@@ -192,7 +198,7 @@ def _read_frame(folder: int, name: str, frame: str, num_frames: int) -> bytes:
         return _read_unchanged(frame, folder)
     except FileNotFoundError:
         reason = f"no such frame, though the list gives {name!r} {num_frames} frames"
-        fix = "correct the count, check --image-template, or skip it"
+        fix = "correct the count, check --image-template, or leave out such videos with --on-error skip"
     except OSError as error:
         reason, fix = error.strerror or str(error), "make the file readable"
     except ValueError as error:
@@ -291,7 +297,7 @@ def encoded_frames(
                 for _ in range(count):
                     yield data, width, height
     except ValueError as error:
-        raise InputError(name, str(error), "replace the video or skip it") from None
+        raise InputError(name, str(error), "replace the video or leave out such videos with --on-error skip") from None
     if decoded < len(repeats):
         raise InputError(name, f"frame {decoded} decodes no more", "run again when nothing writes to it")
 
@@ -301,7 +307,7 @@ def probe_file(name: str, source: bytes | Path) -> VideoInfo:
     try:
         info = probe_video(source)
     except VideoError as error:
-        raise InputError(name, str(error), "replace the video or skip it") from None
+        raise InputError(name, str(error), "replace the video or leave out such videos with --on-error skip") from None
     except OSError as error:
         raise _unreadable(name, error) from None
     if info.num_frames > MAX_FRAMES:
@@ -311,5 +317,7 @@ def probe_file(name: str, source: bytes | Path) -> VideoInfo:
 
 def _unreadable(name: str, error: OSError) -> InputError:
     if isinstance(error, FileNotFoundError):
-        return InputError(name, "no such file", "check --root and the path, or skip it")
+        return InputError(
+            name, "no such file", "check --root and the path, or leave out such videos with --on-error skip"
+        )
     return InputError(name, error.strerror or str(error), "make the file readable")

@@ -199,9 +199,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
-        with self.server.bytes_lock:
+        with self.server.bytes_lock:  # before they travel: who has received them may look at once
             self.server.bytes_sent += len(body)
+        self.wfile.write(body)
 
 
 def status_fault(status: int) -> Fault:

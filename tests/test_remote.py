@@ -334,6 +334,16 @@ def test_s3_equals_local(bucket, s3_endpoint, stored, tmp_path):
         assert read_everything(dataset) == stored
 
 
+def test_s3_is_configured_by_the_environment(bucket, s3_endpoint, stored, monkeypatch):
+    """What a run relies on: its configuration holds no credentials."""
+    options = s3_options(s3_endpoint)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", options["key"])
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", options["secret"])
+    with open_dataset(f"s3://{bucket}/part0") as dataset:
+        assert dataset.read(0, np.zeros(1, np.int64)) == [stored[0][0]]
+
+
 def test_s3_faults_are_named(bucket, s3_endpoint, stored):
     options = s3_options(s3_endpoint)
     with pytest.raises(ShardError, match=rf"s3://{bucket}/nothing/manifest.json: FileNotFoundError"):
