@@ -114,6 +114,26 @@ def test_another_input_size_interpolates_the_positions(tmp_path, config, size):
         built(network, image_size=50)
 
 
+@pytest.mark.parametrize("trunk", ["test_vit", "test_resnet"])
+def test_timms_towers_are_built_at_the_size_asked_for(network, tmp_path, trunk):
+    vision = {"timm_model_name": trunk, "timm_pool": "avg", "image_size": 160, "timm_proj": "linear"}
+    config = CONFIG | {"custom_text": True, "vision_cfg": vision}
+    write_clip(tmp_path)
+    for size in (160, 96):
+        (tmp_path / "timm.json").write_text(json.dumps(config))
+        model = built(NetworkConfig(arch=str(tmp_path / "timm.json"), init=False), image_size=size)
+        assert model(random_frames(1, T, size=size), classes()).shape == (1, 5)
+        (tmp_path / "again.json").write_text(json.dumps(model.clip_config))
+        again = built(NetworkConfig(arch=str(tmp_path / "again.json"), init=False))
+        assert again.image_size == size
+        again.load_state_dict(model.state_dict())
+        frames = random_frames(2, T, size=size)
+        torch.testing.assert_close(again(frames, classes()), model(frames, classes()), **CLOSE)
+    if trunk == "test_vit":
+        with pytest.raises(ConfigError, match=r"data\.input_size: 100 is not a multiple .* 16 pixels"):
+            built(NetworkConfig(arch=str(tmp_path / "timm.json"), init=False), image_size=100)
+
+
 def test_memory_format_of_frames_does_not_matter(network):
     model, frames_BTCHW = built(network), random_frames(2, T)
     channels_last = frames_BTCHW.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
@@ -199,6 +219,30 @@ def test_a_name_without_weights_builds_without_a_download():
     model = build_model(NetworkConfig(arch="RN50", init=False, sim_header="None"), T)
     assert model.clip_config["quick_gelu"] and model.embed_dim == 1024 and model.image_size == 224
     assert model.encode_text(["archery"]).shape == (1, 1024)
+
+
+@pytest.mark.parametrize("config", [CONFIG, OPENAI_RESNET], ids=["vit", "resnet"])
+def test_a_tag_of_open_clips_brings_weights_and_the_normalisation_of_pixels(tmp_path, monkeypatch, config):
+    config = copy.deepcopy(config) | {"quick_gelu": False}
+    config["text_cfg"].pop("tokenizer_kwargs", None)
+    config["text_cfg"]["vocab_size"] = 49408
+    clip = random_clip(config)
+    torch.save(clip.state_dict(), tmp_path / "downloaded.pt")
+    tag = {"url": "https://host/tiny.pt", "mean": [0.5, 0.4, 0.3], "std": [0.1, 0.2, 0.3]}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", config)
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny", {"mine": tag})
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *_, **__: str(tmp_path / "downloaded.pt"))
+    network = NetworkConfig(arch="tiny", pretrained="mine")
+    model, size = built(network), config["vision_cfg"]["image_size"]
+    assert (model.mean, model.std) == ((0.5, 0.4, 0.3), (0.1, 0.2, 0.3))
+    frames = random_frames(1, T, size=size)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (model.mean, model.std))
+    with torch.no_grad():
+        expected = clip.encode_image((frames[0] / 255 - mean) / std)
+        torch.testing.assert_close(model.encode_frames(frames)[0], expected, atol=1e-4, rtol=1e-4)
+    assert built(network, image_size=2 * size).image_size == 2 * size
+    with pytest.raises(ConfigError, match=r"network\.pretrained: tiny has no weights 'other'.*its tags: mine"):
+        built(NetworkConfig(arch="tiny", pretrained="other"))
 
 
 def test_a_local_file_for_a_named_architecture(network, tmp_path, monkeypatch):

@@ -2,21 +2,24 @@
 
 A configuration is a tree of frozen dataclasses. An unknown key, a wrong type or a value out of range raises
 ConfigError, which names the key, the value, where it came from and the nearest valid name. Imports nothing of
-text4vis; everything else may import it.
+text4vis but the prompts; everything else may import it.
 """
 
 from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
+
+from text4vis.templates import TEMPLATE_SETS, prompts
 
 
 class ConfigError(Exception):
@@ -39,19 +42,39 @@ def _one_or_many(value: Any) -> Any:
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
+def _false_is_none(value: Any) -> Any:
+    return None if value is False else value
+
+
 def _pair(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
+
+
+def _pairs(value: Any) -> Any:
+    return tuple(map(_pair, value)) if isinstance(value, list) else value
 
 
 Float = Annotated[float, BeforeValidator(_number)]
 Int = StrictInt
 Bool = StrictBool
 Str = StrictStr
-Probability = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
+Probability = Annotated[float, Field(ge=0, le=1), BeforeValidator(_number)]
+Rate = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_number)]
+NonNegative = Annotated[float, Field(ge=0), BeforeValidator(_number)]
 Count = Annotated[StrictInt, Field(ge=1)]
 Sources = Annotated[tuple[StrictStr, ...], BeforeValidator(_one_or_many)]
 
 _section = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+
+
+@_section
+class RandAugConfig:
+    N: Annotated[StrictInt, Field(ge=0)] | None = Field(
+        None, description="RandAugment operations per video; default: 2 with data.augmentation paper, else 0"
+    )
+    M: Annotated[float, Field(ge=0, le=30), BeforeValidator(_number)] = Field(
+        9, description="strength of RandAugment's operations, 0 to 30"
+    )
 
 
 @_section
@@ -67,16 +90,37 @@ class DataConfig:
     scale_size: Count | None = Field(
         None, description="short side before cropping, pixels; default: 256 at input_size 224, else input_size"
     )
-    augmentation: Literal["released", "none"] = Field(
-        "released", description="released: random resized crop, flip, grey; none: the evaluation's centre crop"
+    shot: Annotated[StrictInt, Field(ge=0)] | None = Field(
+        None, description="few-shot: train on this many videos of each class; 0 or none: on all"
     )
+    shot_seed: Annotated[StrictInt, Field(ge=0)] | None = Field(
+        None, description="which videos data.shot chooses; default: seed"
+    )
+    augmentation: Literal["released", "paper", "something", "none"] = Field(
+        "released",
+        description="released: random resized crop, flip, grey; paper: RandAugment before them; something: multi-scale "
+        "crop, grey, flip that swaps labels; none: the evaluation's centre crop",
+    )
+    randaug: RandAugConfig = Field(default_factory=RandAugConfig)
     crop_area: Annotated[tuple[Float, Float], BeforeValidator(_pair)] = Field(
         (0.08, 1.0), description="range of the random crop's share of the frame's area"
     )
     flip: Probability = Field(0.5, description="probability of a horizontal flip; 0 where left and right matter")
+    flip_swaps: Annotated[tuple[tuple[StrictInt, StrictInt], ...] | None, BeforeValidator(_pairs)] = Field(
+        None,
+        description="pairs of labels that a flip turns into each other; default: Something-Something's with "
+        "data.augmentation something, else none",
+    )
     grey: Probability = Field(0.2, description="probability that a video turns grey")
+    blur: Probability = Field(0.0, description="probability of a Gaussian blur, of 0.1 to 2 pixels of the view")
+    solarize: Probability = Field(0.0, description="probability that values from 128 up are inverted")
     test_clips: Count = Field(1, description="temporal clips per video in evaluation")
     test_crops: Literal[1, 3, 5, 10] = Field(1, description="spatial crops per clip in evaluation")
+    class_splits: Sources = Field(
+        (),
+        description="class lists (CSV `id,name`) that evaluate.py reports one by one, with mean and deviation; "
+        "Kinetics-600's three, say",
+    )
     shuffle: Annotated[StrictStr, Field(pattern=r"^(global|shards:[1-9][0-9]*)$")] = Field(
         "global", description="global: any order; shards:K: a window of K shards at a time, for remote stores and disks"
     )
@@ -87,7 +131,7 @@ class DataConfig:
         0, description="decoding threads per rank; 0: the cores that the rank owns"
     )
     io_threads: Annotated[StrictInt, Field(ge=0)] = Field(
-        0, description="reading threads per rank; 0: the rank's cores for local folders, 16 for remote ones"
+        0, description="reading threads per rank; 0: 1 for local folders, 16 for remote ones"
     )
     prefetch: Count = Field(3, description="batches prepared ahead of the step")
     verify: Bool = Field(True, description="check each frame's CRC-32 as it is read")
@@ -110,39 +154,108 @@ class NetworkConfig:
     sim_header: Literal["None", "Transf", "Transf_cls", "LSTM", "Conv_1D"] = Field(
         "Transf", description="temporal head; None: mean of frames, Transf: transformer, others: ActionCLIP's"
     )
-    template: Str = Field("a video of a person {}.", description="prompt around a class name")
+    tm: Annotated[Literal["tsm", "tokenshift", "tokent1d"] | None, BeforeValidator(_false_is_none)] = Field(
+        None, description="temporal modelling in the visual tower; tsm: shift patches' channels, others: class token's"
+    )
+    joint_st: Bool = Field(False, description="attention over all frames' patches at once; needs sim_header: None")
+    drop_out: Rate = Field(
+        0.0,
+        description="dropout of the visual tower's branches and attention: rate of the last block, from 0 in the first",
+    )
+    emb_dropout: Rate = Field(0.0, description="dropout of the visual tower's embedded patches")
+    classifier: Literal["text", "random", "orthogonal", "lda", "sentence", "file"] = Field(
+        "text",
+        description="where the frozen class embeddings come from; text: CLIP's text tower, random and orthogonal: the "
+        "seed, lda: videos of data.train, sentence: another text encoder, file: classifier_file",
+    )
+    template: Annotated[StrictStr | tuple[StrictStr, ...], BeforeValidator(_pair)] = Field(
+        "a video of a person {}.",
+        description="prompt around a class name, a list of prompts (their mean), or a set: actionclip-16, kinetics-28",
+    )
+    classifier_file: Str | None = Field(
+        None, description="class embeddings (C, D): .safetensors, .npy or .pt; tools/build_classifier.py writes one"
+    )
+    lda_videos: Annotated[StrictInt, Field(ge=2)] = Field(60, description="lda: training videos a class, at most")
+    sentence_model: Str | None = Field(None, description="sentence: folder of a Hugging Face text encoder")
+    sentence_projection: Bool = Field(
+        False, description="sentence: bring its width to CLIP's by a fixed orthogonal projection"
+    )
     fix_video: Bool = Field(False, description="freeze the visual tower")
+    fix_text: Bool = Field(
+        True, description="freeze the text tower; false: it trains, and encodes the prompts of the step's classes"
+    )
+    classifier_trainable: Bool = Field(False, description="train the class embeddings, from those of the classifier")
 
 
 @_section
 class SolverConfig:
-    type: Literal["cosine"] = Field("cosine", description="schedule after the warm-up")
+    type: Literal["cosine", "multistep"] = Field(
+        "cosine", description="schedule after the warm-up: half a cosine to 0, or a tenth at each lr_decay_step"
+    )
     epochs: Count = Field(30, description="passes over the training videos")
-    optim: Literal["adamw"] = Field("adamw", description="optimiser")
-    lr: Annotated[float, BeforeValidator(_number), Field(gt=0)] = Field(
+    optim: Literal["adamw", "adam", "sgd"] = Field("adamw", description="optimiser")
+    lr: Annotated[float, Field(gt=0), BeforeValidator(_number)] = Field(
         5e-5, description="peak learning rate of the head"
     )
-    clip_ratio: Annotated[float, BeforeValidator(_number), Field(ge=0)] = Field(
+    clip_ratio: Annotated[float, Field(ge=0), BeforeValidator(_number)] = Field(
         0.1, description="learning rate of the visual tower and logit scale, as a share of lr"
     )
-    lr_warmup_step: Annotated[float, BeforeValidator(_number), Field(ge=0)] = Field(
+    lr_warmup_step: Annotated[float, Field(ge=0), BeforeValidator(_number)] = Field(
         5, description="epochs of linear warm-up from 0"
     )
-    weight_decay: Annotated[float, BeforeValidator(_number), Field(ge=0)] = Field(0.2, description="AdamW weight decay")
-    betas: Annotated[tuple[Float, Float], BeforeValidator(_pair)] = Field((0.9, 0.999), description="AdamW betas")
-    grad_accumulation_steps: Count = Field(1, description="micro batches per optimiser step")
-    clip_gradient: Annotated[float, BeforeValidator(_number), Field(ge=0)] = Field(
+    weight_decay: Annotated[float, Field(ge=0), BeforeValidator(_number)] = Field(
+        0.2, description="weight decay of the optimiser: decoupled in AdamW, a part of the gradient in Adam and SGD"
+    )
+    betas: Annotated[tuple[Float, Float], BeforeValidator(_pair)] = Field(
+        (0.9, 0.999), description="AdamW's and Adam's"
+    )
+    momentum: Rate = Field(0.9, description="SGD's")
+    lr_decay_step: Annotated[Count | tuple[Count, ...], BeforeValidator(_pair)] = Field(
+        (), description="multistep: epochs at which the rate falls to a tenth, or their period"
+    )
+    global_batch: Count | None = Field(
+        None, description="videos per optimiser step over all ranks; default: data.batch_size x ranks x accumulation"
+    )
+    grad_accumulation_steps: Count = Field(
+        1, description="micro batches per optimiser step; follows from solver.global_batch where that is given"
+    )
+    clip_gradient: Annotated[float, Field(ge=0), BeforeValidator(_number)] = Field(
         0.0, description="largest gradient norm; 0: no clipping"
     )
-    loss_type: Literal["CE"] = Field("CE", description="cross entropy of exp(logit_scale) * cosine")
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop",
+        description="a loss or gradient that is not finite: stop and name the videos, or skip the step and count it",
+    )
+    loss_type: Literal["CE", "NCE", "DS"] = Field(
+        "CE", description="CE: cross entropy over all classes; NCE: videos against the batch's texts; DS: dual softmax"
+    )
+    smoothing: Rate = Field(0.0, description="label smoothing of the cross entropy")
+    mixup: NonNegative = Field(0.0, description="blend pairs of videos, shares from Beta(mixup, mixup); 0: off")
+    cutmix: NonNegative = Field(0.0, description="paste boxes between pairs of videos, areas from Beta; 0: off")
 
 
 @_section
 class EngineConfig:
-    precision: Literal["bf16", "fp32"] = Field("bf16", description="arithmetic of the step; master weights stay fp32")
+    precision: Literal["bf16", "fp16", "fp32"] = Field(
+        "bf16", description="arithmetic of the step; master weights stay fp32, fp16 scales the loss"
+    )
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
+    offload: Literal["none", "optimizer", "parameters"] = Field(
+        "none", description="kept in the host's memory: AdamW's state (ZeRO 1 to 3), or parameters too (ZeRO 3)"
+    )
+    activation_checkpointing: Bool = Field(
+        False, description="compute the visual tower's activations again in the backward pass: less memory, more time"
+    )
+    compile: Bool = Field(False, description="torch.compile the model")
     num_threads: Annotated[StrictInt, Field(ge=0)] = Field(
         0, description="CPU threads of the model per rank; 0: the cores that the rank owns"
+    )
+    world_size: Count | None = Field(None, description="expected number of ranks, an error otherwise; default: any")
+    wall_minutes: Annotated[float, Field(gt=0), BeforeValidator(_number)] | None = Field(
+        None, description="save and exit with code 75 (resume me) after so many minutes; default: no limit"
+    )
+    silence_seconds: Annotated[float, Field(ge=5), BeforeValidator(_number)] = Field(
+        60, description="a rank that gives no sign of life for so long ends the job on all ranks"
     )
 
 
@@ -150,12 +263,20 @@ class EngineConfig:
 class LoggingConfig:
     print_freq: Count = Field(10, description="optimiser steps between log lines")
     eval_freq: Count = Field(1, description="epochs between evaluations")
+    save_steps: Count | None = Field(None, description="optimiser steps between checkpoints; default: each evaluation")
+    save_minutes: Annotated[float, Field(gt=0), BeforeValidator(_number)] | None = Field(
+        None, description="minutes between checkpoints; default: each evaluation"
+    )
+    keep_checkpoints: Count = Field(2, description="last checkpoints kept; the best evaluation's weights are kept too")
 
 
 @_section
 class Config:
     seed: Annotated[StrictInt, Field(ge=0)] = Field(
         1024, description="of order, sampling, augmentation and initial weights"
+    )
+    pretrain: Str | None = Field(
+        None, description="start from the weights of a run, checkpoint, export or .pt file, whatever its classes"
     )
     data: DataConfig = Field(default_factory=DataConfig)
     network: NetworkConfig = Field(default_factory=NetworkConfig)
@@ -174,6 +295,12 @@ class Config:
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+def decay_epochs(solver: SolverConfig) -> tuple[int, ...]:
+    """The epochs of `solver.lr_decay_step`, within the run if it is a period."""
+    step = solver.lr_decay_step
+    return step if isinstance(step, tuple) else tuple(range(step, solver.epochs, step))
 
 
 # Keys of the original project's YAML files that have no meaning here, and what to do instead.
@@ -204,6 +331,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     A file may start from another with `base: other.yaml` (relative to itself). Environment variables in values are
     expanded (`$DATA/k400`). Raises ConfigError.
     """
+    return resolve_config(path, overrides)[0]
+
+
+def resolve_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[str, str]]:
+    """`load_config`, and for each key that was given the file it came from, or "--set"."""
     values, origin = _read_yaml(Path(path))
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -215,7 +347,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             raise ConfigError(f"--set {override!r}: the value is not valid YAML ({_yaml_reason(error)})") from None
         _assign(values, key.strip(), value)
         origin[key.strip()] = "--set"
-    return _validate(_expand(values), origin, str(path))
+    return _validate(_expand(values, origin, str(path)), origin, str(path)), origin
 
 
 def config_from_dict(values: Mapping[str, Any], where: str) -> Config:
@@ -275,14 +407,22 @@ def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
     values[key] = value
 
 
-def _expand(value: Any) -> Any:
-    if isinstance(value, str):
-        return os.path.expandvars(value)
+def _expand(value: Any, origin: Mapping[str, str], where: str, key: str = "") -> Any:
     if isinstance(value, dict):
-        return {key: _expand(inner) for key, inner in value.items()}
+        keys = {name: f"{key}.{name}" if key else str(name) for name in value}
+        return {name: _expand(inner, origin, where, keys[name]) for name, inner in value.items()}
     if isinstance(value, list):
-        return [_expand(inner) for inner in value]
-    return value
+        return [_expand(inner, origin, where, key) for inner in value]
+    if not isinstance(value, str):
+        return value
+    expanded = os.path.expandvars(value)
+    if unknown := re.search(r"\$([A-Za-z_]\w*|\{[A-Za-z_]\w*\})", expanded):
+        name = unknown[1].strip("{}")
+        raise ConfigError(
+            f"{key}: the environment variable {name} in {value!r} is not set (from {origin.get(key, where)}); "
+            f"export {name}=/folder, or --set {key}=/path"
+        )
+    return expanded
 
 
 def _validate(values: dict[str, Any], origin: Mapping[str, str], where: str) -> Config:
@@ -323,27 +463,94 @@ def _check(config: Config, origin: Mapping[str, str], where: str) -> Config:
     def fail(key: str, reason: str) -> None:
         raise ConfigError(f"{key}: {reason} (from {origin.get(key, where)})")
 
-    low, high = config.data.crop_area
+    _check_data(config, fail)
+    if config.solver.global_batch and config.solver.grad_accumulation_steps > 1:
+        fail("solver.grad_accumulation_steps", "follows from solver.global_batch; give only one of them")
+    if config.engine.offload == "optimizer" and config.engine.zero_stage == 0:
+        fail("engine.offload", "optimizer needs engine.zero_stage 1, 2 or 3")
+    if config.engine.offload == "parameters" and config.engine.zero_stage != 3:
+        fail("engine.offload", f"parameters needs engine.zero_stage 3, got {config.engine.zero_stage}")
+    _check_network(config, fail)
+    _check_solver(config, fail)
+    return config
+
+
+def _check_network(config: Config, fail: Callable[[str, str], None]) -> None:
+    network = config.network
+    texts = prompts(network.template)
+    if not texts or any(text.count("{}") != 1 for text in texts):
+        wrong: Any = next((text for text in texts if text.count("{}") != 1), [])
+        sets = ", ".join(TEMPLATE_SETS)
+        fail("network.template", f"expected exactly one {{}} for the class name, or a set ({sets}), got {wrong!r}")
+    if network.joint_st and network.tm:
+        fail("network.tm", f"{network.tm!r} moves channels between frames, but network.joint_st joins the frames")
+    if not network.fix_text and network.classifier != "text":
+        fail("network.fix_text", f"a text tower that trains makes the classifier, but it is {network.classifier!r}")
+    if not network.fix_text and network.classifier_trainable:
+        fail("network.classifier_trainable", "the classes come from the text tower, which trains (network.fix_text)")
+    if network.joint_st and network.sim_header != "None":
+        fail("network.sim_header", f"{network.sim_header!r} has nothing to fuse with network.joint_st; set it to None")
+    if network.tm and config.data.num_segments == 1:
+        fail("network.tm", f"{network.tm!r} needs more than one frame, but data.num_segments is 1")
+    if network.fix_video and (network.drop_out or network.emb_dropout):
+        key = "network.drop_out" if network.drop_out else "network.emb_dropout"
+        fail(key, "acts while the visual tower trains, but network.fix_video freezes it")
+    if network.classifier == "file" and not network.classifier_file:
+        fail("network.classifier", "file needs network.classifier_file, which tools/build_classifier.py writes")
+    if network.classifier == "sentence" and not network.sentence_model:
+        fail("network.classifier", "sentence needs network.sentence_model, the folder of a text encoder")
+    if network.classifier == "lda" and not network.init:
+        fail("network.classifier", "lda needs CLIP's weights, but network.init is false")
+
+
+def _check_solver(config: Config, fail: Callable[[str, str], None]) -> None:
+    solver = config.solver
+    if not all(0 <= beta < 1 for beta in solver.betas):
+        fail("solver.betas", f"expected two numbers in [0, 1), got {list(solver.betas)}")
+    for key in ("mixup", "cutmix", "smoothing"):
+        if getattr(solver, key) and solver.loss_type != "CE":
+            fail(f"solver.{key}", f"needs solver.loss_type CE; {solver.loss_type} has soft targets of its own")
+    milestones = decay_epochs(solver)
+    if solver.type == "multistep" and not milestones:
+        fail(
+            "solver.lr_decay_step", "solver.type multistep needs epochs, e.g. [10, 20], or a period below solver.epochs"
+        )
+    if solver.type == "multistep" and (
+        list(milestones) != sorted(set(milestones)) or milestones[0] <= solver.lr_warmup_step
+    ):
+        fail("solver.lr_decay_step", f"expected rising epochs after solver.lr_warmup_step, got {list(milestones)}")
+
+
+def _check_data(config: Config, fail: Callable[[str, str], None]) -> None:
+    data = config.data
+    low, high = data.crop_area
     if not 0 < low <= high <= 1:
         fail("data.crop_area", f"expected 0 < low <= high <= 1, got {[low, high]}")
-    if config.scale_size < config.data.input_size:
-        fail("data.scale_size", f"{config.scale_size} is smaller than data.input_size {config.data.input_size}")
-    if not all(0 <= beta < 1 for beta in config.solver.betas):
-        fail("solver.betas", f"expected two numbers in [0, 1), got {list(config.solver.betas)}")
-    if config.network.template.count("{}") != 1:
-        fail("network.template", f"expected exactly one {{}} for the class name, got {config.network.template!r}")
-    return config
+    if config.scale_size < data.input_size:
+        fail("data.scale_size", f"{config.scale_size} is smaller than data.input_size {data.input_size}")
+    for key, value in (("randaug.N", data.randaug.N), ("blur", data.blur), ("solarize", data.solarize)):
+        if value and data.augmentation == "none":
+            fail(f"data.{key}", f"{value} has nothing to act on with data.augmentation none; choose another preset")
+    swapped = [label for pair in data.flip_swaps or () for label in pair]
+    if len(set(swapped)) < len(swapped) or min(swapped, default=0) < 0:
+        fail(
+            "data.flip_swaps",
+            f"expected pairs of labels, each label once, got {list(map(list, data.flip_swaps or ()))}",
+        )
 
 
 def schema() -> Iterator[tuple[str, tuple[str, Any]]]:
     """Every key in order, with its (one-line meaning, default)."""
-    default = asdict(Config())  # type: ignore[call-overload]
-    yield "seed", (_meaning(Config, "seed"), default["seed"])
-    for section in fields(Config):  # type: ignore[arg-type]
-        if is_dataclass(getattr(Config(), section.name)):
-            kind = type(getattr(Config(), section.name))
-            for key in fields(kind):
-                yield f"{section.name}.{key.name}", (_meaning(kind, key.name), default[section.name][key.name])
+    yield from _keys(Config(), "")
+
+
+def _keys(section: Any, prefix: str) -> Iterator[tuple[str, tuple[str, Any]]]:
+    for key in fields(section):
+        value = getattr(section, key.name)
+        if is_dataclass(value):
+            yield from _keys(value, f"{prefix}{key.name}.")
+        else:
+            yield f"{prefix}{key.name}", (_meaning(type(section), key.name), value)
 
 
 def _meaning(kind: type, name: str) -> str:

@@ -117,3 +117,13 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], where: str, hi
 def _some(names: Collection[str], most: int = 6) -> str:
     first = ", ".join(sorted(names)[:most])
     return first if len(names) <= most else f"{first} and {len(names) - most} more"
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 in hex of the names, types, shapes and bytes of tensors, whatever their order and device."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -50,15 +50,23 @@ RESNET_STRIDE = 32
 
 
 class TextTower:
-    """A frozen text encoder on the CPU in fp32. Not an nn.Module: whoever holds it neither moves, trains nor saves it.
+    """A text encoder, frozen and on the CPU in fp32 unless its `module` is registered with a model that trains it.
 
-    `bpe_path` is the vocabulary file of a custom tokenizer, None for CLIP's own.
+    It is no nn.Module itself: whoever holds it neither moves, trains nor saves it. `bpe_path` is the vocabulary file of
+    a custom tokenizer, None for CLIP's own.
     """
 
     def __init__(self, clip: Any, tokenizer: Tokenizer, bpe_path: Path | None) -> None:
         self._clip: Any = clip.float().eval().requires_grad_(False)
+        # open_clip's own forward wants both towers. Calls, not methods, are what an engine's hooks see.
+        self._clip.forward = self._clip.encode_text
         self._tokenizer = tokenizer
         self.bpe_path = bpe_path
+
+    @property
+    def module(self) -> nn.Module:
+        """The encoder itself: tokens (C, L) int64 -> embeddings (C, D), not normalised."""
+        return self._clip
 
     @property
     def has_simple_tokenizer(self) -> bool:
@@ -78,9 +86,13 @@ class TextTower:
 
     def encode(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
         """Embeddings (C, D) float32 on the CPU, not normalised, without gradient. Raises ValueError as `tokenize`."""
-        tokens_CL = self.tokenize(texts)
+        tokens_CL = self.tokenize(texts).to(next(self._clip.parameters()).device)
+        was_training = self._clip.training
+        self._clip.eval()
         with torch.no_grad():  # not inference_mode: the classifier built from these takes part in training
-            return torch.cat([self._clip.encode_text(batch) for batch in tokens_CL.split(batch_size)])
+            embeddings_CD = torch.cat([self._clip(batch) for batch in tokens_CL.split(batch_size)])
+        self._clip.train(was_training)
+        return embeddings_CD.float().cpu()
 
     def state_dict(self) -> State:
         return self._clip.state_dict()
@@ -242,11 +254,14 @@ def _instantiate(model_config: Mapping[str, Any], arch: str) -> Any:
     if config["vision_cfg"].get("timm_model_name"):
         config["vision_cfg"]["timm_model_pretrained"] = False
     try:
-        return (CustomTextCLIP if custom_text else CLIP)(**config)
+        clip = (CustomTextCLIP if custom_text else CLIP)(**config)
     except (TypeError, ValueError, AssertionError, ZeroDivisionError) as error:
         raise ConfigError(f"network.arch: {arch}: open_clip cannot build this model ({error})") from None
     except (ImportError, OSError, RuntimeError) as error:
         raise ConfigError(f"network.arch: {arch}: {' '.join(str(error).split())}") from None
+    if config["vision_cfg"].get("timm_model_name"):  # timm builds at its own size, whatever the config says
+        clip.visual.set_input_size(_image_size(config))
+    return clip
 
 
 def _tokenizer(source: _Source, arch: str) -> tuple[Tokenizer, Path | None]:
@@ -281,15 +296,18 @@ def _resize(clip: Any, config: dict[str, Any], image_size: int) -> tuple[Any, di
     config = copy.deepcopy(config)
     config["vision_cfg"]["image_size"] = image_size
     vision = config["vision_cfg"]
-    if vision.get("timm_model_name"):
-        clip.visual.set_input_size(image_size)
-        return clip, config
     is_resnet = not isinstance(vision.get("layers", CLIPVisionCfg.layers), int)
     stride = RESNET_STRIDE if is_resnet else vision.get("patch_size", CLIPVisionCfg.patch_size)
+    if vision.get("timm_model_name"):
+        patches = getattr(clip.visual.trunk, "patch_embed", None)
+        stride = getattr(patches, "patch_size", (1,))[0]
     if image_size % stride:
         raise ConfigError(
             f"data.input_size: {image_size} is not a multiple of the visual tower's patch, {stride} pixels"
         )
+    if vision.get("timm_model_name"):
+        clip.visual.set_input_size(image_size)
+        return clip, config
     state = clip.state_dict()
     key = "visual.attnpool.positional_embedding" if is_resnet else "visual.positional_embedding"
     state[key] = resize_positions(state[key], image_size // stride)
