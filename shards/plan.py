@@ -181,21 +181,22 @@ def eval_slice(num_samples: int, rank: int, world_size: int) -> tuple[int, int]:
     return num_samples * rank // world_size, num_samples * (rank + 1) // world_size
 
 
-def few_shot_subset(labels_N: np.ndarray, shots: int, seed: int) -> np.ndarray:
+def few_shot_subset(labels_N: np.ndarray, shots: int, seed: int, *, at_most: bool = False) -> np.ndarray:
     """Ids (shots * C,) int64, sorted, of `shots` samples of each class 0 ... C-1, C being the largest label plus one.
 
-    Depends on nothing but the arguments, so every rank draws the same. Raises ValueError if a class has too few.
+    Depends on nothing but the arguments, so every rank draws the same. Raises ValueError if a class has too few; with
+    `at_most` such a class gives all it has.
     """
     if shots < 1 or len(labels_N) == 0:
         raise ValueError(f"few-shot subset: expected at least one shot and one sample, got {shots} and {len(labels_N)}")
     counts_C = np.bincount(labels_N)
     short = np.flatnonzero(counts_C < shots)
-    if len(short):
+    if len(short) and not at_most:
         raise ValueError(
             f"few-shot subset: class {short[0]} has {counts_C[short[0]]} videos, {shots} are asked for "
             f"({len(short)} of {len(counts_C)} classes have too few); lower the number of shots or add videos"
         )
     order = _hash_order(len(labels_N), seed)
     by_class = order[np.argsort(np.asarray(labels_N)[order], kind="stable")]
-    first_C = np.cumsum(counts_C) - counts_C
-    return np.sort(by_class[(first_C[:, None] + np.arange(shots)).ravel()])
+    place_N = np.arange(len(labels_N)) - np.repeat(np.cumsum(counts_C) - counts_C, counts_C)
+    return np.sort(by_class[place_N < shots])

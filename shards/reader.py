@@ -68,7 +68,7 @@ class _Wanted:
     numbers: np.ndarray
     rows: np.ndarray
     ranges: list[tuple[int, int]]
-    positions: np.ndarray
+    positions: list[int]
 
 
 def open_dataset(
@@ -272,11 +272,11 @@ class ShardDataset:
         shard = part.index.manifest.shards[int(part.index.videos["shard"][video])]
         return f"{printable(part.index.name(video))} (sample {sample}, {shard.name} of {part.index.where})"
 
-    def frame_sizes(self, sample: int, frames: np.ndarray) -> np.ndarray:
-        """(height, width) in pixels of each of the (k,) frames: (k, 2) int64, zeros where unknown."""
+    def frame_sizes(self, sample: int, frames: np.ndarray) -> list[tuple[int, int]]:
+        """(height, width) in pixels of each of the (k,) frames, zeros where unknown."""
         part, video = self._locate(sample)
         rows = part.index.member_rows(video, self._member_numbers(part, sample, frames))
-        return np.stack([rows["height"], rows["width"]], axis=-1).astype(np.int64)
+        return list(zip(rows["height"].tolist(), rows["width"].tolist(), strict=True))
 
     def _member_numbers(self, part: _Part, sample: int, frames: np.ndarray) -> np.ndarray:
         """Member of each frame; the one member for all frames of a stored video. Raises IndexError."""
@@ -328,7 +328,9 @@ class ShardDataset:
         if self._closed:
             raise ValueError("the data set is closed")
         part, video = self._locate(sample)
-        distinct, positions = np.unique(self._member_numbers(part, sample, frames), return_inverse=True)
+        wanted = self._member_numbers(part, sample, frames).tolist()
+        place = {number: position for position, number in enumerate(sorted(set(wanted)))}
+        distinct, positions = np.array(list(place), np.int64), [place[number] for number in wanted]
         rows = part.index.member_rows(video, distinct)
         ranges = part.index.ranges(video, rows)
         return _Wanted(part, sample, int(part.index.videos["shard"][video]), distinct, rows, ranges, positions)

@@ -147,7 +147,7 @@ def test_the_command_makes_lists_and_shards_and_respects_edits(tmp_path):
         assert train.classes == ["figure skating", "yoga"]
         names = [dataset.name(i) for dataset in (train, val) for i in range(len(dataset))]
         assert len(train) == 4 and sorted(names) == [str(video.path) for video in scan_folders(tmp_path / "v")]
-        assert train.frame_sizes(0, np.arange(6))[:, 0].tolist() == [32] * 6
+        assert {height for height, _ in train.frame_sizes(0, np.arange(6))} == {32}
     assert prepare(tmp_path / "v", "--output", tmp_path / "d", "--short-side", 32).returncode == 0
     (tmp_path / "d" / "val.txt").unlink()
     broken = prepare(tmp_path / "v", "--output", tmp_path / "d")

@@ -1,16 +1,18 @@
 """The loader: every sample once, the same pixels whatever the ranks, batches and threads, and Pillow's pixels."""
 
 import dataclasses
-import hashlib
 import io
 import itertools
+import json
 
 import av
+import launch
 import numpy as np
 import pytest
 import torch
 from conftest import make_frame_folders
 from PIL import Image
+from read_stream import identify
 from sklearn.datasets import load_sample_image
 from torchvision.transforms import v2
 
@@ -65,27 +67,37 @@ def settings(folder, **data) -> Config:
 def take(config, split, count=None, **ranks):
     """(id, label, hash of the pixels) of each video of the first `count` batches, batch by batch."""
     with build_loader(config, split, **ranks) as loader:
-        return [
-            [
-                (int(i), int(label), hashlib.sha256(frames.contiguous().numpy().tobytes()).hexdigest())
-                for i, label, frames in zip(batch.ids, batch.labels, batch.frames, strict=True)
-            ]
-            for batch in itertools.islice(loader, count)
-        ]
+        return [identify(batch) for batch in itertools.islice(loader, count)]
 
 
 @pytest.mark.parametrize("shuffle", ["global", "shards:2"])
 def test_the_global_batches_are_the_same_at_every_world_size(shards, shuffle):
-    """Six videos a step by 1, 2, 3 or 6 ranks: same videos, same labels, same pixels, each once an epoch."""
-    steps = 2 * NUM_VIDEOS // 6 + 1
-    alone = take(settings(shards, batch_size=6, shuffle=shuffle), "train", steps)
-    for world_size in (2, 3, 6):
-        config = settings(shards, batch_size=6 // world_size, shuffle=shuffle)
+    """24 videos a step by 1, 2, 3, 4 or 8 ranks: same videos, same labels, same pixels, each once an epoch."""
+    steps = 2 * NUM_VIDEOS // 24 + 1
+    alone = take(settings(shards, batch_size=24, shuffle=shuffle), "train", steps)
+    for world_size in (2, 3, 4, 8):
+        config = settings(shards, batch_size=24 // world_size, shuffle=shuffle)
         by_rank = [take(config, "train", steps, rank=r, world_size=world_size) for r in range(world_size)]
         assert [list(itertools.chain(*step)) for step in zip(*by_rank, strict=True)] == alone
     ids = [i for batch in alone for i, _, _ in batch]
     assert sorted(ids[:NUM_VIDEOS]) == sorted(ids[NUM_VIDEOS : 2 * NUM_VIDEOS]) == list(range(NUM_VIDEOS))
     assert ids[:NUM_VIDEOS] != ids[NUM_VIDEOS : 2 * NUM_VIDEOS]
+
+
+@pytest.mark.slow
+def test_real_processes_see_what_one_sees(shards, tmp_path):
+    """One, two and three processes at once, each with its own interpreter and threads, and one that starts later."""
+    alone = take(settings(shards, batch_size=6), "train", 10)
+    for world_size in (1, 2, 3):
+        (tmp_path / "c.yaml").write_text(settings(shards, batch_size=6 // world_size).to_yaml())
+        started = launch.start("tests/read_stream.py", tmp_path / "c.yaml", 10, 0, ranks=world_size)
+        by_rank = [json.loads(output.splitlines()[-1]) for code, output in launch.finish(started) if code == 0]
+        assert len(by_rank) == world_size
+        union = [list(itertools.chain(*step)) for step in zip(*by_rank, strict=True)]
+        assert union == [[list(video) for video in batch] for batch in alone]
+    output = launch.run("tests/read_stream.py", tmp_path / "c.yaml", 14, 18)  # the last ran with batches of two
+    rest = list(itertools.chain(*json.loads(output.splitlines()[-1])))
+    assert rest == list(itertools.chain(*union))[18 : 18 + 28]
 
 
 def test_gradient_accumulation_cuts_the_same_global_batch(shards):
@@ -276,6 +288,16 @@ def test_the_loader_stops_when_asked(shards):
     next(batches)
     loader.close()
     assert list(batches) == []
+    with pytest.raises(ValueError, match="closed"):
+        loader.dataset.read(0, np.zeros(1, np.int64))
+
+
+def test_a_pass_that_is_closed_leaves_the_loader_usable(shards):
+    with build_loader(settings(shards), "val") as loader:
+        batches = iter(loader)
+        next(batches)
+        batches.close()
+        assert sum(len(batch.ids) for batch in loader) == NUM_VIDEOS
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ import torch
 import webdataset as wds
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.io import ImageReadMode, decode_jpeg, read_file  # type: ignore[import-untyped]
-from torchvision.transforms import InterpolationMode, v2  # type: ignore[import-untyped]
+from torchvision.io import ImageReadMode, decode_jpeg, read_file
+from torchvision.transforms import InterpolationMode, v2
 
 from text4vis import augmentation, sampling
 from text4vis.benchmarks.data import Workload
