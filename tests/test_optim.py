@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_network
 
-from text4vis.config import SolverConfig
+from text4vis.config import ConfigError, SolverConfig, config_from_dict, decay_epochs
 from text4vis.model import build_model
-from text4vis.optim import learning_rate, parameter_groups
+from text4vis.optim import build_optimizer, learning_rate, multistep_rate, parameter_groups, scheduled_rate
 
 EPOCHS = st.integers(1, 100)
 LR = 5e-5
@@ -67,3 +67,48 @@ def test_frozen_parameters_and_empty_groups_are_left_out(tmp_path):
     model, groups = groups_of(tmp_path, {"fix_video": True})
     assert names(model, groups["clip"]) == {"logit_scale"}
     assert set(groups_of(tmp_path, {"sim_header": "None"})[1]) == {"clip"}
+
+
+def test_classes_that_train_are_in_the_right_group(tmp_path):
+    model, groups = groups_of(tmp_path, {"fix_text": False})
+    assert {"text_tower.token_embedding.weight", "text_tower.text_projection"} <= names(model, groups["clip"])
+    model = build_model(tiny_network(tmp_path), 4)
+    model.set_classifier(torch.ones(3, 64), ["a", "b", "c"])
+    by_name = {group["name"]: group for group in parameter_groups(model, SolverConfig())}
+    assert "classifier" in names(model, by_name["head"])
+
+
+def test_multistep_falls_to_a_tenth_at_each_milestone():
+    rates = [multistep_rate(epoch, LR, (10, 20), 5) for epoch in (0, 2.5, 5, 9.99, 10, 19.99, 20, 29)]
+    assert rates == pytest.approx([0, LR / 2, LR, LR, LR / 10, LR / 10, LR / 100, LR / 100], abs=1e-18)
+
+
+@pytest.mark.parametrize(("step", "milestones"), [([10, 20], (10, 20)), (10, (10, 20)), (20, (20,))])
+def test_decay_steps_are_epochs_or_their_period(step, milestones):
+    config = config_from_dict({"solver": {"type": "multistep", "lr_decay_step": step}}, "test")
+    assert decay_epochs(config.solver) == milestones
+    for epoch in (3, 10, 25):
+        assert scheduled_rate(epoch, LR, config.solver) == multistep_rate(epoch, LR, milestones, 5)
+    assert scheduled_rate(10, LR, SolverConfig()) == learning_rate(10, LR, 30, 5)
+
+
+@pytest.mark.parametrize("step", [[], [20, 10], [5, 10], [10, 10], 30])
+def test_decay_steps_that_cannot_be_are_refused(step):
+    with pytest.raises(ConfigError, match=r"solver\.lr_decay_step"):
+        config_from_dict({"solver": {"type": "multistep", "lr_decay_step": step}}, "test")
+
+
+def test_each_optimiser_takes_the_step_of_its_own(tmp_path):
+    """First steps: AdamW and Adam go one rate against the gradient's sign, SGD goes along the gradient."""
+    settings = {"lr": 1e-3, "clip_ratio": 1.0, "weight_decay": 0.0, "momentum": 0.5}
+    for optim in ("adamw", "adam", "sgd"):
+        model = build_model(tiny_network(tmp_path), 4)
+        before = model.logit_scale.item()
+        optimizer = build_optimizer(model, SolverConfig(optim=optim, **settings))
+        for _ in range(2):
+            model.logit_scale.grad = torch.tensor([0.25])
+            optimizer.step()
+        moved = 1e-3 * (0.25 + 0.25 * 1.5) if optim == "sgd" else 2e-3
+        assert before - model.logit_scale.item() == pytest.approx(moved, rel=1e-3)
+        decayed = build_optimizer(model, SolverConfig(optim=optim, **settings | {"weight_decay": 0.1}))
+        assert {group["weight_decay"] for group in decayed.param_groups} == {0.1}

@@ -1,6 +1,7 @@
 """The original project's checkpoints and our exports: what goes in comes out, and what does not fit is named."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -121,6 +122,62 @@ def test_a_head_that_the_network_lacks_points_at_the_key(network, tmp_path):
         load_text4vis(tmp_path / "best.pt", network, T)
 
 
+def released_names(header: str, **options: object) -> set[str]:
+    """Names in a file of the release, from those of CLIP: its options wrap blocks or add tensors."""
+    names = {"logit_scale"} | {f"fusion_model.{name}" for name in heads(header)}
+    for name in random_clip(CONFIG).state_dict():
+        if name.startswith("visual."):
+            wrapped = options.get("tm") == "tsm" and ".resblocks." in name
+            names.add(re.sub(r"(resblocks\.\d+\.)", r"\1net.", name) if wrapped else name)
+    layers = range(CONFIG["vision_cfg"]["layers"])
+    if options.get("tm") == "tokent1d":
+        names |= {f"visual.transformer.resblocks.{layer}.control_point.conv.weight" for layer in layers}
+    return names | ({"visual.time_embedding"} if options.get("joint_st") else set())
+
+
+def heads(header: str) -> list[str]:
+    if header == "None":
+        return []
+    blocks = ("attn.in_proj_weight", "attn.in_proj_bias", "attn.out_proj.weight", "attn.out_proj.bias", "ln_1.weight",
+              "ln_1.bias", "ln_2.weight", "ln_2.bias", "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight",
+              "mlp.c_proj.bias")  # fmt: skip
+    return ["frame_position_embeddings.weight"] + [f"transformer.resblocks.{n}.{b}" for n in range(6) for b in blocks]
+
+
+OPTIONS = [{"tm": "tsm"}, {"tm": "tokenshift"}, {"tm": "tokent1d"}, {"joint_st": True, "sim_header": "None"}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("save", [save_train, save_train_nce])
+def test_original_checkpoints_with_temporal_towers_load_by_their_names(network, tmp_path, save, options):
+    network = replace(network, **options)
+    model = trained(network)
+    assert set(original_state(model)) == released_names(network.sim_header, **options)
+    save(tmp_path / "best.pt", model, "module.")
+    assert torch.equal(logits(load_text4vis(tmp_path / "best.pt", network, T)), logits(model))
+
+
+@pytest.mark.parametrize("options", [o for o in OPTIONS if o.get("tm") != "tokenshift"], ids=str)
+def test_a_temporal_tower_that_the_network_lacks_points_at_the_key(network, tmp_path, options):
+    plain = replace(network, sim_header=options.get("sim_header", "Transf"))
+    save_train(tmp_path / "best.pt", trained(replace(network, **options)))
+    key = next(key for key in options if key != "sim_header")
+    with pytest.raises(ConfigError, match=rf"the file has a [a-z ]+: check network\.{key}"):
+        load_text4vis(tmp_path / "best.pt", plain, T)
+    save_train(tmp_path / "best.pt", trained(plain))
+    with pytest.raises(ConfigError, match=rf"the file has no [a-z ]+: check network\.{key}"):
+        load_text4vis(tmp_path / "best.pt", replace(network, **options), T)
+
+
+def test_half_precision_files_load_as_fp32(network, tmp_path):
+    model = trained(network)
+    state = {name: tensor.half() for name, tensor in original_state(model).items()}
+    torch.save({"epoch": 1, "model_state_dict": state}, tmp_path / "best.pt")
+    loaded = load_text4vis(tmp_path / "best.pt", network, T)
+    assert all(parameter.dtype == torch.float32 for parameter in loaded.parameters())
+    assert torch.equal(loaded.visual.proj, model.visual.proj.half().float())
+
+
 def test_files_that_are_no_checkpoints_are_refused(network, tmp_path):
     torch.save({"weights": {}}, tmp_path / "other.pt")
     torch.save({"model_state_dict": {}, "args": pytest.Item}, tmp_path / "pickle.pt")
@@ -213,3 +270,31 @@ def test_names_and_embeddings_that_disagree_are_not_exported(tmp_path, network):
     with pytest.raises(ConfigError, match="3 class names, but class embeddings of shape"):
         export_model(tmp_path / "export", model, network, {}, NAMES, torch.zeros(2, 64), {})
     assert not (tmp_path / "export").exists()
+
+
+def test_a_trained_classifier_travels_with_its_export_and_answers_for_its_names_only(network, tmp_path):
+    network = replace(network, classifier_trainable=True)
+    config, model = Config(network=network), trained(network)
+    model.set_classifier(torch.randn(3, 64, generator=torch.Generator().manual_seed(0)), NAMES)
+    classes = build_classifier(config, model, NAMES)
+    torch.testing.assert_close(classes, torch.nn.functional.normalize(model.classifier.detach(), dim=-1))
+    export_model(tmp_path, model, network, config.to_dict(), NAMES, classes, {})
+    assert "classifier" not in load_file(tmp_path / "model.safetensors")
+    loaded = load_export(tmp_path).model
+    torch.testing.assert_close(build_classifier(config, loaded, NAMES[::-1][:2]), classes.flip(0)[:2])
+    with pytest.raises(ConfigError, match="has no class 'sailing'"):
+        build_classifier(config, loaded, ["archery", "sailing"])
+
+
+def test_a_trained_text_tower_is_exported_and_frozen_again(network, tmp_path):
+    model = build_model(replace(network, fix_text=False), T)
+    with torch.no_grad():
+        model.text_tower.text_projection.add_(0.1)
+    config = Config(network=replace(network, fix_text=False))
+    classes = build_classifier(config, model, NAMES)
+    export_model(tmp_path, model, config.network, config.to_dict(), NAMES, classes, {})
+    assert all(not name.startswith("text_tower") for name in load_file(tmp_path / "model.safetensors"))
+    loaded = load_export(tmp_path).model
+    assert loaded.text_tower is None
+    torch.testing.assert_close(loaded.encode_text(NAMES), model.encode_text(NAMES))
+    torch.testing.assert_close(build_classifier(config, loaded, NAMES), classes)

@@ -24,9 +24,9 @@ from shards.video import VideoError, decode_frames, probe_video
 from text4vis.augmentation import eval_geometry
 from text4vis.classifier import text_classifier
 from text4vis.config import Config, config_from_dict
-from text4vis.evaluation import class_scores
 from text4vis.jobs import Frame
 from text4vis.pipeline import place
+from text4vis.protocols import class_scores
 from text4vis.sampling import val_indices
 from text4vis.weights import load_export
 
@@ -74,16 +74,22 @@ class Predictor:
         indices, images = self._sample(video)
         frames_TSS3 = self._prepare(images)
         names = self.class_names if labels is None else list(labels)
-        classes_CD = (
-            self.class_embeddings_CD
-            if labels is None
-            else text_classifier(self.model, names, self.config.network.template)
-        )
+        classes_CD = self.class_embeddings_CD if labels is None else self._embed_labels(names)
         frames_BTCHW = torch.from_numpy(frames_TSS3).permute(0, 3, 1, 2)[None].to(self.device)
         embedding_BVD = self.model.encode_video(frames_BTCHW)[:, None].float().cpu().numpy()
         scores_C = class_scores(embedding_BVD, classes_CD.float().cpu().numpy())[0]
         order = np.argsort(-scores_C, kind="stable")[:top]
         return Prediction([(names[c], float(scores_C[c])) for c in order], indices, frames_TSS3)
+
+    def _embed_labels(self, names: list[str]) -> torch.Tensor:
+        kind = self.config.network.classifier
+        if kind != "text" or self.config.network.classifier_trainable:
+            raise PredictionError(
+                f"labels: this model was trained with {'a trainable' if kind == 'text' else 'the'} classifier {kind}, "
+                f"so it knows its own classes only ({', '.join(self.class_names[:3])} ...); leave the labels out, or "
+                "train with the frozen text classifier"
+            )
+        return text_classifier(self.model, names, self.config.network.template)
 
     def _sample(self, video: str | Path | np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         """Numbers and RGB images of the sampled frames, first of each segment, as in evaluation."""

@@ -1,4 +1,4 @@
-"""Model files: the original project's checkpoints, and exports. Imports config, model and tensors.
+"""Model files: the parts of a saved model, the original project's checkpoints, exports. Imports config, model, tensors.
 
 An export is one folder from which a recogniser is built again without network access or the original weights:
 
@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -29,9 +31,85 @@ from text4vis.config import ConfigError, NetworkConfig
 from text4vis.model import VideoClip, build_model
 from text4vis.tensors import State, load_strictly, read_torch_file, read_weights
 
+logger = logging.getLogger("text4vis")
+
 EXPORT_FORMAT = "text4vis-export-1"
 EXPORT_FILE = "export.json"
 CLIP_FILE = "clip.json"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The tensors of a saved model, however its file names them.
+
+    video: visual tower, temporal head and logit scale, named as in VideoClip. text: the text tower, named as in its
+    `module`; empty if the file has none. classifier: class embeddings (C, D) that were trained, if any were.
+    """
+
+    video: State
+    text: State
+    classifier: Tensor | None = None
+
+    @classmethod
+    def of(cls, state: Mapping[str, Tensor]) -> Parts:
+        """The parts of a VideoClip's state dict."""
+        return cls(
+            video={name: tensor for name, tensor in state.items() if not _is_class_part(name)},
+            text=_below("text_tower.", state),
+            classifier=state.get("classifier"),
+        )
+
+
+def _is_class_part(name: str) -> bool:
+    return name == "classifier" or name.startswith("text_tower.")
+
+
+def _below(prefix: str, state: Mapping[str, Tensor]) -> State:
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def load_parts(model: VideoClip, parts: Parts, where: str, hint: str = "") -> None:
+    """Loads the video part, and the text tower where there is one. Raises ConfigError listing what does not fit."""
+    others = {name: tensor for name, tensor in model.state_dict().items() if _is_class_part(name)}
+    load_strictly(model, others | parts.video, where, hint)
+    if parts.text:
+        model.text.load_strictly(parts.text, f"{where}: text tower")
+
+
+def start_from(model: VideoClip, parts: Parts, where: str) -> None:
+    """Starts a model from another one's weights, whatever that one's classes; says in the log what was taken.
+
+    The visual tower and the logit scale must fit. A temporal head of another kind or shape is left as it is, and so
+    are convolutions over time that the other tower lacks. The text tower is taken where it trains. Raises ConfigError.
+    """
+    visual = _below("visual.", parts.video)
+    own = model.visual.state_dict()
+    added = {name: own[name] for name in own if "control_point" in name and name not in visual}
+    hint = "; network.arch, network.tm and data.input_size must be those that it was trained with"
+    load_strictly(model.visual, added | visual, f"{where}: visual tower", hint)
+    if "logit_scale" not in parts.video:
+        raise ConfigError(f"{where}: has no logit_scale; give a model of Text4Vis")
+    with torch.no_grad():
+        model.logit_scale.copy_(parts.video["logit_scale"].reshape(1))
+    taken, fresh = ["visual tower", "logit scale"], ["convolutions over time"] if added else []
+    head, own_head = _below("fusion_model.", parts.video), model.fusion_model.state_dict()
+    if {name: tensor.shape for name, tensor in head.items()} == {name: own_head[name].shape for name in own_head}:
+        model.fusion_model.load_state_dict(head)
+        taken += ["temporal head"] if head else []
+    elif own_head:
+        fresh.append(f"temporal head ({'another kind or shape' if head else 'none'} in the file)")
+    if parts.text and model.text_tower is not None:
+        model.text.load_strictly(parts.text, f"{where}: text tower")
+        taken.append("text tower")
+    elif parts.text and not _same(parts.text, model.text.state_dict()):
+        logger.warning("%s: its text tower is another than network.arch's, which stays (network.fix_text)", where)
+    logger.info("%s: took %s%s", where, ", ".join(taken), f"; starts fresh: {', '.join(fresh)}" if fresh else "")
+
+
+def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(
+        one[name].shape == other[name].shape and torch.allclose(one[name].float(), other[name].float()) for name in one
+    )
 
 
 def load_text4vis(
@@ -44,29 +122,38 @@ def load_text4vis(
     or without `module.` before the names. The first has no text tower: it comes from `network.arch`'s own weights.
     `image_size` as in `build_model`. Raises ConfigError listing every key that does not fit.
     """
-    video, text = _split(_read_checkpoint(Path(path)))
+    parts = read_text4vis(Path(path))
     # Weights that the file replaces need not be fetched first.
-    network = replace(network, init=network.init and not text)  # type: ignore[type-var]
+    network = replace(network, init=network.init and not parts.text, fix_text=True)  # type: ignore[type-var]
     model = build_model(network, num_segments, image_size=image_size)
-    has_head = any(name.startswith("fusion_model.") for name in video)
-    hint = ""
-    if has_head != any(name.startswith("fusion_model.") for name in model.state_dict()):
-        hint = f"; the file has {'a' if has_head else 'no'} temporal head: check network.sim_header"
-    load_strictly(model, video, str(path), hint)
-    if text:
-        model.text.load_strictly(text, f"{path}: text tower")
+    load_parts(model, parts, str(path), _hints(parts.video, model.state_dict()))
     return model
 
 
-def _read_checkpoint(path: Path) -> dict[str, Any]:
-    checkpoint = read_torch_file(path, "checkpoint")
+# What the names of tensors tell, and the key that decides it.
+OPTIONAL_PARTS = {
+    "fusion_model.": ("temporal head", "network.sim_header"),
+    "visual.time_embedding": ("time embedding", "network.joint_st"),
+    ".control_point.conv.": ("convolution over time", "network.tm: tokent1d"),
+    ".net.": ("shift of patches", "network.tm: tsm"),
+}
+
+
+def _hints(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """The keys to check where a file has an optional part and the network does not, or the other way round."""
+    hints = []
+    for mark, (part, key) in OPTIONAL_PARTS.items():
+        has = any(mark in name for name in found)
+        if has != any(mark in name for name in expected):
+            hints.append(f"; the file has {'a' if has else 'no'} {part}: check {key}")
+    return "".join(hints)
+
+
+def read_text4vis(path: Path, key: str = "checkpoint") -> Parts:
+    """The parts of a `.pt` file of the original project. `key` is named in errors. Raises ConfigError."""
+    checkpoint = read_torch_file(path, key)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model_state_dict"), dict):
-        raise ConfigError(f"checkpoint: {path} is not one of Text4Vis's: it has no `model_state_dict`")
-    return checkpoint
-
-
-def _split(checkpoint: Mapping[str, Any]) -> tuple[State, State]:
-    """Tensors of the video part, named as in VideoClip, and those of the text tower, named as in open_clip's CLIP."""
+        raise ConfigError(f"{key}: {path} is not one of Text4Vis's: it has no `model_state_dict`")
 
     def without_prefix(state: Mapping[str, Tensor]) -> State:
         return {name.removeprefix("module."): tensor for name, tensor in state.items()}
@@ -76,7 +163,7 @@ def _split(checkpoint: Mapping[str, Any]) -> tuple[State, State]:
     state |= {f"fusion_model.{name}": tensor for name, tensor in head.items()}
     text_names = {name for name in state if name in TEXT_TENSORS or name.startswith("transformer.")}
     video = {name: tensor for name, tensor in state.items() if name not in text_names}
-    return video, {name: state[name] for name in text_names}
+    return Parts(video, {name: state[name] for name in text_names})
 
 
 TEXT_TENSORS = (
@@ -128,7 +215,7 @@ def export_model(  # noqa: PLR0917
         clip_config["text_cfg"]["tokenizer_kwargs"]["bpe_path"] = copied.name
     pixels = {"mean": list(model.mean), "std": list(model.std)}
     _write_json(folder / CLIP_FILE, {"model_cfg": clip_config, "preprocess_cfg": pixels})
-    _write_tensors(folder / "model.safetensors", model.state_dict())
+    _write_tensors(folder / "model.safetensors", Parts.of(model.state_dict()).video)
     _write_tensors(folder / "text.safetensors", model.text.state_dict())
     _write_tensors(folder / "classes.safetensors", {"class_embeddings": class_embeddings.float()})
     content = {
@@ -146,21 +233,28 @@ def load_export(folder: str | Path) -> Export:
     """What `export_model` wrote, in fp32 on the CPU. Raises ConfigError naming the file that does not fit."""
     folder = Path(folder)
     content = _read_index(folder)
-    own = {"arch": str(folder / CLIP_FILE), "pretrained": None, "init": False}
+    own = {"arch": str(folder / CLIP_FILE), "pretrained": None, "init": False, "fix_text": True}
     try:
         network = TypeAdapter(NetworkConfig).validate_python(content["network"] | own)
     except ValidationError as error:
         raise ConfigError(f"{folder}/{EXPORT_FILE}: network: {error.errors()[0]['msg']}") from None
     model = build_model(network, content["num_segments"])
-    where = f"{folder}/model.safetensors"
-    load_strictly(model, read_weights(Path(where), "export"), where)
-    where = f"{folder}/text.safetensors"
-    model.text.load_strictly(read_weights(Path(where), "export"), where)
+    parts = read_export(folder)
+    load_strictly(model, parts.video, f"{folder}/model.safetensors")
+    model.text.load_strictly(parts.text, f"{folder}/text.safetensors")
     class_names = content["class_names"]
     class_embeddings = read_weights(folder / "classes.safetensors", "export").get("class_embeddings")
     if class_embeddings is None or class_embeddings.shape != (len(class_names), model.embed_dim):
         raise ConfigError(f"{folder}/classes.safetensors: does not match the {len(class_names)} names in {EXPORT_FILE}")
+    if network.classifier_trainable:
+        model.set_classifier(class_embeddings, class_names)
     return Export(model, network, content["config"], class_names, class_embeddings, content["card"])
+
+
+def read_export(folder: Path) -> Parts:
+    """The parts of an export's model. Raises ConfigError."""
+    video, text = (read_weights(folder / f"{name}.safetensors", "export") for name in ("model", "text"))
+    return Parts(video, text)
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
