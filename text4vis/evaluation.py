@@ -8,19 +8,39 @@ B videos of a batch, N of the data set, V views, T frames, C classes, D embeddin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from text4vis import distributed, metrics
+from shards.annotations import parse_labels
+from text4vis import distributed
+from text4vis.config import Config, ConfigError
 from text4vis.model import VideoClip
 from text4vis.pipeline import Loader
+from text4vis.protocols import FUSION, Views, figures
+from text4vis.tensors import fingerprint
+from text4vis.weights import Parts
 
-LOGIT_SCALE = 100.0  # CLIP's largest; the original evaluates with it whatever was learned
+logger = logging.getLogger("text4vis")
+
+PACKAGES = ("text4vis", "torch", "open_clip_torch", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "deepspeed", "numpy")
+FEATURES = "text4vis-features"
+# What a file of features depends on, beside the architecture: keys of the protocol card.
+FEATURES_ORIGIN = ("weights", "data_fingerprint", "views", "precision", "device", "decode")
 
 
 @dataclass(frozen=True)
@@ -33,12 +53,14 @@ class Embeddings:
 
 
 @torch.no_grad()
-def embed_videos(model: VideoClip, loader: Loader, *, progress: bool = False) -> Embeddings | None:
+def embed_videos(
+    model: VideoClip, loader: Loader, *, before_batch: Callable[[], None] = lambda: None, progress: bool = False
+) -> Embeddings | None:
     """Embeds the loader's share on every rank and joins the shares on rank 0; None on the others.
 
     All ranks run the same number of forward passes, since parameters may be sharded over ranks (ZeRO-3): a rank that
     has run out of videos embeds a blank one and throws the result away. Raises RuntimeError when a video is missing or
-    counted twice.
+    counted twice. before_batch: called before each pass, on all ranks alike; what it raises ends the evaluation.
     """
     was_training = model.training
     model.eval()
@@ -50,6 +72,7 @@ def embed_videos(model: VideoClip, loader: Loader, *, progress: bool = False) ->
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     batches = iter(loader)
     for _ in tqdm(range(num_batches), "evaluating", unit="batch", disable=not progress, leave=False):
+        before_batch()
         batch = next(batches, None)
         if batch is None:
             model.encode_video(blank_BTCHW)
@@ -57,7 +80,7 @@ def embed_videos(model: VideoClip, loader: Loader, *, progress: bool = False) ->
         frames_BVTCHW = batch.frames.to(device, non_blocking=True)
         views_BVD = model.encode_video(frames_BVTCHW.flatten(0, 1)).unflatten(0, frames_BVTCHW.shape[:2])
         parts.append((views_BVD.float().cpu().numpy(), batch.labels.numpy(), batch.ids.numpy()))
-    loader.close()
+    batches.close()
     model.train(was_training)
     gathered = distributed.gather_to_main(parts)
     if gathered is None:
@@ -69,38 +92,67 @@ def embed_videos(model: VideoClip, loader: Loader, *, progress: bool = False) ->
     return Embeddings(*(column[order] for column in joined))
 
 
-def class_scores(embeddings_NVD: np.ndarray, class_embeddings_CD: np.ndarray) -> np.ndarray:
-    """Probabilities (N, C): views averaged, normalised, times 100 against the normalised classes, softmax."""
-    video_ND = embeddings_NVD.mean(axis=1, dtype=np.float64)
-    video_ND /= np.linalg.norm(video_ND, axis=1, keepdims=True)
-    classes_CD = class_embeddings_CD.astype(np.float64)
-    classes_CD = classes_CD / np.linalg.norm(classes_CD, axis=1, keepdims=True)
-    logits_NC = LOGIT_SCALE * video_ND @ classes_CD.T
-    logits_NC -= logits_NC.max(axis=1, keepdims=True)
-    scores_NC = np.exp(logits_NC)
-    return scores_NC / scores_NC.sum(axis=1, keepdims=True)
+def embed_or_read(
+    model: VideoClip, loader: Loader, path: Path, origin: Mapping[str, Any], *, progress: bool = False
+) -> Embeddings | None:
+    """As `embed_videos`, but kept in a file: read from it if it is of this `origin`, else made and written to it.
+
+    A file of another origin is replaced, and a warning says what differs. Rank 0 alone touches the file. Raises
+    ConfigError for a file that holds something else. Collective.
+    """
+    kept: list[Embeddings] = []
+
+    def look() -> bool:
+        kept.extend(_read_features(path, origin))
+        return bool(kept)
+
+    if distributed.from_main(look):
+        return kept[0] if kept else None
+    embedded = embed_videos(model, loader, progress=progress)
+    if embedded is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.partial")
+        save_file(vars(embedded), partial, metadata={FEATURES: json.dumps(origin)})
+        partial.replace(path)
+    return embedded
 
 
-def report(scores_NC: np.ndarray, labels_N: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
-    """The figures of an evaluation, ready for JSON: shares in per cent, counts of videos beside them."""
-    counts = metrics.topk_correct(scores_NC, labels_N, ks=(1, 5))
-    confusion_CC = metrics.confusion_matrix(scores_NC.argmax(axis=1), labels_N, len(class_names))
-    videos = len(labels_N)
-    return {
-        "videos": videos,
-        "classes": len(class_names),
-        "top1": 100 * counts[1] / videos,
-        "top5": 100 * counts[5] / videos,
-        "top1_correct": counts[1],
-        "top5_correct": counts[5],
-        "mean_class_accuracy": metrics.mean_class_accuracy(confusion_CC),
-        "chance": 100 / len(class_names),
-        "per_class": [
-            {"class": name, "videos": int(row.sum()), "correct": int(row[c])}
-            for c, (name, row) in enumerate(zip(class_names, confusion_CC, strict=True))
-        ],
-        "confusion": confusion_CC.tolist(),
-    }
+def _read_features(path: Path, origin: Mapping[str, Any]) -> list[Embeddings]:
+    """The file's features, or nothing if there is no file or one of another origin."""
+    if not path.exists():
+        return []
+    try:
+        with safe_open(path, framework="np") as file:
+            found = json.loads((file.metadata() or {}).get(FEATURES, "null"))
+            if found is None:
+                raise ConfigError(f"--features: {path} holds something else; name another file")
+            changed = [key for key in origin if found.get(key) != origin[key]]
+            if not changed:
+                return [Embeddings(**{name: file.get_tensor(name) for name in Embeddings.__dataclass_fields__})]
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"--features: {path} is not readable as features ({error}); name another file") from None
+    logger.warning("%s: made with other %s; embedding the videos again", path, ", ".join(changed))
+    return []
+
+
+def class_splits(config: Config, class_names: Sequence[str], labels_N: np.ndarray) -> dict[str, np.ndarray]:
+    """Ascending class ids of each list in `data.class_splits`, by file.
+
+    Raises ConfigError for a name that is no class, and for a list without videos among the labels.
+    """
+    ids = {name: number for number, name in enumerate(class_names)}
+    splits = {}
+    for path in config.data.class_splits:
+        names = parse_labels(path)
+        for name in names:
+            if name not in ids:
+                near = difflib.get_close_matches(name, class_names, n=1, cutoff=0.6)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ConfigError(f"data.class_splits: {path}: {name!r} is no class of data.val{hint}")
+        splits[path] = np.unique([ids[name] for name in names])
+        if not np.isin(labels_N, splits[path]).any():
+            raise ConfigError(f"data.class_splits: {path}: data.val holds no video of these {len(names)} classes")
+    return splits
 
 
 def evaluate(
@@ -109,18 +161,84 @@ def evaluate(
     class_names: Sequence[str],
     loader: Loader,
     *,
+    weights: str,
+    splits: Mapping[str, np.ndarray] | None = None,
+    features: Path | None = None,
+    before_batch: Callable[[], None] = lambda: None,
     progress: bool = False,
 ) -> dict[str, Any] | None:
-    """Embeds every video of the loader's data set and reports on rank 0; None on the other ranks. Collective."""
-    embedded = embed_videos(model, loader, progress=progress)
+    """Embeds every video of the loader's data set and reports on rank 0; None on the other ranks. Collective.
+
+    weights: their `weights_fingerprint`, on rank 0. splits: of `class_splits`. features: keeps the embeddings in this
+    file, see `embed_or_read`.
+    """
+    data = loader.config.data
+    card = protocol_card(model, class_embeddings_CD, class_names, loader, weights)
+    if features is None:
+        embedded = embed_videos(model, loader, before_batch=before_batch, progress=progress)
+    else:
+        origin = {key: card[key] for key in FEATURES_ORIGIN} | {"architecture": _architecture(model)}
+        embedded = embed_or_read(model, loader, features, origin, progress=progress)
     if embedded is None:
         return None
-    data = loader.config.data
-    scores_NC = class_scores(embedded.embeddings_NVD, class_embeddings_CD.float().cpu().numpy())
+    return card | figures(
+        embedded.embeddings_NVD,
+        embedded.labels_N,
+        class_embeddings_CD.float().cpu().numpy(),
+        class_names,
+        views=Views(data.test_clips, data.test_crops, data.dense),
+        class_splits=splits,
+    )
+
+
+def protocol_card(
+    model: VideoClip, class_embeddings_CD: torch.Tensor, class_names: Sequence[str], loader: Loader, weights: str
+) -> dict[str, Any]:
+    """What the figures are measured with, ready for JSON."""
+    config, data = loader.config, loader.config.data
+    parameter = next(model.parameters())
     return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "data": data.dataset,
         "data_fingerprint": loader.dataset.fingerprint,
-        "views": {"clips": data.test_clips, "crops": data.test_crops, "frames": data.num_segments},
-        "template": loader.config.network.template,
-        **report(scores_NC, embedded.labels_N, class_names),
+        "missing": len(loader.dataset.skipped),
+        "classes_fingerprint": hashlib.sha256(json.dumps(list(class_names)).encode()).hexdigest(),
+        "views": {
+            "clips": data.test_clips,
+            "crops": data.test_crops,
+            "frames": data.num_segments,
+            "sampling": "dense" if data.dense else "uniform",
+            "scale_size": config.scale_size,
+            "input_size": data.input_size,
+            "fusion": FUSION,
+        },
+        "classifier": config.network.classifier,
+        "template": config.network.template,
+        "class_embeddings": fingerprint({"class_embeddings": class_embeddings_CD.float()}),
+        "weights": weights,
+        "precision": str(parameter.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else "cpu",
+        "decode": loader.device.type,
+        "versions": _versions(),
     }
+
+
+def weights_fingerprint(state: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of the video part of a model's state in fp32: equal for a run, its checkpoint and its export."""
+    video = Parts.of(state).video
+    return fingerprint({name: value.float() if value.is_floating_point() else value for name, value in video.items()})
+
+
+def _architecture(model: VideoClip) -> str:
+    """Tells apart models that may share their weights: by their modules, CLIP's configuration and its pixels."""
+    parts = (str(model), json.dumps(model.clip_config, sort_keys=True), model.mean, model.std)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    """Installed versions of what the figures depend on."""
+    installed = {}
+    for package in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            installed[package] = metadata.version(package)
+    return installed

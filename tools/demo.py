@@ -10,25 +10,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from text4vis.stages import Stage, StageError, perform, with_set
+
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/demo.yaml"
 SPLITS = ("train", "val", "unseen")
-
-
-@dataclass(frozen=True)
-class Stage:
-    name: str
-    commands: list[list[str]]
 
 
 def stages(folder: Path) -> list[Stage]:
@@ -69,35 +62,11 @@ def stages(folder: Path) -> list[Stage]:
     ]  # fmt: skip
 
 
-def with_set(settings: list[str]) -> list[str]:
-    return [word for setting in settings for word in ("--set", setting)]
-
-
 def first_video(data: Path) -> str:
     """Frame folder of the first video of the val list, once there is one."""
     annotations = data / "val.txt"
     name = annotations.read_text(encoding="utf-8").split(" ", 1)[0] if annotations.exists() else ""
     return str(data / "frames" / name)
-
-
-def perform(stage: Stage, folder: Path, console: Console) -> float:
-    """Runs the stage's commands unless the same commands have been finished before. Returns seconds spent on it."""
-    done = folder / "stages" / f"{stage.name}.json"
-    if done.exists():
-        record = json.loads(done.read_text(encoding="utf-8"))
-        if record["commands"] == stage.commands:
-            console.print(f"[bold]{stage.name}[/]: done before, {record['seconds']:.0f} s")
-            return float(record["seconds"])
-    started = time.perf_counter()
-    for command in stage.commands:
-        console.print(f"[bold]{stage.name}[/]: {' '.join(command)}", highlight=False, soft_wrap=True)
-        result = subprocess.run(command, check=False)
-        if result.returncode:
-            sys.exit(f"demo: error: stage {stage.name} failed with exit code {result.returncode}; its output is above")
-    seconds = time.perf_counter() - started
-    done.parent.mkdir(parents=True, exist_ok=True)
-    done.write_text(json.dumps({"commands": stage.commands, "seconds": seconds}), encoding="utf-8")
-    return seconds
 
 
 def summary(folder: Path, seconds: dict[str, float]) -> Table:
@@ -131,7 +100,11 @@ def main() -> int:
         stage = next(
             stage for stage in stages(folder) if stage.name == name
         )  # later commands depend on earlier results
-        seconds[name] = perform(stage, folder, console)
+        try:
+            seconds[name] = perform(stage, folder)
+        except StageError as error:
+            print(f"demo: error: {error}", file=sys.stderr)
+            return 1
     console.print(summary(folder, seconds))
     return 0
 

@@ -1,0 +1,141 @@
+"""Commands that are run once, and the two tools that are strings of them: several seeds, and the ablation."""
+
+import importlib.util
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launch import ROOT
+
+from text4vis.config import load_config
+from text4vis.stages import Stage, StageError, perform
+
+FAKE_TRAINING = """
+import json, pathlib, sys
+words = sys.argv[1:]
+assert words[0].endswith("text4vis/train.py") and pathlib.Path(words[0]).exists()
+output = pathlib.Path(words[words.index("--output") + 1])
+seed = int(next(word for word in words if word.startswith("seed=")).removeprefix("seed="))
+if seed == 13:
+    sys.exit(75)
+output.mkdir(parents=True)  # a second run of the same seed fails here
+figures = {"top1": 70.0 + seed, "top5": 90.0, "mean_class_accuracy": 60.0 + 2 * seed}
+report = {"videos": 10, "top1_correct": 7, "per_class": [], "words": words, **figures}
+(output / "report.json").write_text(json.dumps(report))
+"""
+
+
+def appending(path: Path, code: int = 0) -> list[str]:
+    """A command that leaves a trace."""
+    return [sys.executable, "-c", f"import sys; open({str(path)!r}, 'a').write('x'); print('said'); sys.exit({code})"]
+
+
+def test_what_is_done_is_not_done_again(tmp_path):
+    trace, shown = tmp_path / "trace", []
+    stage = Stage("one", [appending(trace), appending(trace)])
+    seconds = perform(stage, tmp_path, shown.append, log=tmp_path / "log")
+    assert seconds > 0 and trace.read_text() == "xx" and (tmp_path / "log").read_text() == "said\nsaid\n"
+    assert perform(stage, tmp_path, shown.append) == seconds and trace.read_text() == "xx"
+    assert len(shown) == 3 and "done before" in shown[2]
+    perform(Stage("one", [[*appending(trace), "another word"]]), tmp_path, shown.append, log=tmp_path / "log")
+    assert trace.read_text() == "xxx"
+
+
+def test_a_failure_ends_the_stage_and_is_not_remembered(tmp_path):
+    trace = tmp_path / "trace"
+    stage = Stage("one", [appending(trace), appending(trace, 75), appending(trace)])
+    for tries in (1, 2):
+        with pytest.raises(StageError, match=r"one failed with exit code 75; see .*log") as caught:
+            perform(stage, tmp_path, lambda line: None, log=tmp_path / "log")
+        assert caught.value.code == 75 and trace.read_text() == "xx" * tries
+
+
+def repeat(tmp_path: Path, seeds: str, *more: str) -> subprocess.CompletedProcess:
+    (tmp_path / "fake.py").write_text(FAKE_TRAINING)
+    (tmp_path / "recipe.yaml").write_text("")
+    command = [
+        sys.executable, ROOT / "tools" / "repeat.py", "--config", tmp_path / "recipe.yaml",
+        "--output", tmp_path / "out", "--seeds", seeds, "--launcher", f"{sys.executable} {tmp_path / 'fake.py'}", *more,
+    ]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_seeds_are_trained_once_and_summarised(tmp_path):
+    first = repeat(tmp_path, "1,2", "--set", "data.shot=4")
+    assert first.returncode == 0, first.stderr
+    again = repeat(tmp_path, "1,2,6", "--set", "data.shot=4")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("done before") == 2 and "73.00 ± 2.16" in again.stdout
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [run["top1"] for run in summary["runs"]] == [71, 72, 76] and [run["seed"] for run in summary["runs"]] == [
+        1,
+        2,
+        6,
+    ]
+    assert summary["mean"]["top1"] == pytest.approx(73) and summary["std"]["top1"] == pytest.approx((14 / 3) ** 0.5)
+    assert summary["std"]["top5"] == 0 and summary["mean"]["mean_class_accuracy"] == pytest.approx(66)
+    words = json.loads((tmp_path / "out" / "seed-6" / "report.json").read_text())["words"]
+    assert words[-4:] == ["--set", "data.shot=4", "--set", "seed=6"]
+
+
+def test_a_seed_that_stops_stops_the_tool(tmp_path):
+    stopped = repeat(tmp_path, "1,13,2")
+    assert stopped.returncode == 75 and "seed-13 failed with exit code 75" in stopped.stderr
+    assert (tmp_path / "out" / "seed-1").exists() and not (tmp_path / "out" / "seed-2").exists()
+
+
+@pytest.mark.parametrize(
+    ("seeds", "more", "message", "code"),
+    [
+        ("1,1", [], "--seeds", 2),
+        ("one", [], "--seeds", 2),
+        ("1", ["--set", "data.shots=4"], "did you mean data.shot?", 1),
+    ],
+)
+def test_mistakes_show_before_anything_is_trained(tmp_path, seeds, more, message, code):
+    refused = repeat(tmp_path, seeds, *more)
+    assert refused.returncode == code and message in refused.stderr and not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def ablation():
+    specification = importlib.util.spec_from_file_location("ablation_tool", ROOT / "tools" / "ablation.py")
+    module = importlib.util.module_from_spec(specification)
+    sys.modules["ablation_tool"] = module  # dataclasses look their module up
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_every_cell_of_the_ablation_is_a_valid_run(ablation, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    seen = set()
+    for classifier in ablation.CLASSIFIERS:
+        for head in ablation.HEADS:
+            for seed in ablation.SEEDS:
+                stage = ablation.Cell(classifier, head, seed).stage(Path("shards"), tmp_path, 1)
+                for command in stage.commands:
+                    settings = [value for word, value in itertools.pairwise(command) if word == "--set"]
+                    config = load_config(command[command.index("--config") + 1], settings)
+                    seen.add((config.network.classifier, config.network.sim_header, config.seed, config.data.val))
+    assert len(seen) == 24 + 18  # no unseen classes for lda
+    assert not [which for which in seen if which[0] == "lda" and "unseen" in which[3][0]]
+
+
+def test_the_table_of_the_ablation(ablation, tmp_path):
+    for index, classifier in enumerate(ablation.CLASSIFIERS):
+        for head in ablation.HEADS:
+            for seed in ablation.SEEDS:
+                folder = tmp_path / ablation.Cell(classifier, head, seed).name
+                folder.mkdir()
+                report = {"videos": 10, "top1": 50.0 + 10 * index + seed, "top1_correct": 5, "per_class": []}
+                (folder / "report.json").write_text(json.dumps(report))
+                if classifier != "lda":
+                    (folder / "unseen.json").write_text(json.dumps(report | {"top1": 20.0}))
+    text, rows = ablation.table(tmp_path)
+    assert "| random | `None` | 52.0 ± 0.8 | 20.0 ± 0.0 |" in text.splitlines()
+    assert "| lda | `Transf` | 72.0 ± 0.8 | - |" in text.splitlines()
+    assert len(text.splitlines()) == 10 and len(rows) == 14
+    assert rows[0]["runs"] == [51, 52, 53]

@@ -1,0 +1,68 @@
+"""Commands that are run once: what has been done before, with the same words, is skipped. Plain Python.
+
+For the tools that string the project's own programs together.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class StageError(Exception):
+    """A command failed. `code` is its exit code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Commands, lists of words, that are run one after the other and count as one."""
+
+    name: str
+    commands: list[list[str]]
+
+
+def perform(stage: Stage, folder: Path, show: Callable[[str], None] = print, *, log: Path | None = None) -> float:
+    """Runs a stage unless FOLDER/stages/NAME.json says that the same commands are done. Returns seconds spent on it.
+
+    show: is told each command before it runs. log: file for what the commands print, which otherwise is passed on.
+    Raises StageError.
+    """
+    done = folder / "stages" / f"{stage.name}.json"
+    if done.exists():
+        record = json.loads(done.read_text(encoding="utf-8"))
+        if record["commands"] == stage.commands:
+            show(f"{stage.name}: done before, {record['seconds']:.0f} s")
+            return float(record["seconds"])
+    started = time.perf_counter()
+    for command in stage.commands:
+        show(f"{stage.name}: {shlex.join(command)}")
+        code = _run(command, log)
+        if code:
+            where = f"see {log}" if log else "its output is above"
+            raise StageError(f"stage {stage.name} failed with exit code {code}; {where}", code)
+    seconds = time.perf_counter() - started
+    done.parent.mkdir(parents=True, exist_ok=True)
+    done.write_text(json.dumps({"commands": stage.commands, "seconds": seconds}), encoding="utf-8")
+    return seconds
+
+
+def with_set(settings: Sequence[str]) -> list[str]:
+    """Words of a command line that override keys."""
+    return [word for setting in settings for word in ("--set", setting)]
+
+
+def _run(command: list[str], log: Path | None) -> int:
+    if log is None:
+        return subprocess.run(command, check=False).returncode
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as file:
+        return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode

@@ -1,0 +1,111 @@
+"""Trains one recipe with several seeds and gives mean and deviation of the results.
+
+    python tools/repeat.py --config configs/demo.yaml --seeds 1,2,3 --output runs/demo-seeds
+    python tools/repeat.py --config C.yaml --seeds 1,2,3 --output runs/4-shot --set data.shot=4 \
+        --launcher 'deepspeed --hostfile hosts'
+
+A seed decides the order, the augmentation, the head's first weights and, with data.shot, which videos are chosen; to
+keep the videos, set data.shot_seed. Each run is one of text4vis/train.py in OUTPUT/seed-N: what is finished is skipped
+the next time, what was interrupted goes on. OUTPUT/summary.json holds the figures of the last evaluations, their means
+and standard deviations (of the population: divided by the number of seeds). Exit codes: 0 done, 1 failed, 2 wrong
+usage, or that of the run that failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from text4vis.comparison import read_report, summarise
+from text4vis.config import ConfigError, load_config
+from text4vis.stages import Stage, StageError, perform, with_set
+
+TRAIN = Path(__file__).resolve().parent.parent / "text4vis" / "train.py"
+SHOWN = {"top1": "top-1 %", "top5": "top-5 %", "mean_class_accuracy": "mean class %"}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="recipe, e.g. configs/demo.yaml")
+    parser.add_argument("--seeds", required=True, type=numbers, metavar="N,N,…", help="e.g. 1,2,3")
+    parser.add_argument("--output", required=True, type=Path, help="folder of the runs and the summary")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="overrides one key")
+    parser.add_argument(
+        "--launcher", type=shlex.split, help="what starts text4vis/train.py; default: deepspeed, all GPUs"
+    )
+    return parser.parse_args()
+
+
+def numbers(text: str) -> list[int]:
+    seeds = [int(word) for word in text.split(",")]
+    if len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise ValueError
+    return seeds
+
+
+def all_gpus() -> list[str]:
+    import torch
+
+    return [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(max(1, torch.cuda.device_count()))]
+
+
+def stage_of(arguments: argparse.Namespace, seed: int) -> Stage:
+    output = arguments.output / f"seed-{seed}"
+    settings = with_set([*arguments.set, f"seed={seed}"])
+    launcher = arguments.launcher or all_gpus()
+    return Stage(
+        f"seed-{seed}", [[*launcher, str(TRAIN), "--config", arguments.config, "--output", str(output), *settings]]
+    )
+
+
+def show(reports: Mapping[int, Any], means: Mapping[str, tuple[float, float]]) -> None:
+    table = Table("seed")
+    for title in SHOWN.values():
+        table.add_column(title, justify="right")
+    for seed, report in reports.items():
+        table.add_row(str(seed), *(f"{report[key]:.2f}" for key in SHOWN))
+    table.add_section()
+    table.add_row("mean ± deviation", *("{:.2f} ± {:.2f}".format(*means[key]) for key in SHOWN))
+    Console().print(table)
+
+
+def run(arguments: argparse.Namespace, seeds: Sequence[int]) -> None:
+    load_config(arguments.config, arguments.set)  # a mistake shows before the first run starts
+    for seed in seeds:
+        perform(stage_of(arguments, seed), arguments.output)
+    reports = {seed: read_report(arguments.output / f"seed-{seed}" / "report.json") for seed in seeds}
+    means = summarise(list(reports.values()))
+    summary = {
+        "config": arguments.config,
+        "set": arguments.set,
+        "runs": [{"seed": seed, **{key: report[key] for key in SHOWN}} for seed, report in reports.items()],
+        "mean": {key: mean for key, (mean, _) in means.items()},
+        "std": {key: deviation for key, (_, deviation) in means.items()},
+    }
+    (arguments.output / "summary.json").write_text(json.dumps(summary, ensure_ascii=False, indent=1) + "\n", "utf-8")
+    show(reports, means)
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    try:
+        run(arguments, arguments.seeds)
+    except StageError as error:
+        print(f"repeat: error: {error}", file=sys.stderr)
+        return error.code
+    except (ConfigError, OSError) as error:
+        print(f"repeat: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
