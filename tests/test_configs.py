@@ -20,8 +20,10 @@ from text4vis.config import RETIRED, ConfigError, load_config, schema
 from text4vis.evaluation import class_splits
 
 RECIPES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "configs").rglob("*.yaml"))]
-# Vision towers are swapped for a tiny one; configs/demo.yaml runs with its own in the tests of the demo.
-PUBLISHED = [recipe for recipe in RECIPES if recipe != "configs/demo.yaml"]
+# Those of published data sets lie in folders. Their vision towers are swapped for a tiny one, as is that of own.yaml; the
+# others have a small tower and run in the tests of the demo.
+PUBLISHED = [recipe for recipe in RECIPES if recipe.count("/") > 1]
+TRIED = [*PUBLISHED, "configs/own.yaml"]
 CLASSES = {
     "kinetics_400": 400,
     "kinetics_600": 600,
@@ -146,7 +148,7 @@ def results(tmp_path_factory) -> dict[str, dict]:
         output=base / "shards",
     )
     os.environ["DATA"] = "/data"
-    recipes = sorted(PUBLISHED, key=lambda recipe: "finetune" in recipe)  # what they start from comes first
+    recipes = sorted(TRIED, key=lambda recipe: "finetune" in recipe)  # what they start from comes first
     model = base / "clip.pt"
     text = OPENAI_VIT["text_cfg"] | {"context_length": 32}  # room for the longest name
     torch.save(random_clip(OPENAI_VIT | {"text_cfg": text}).state_dict(), model)
@@ -156,11 +158,12 @@ def results(tmp_path_factory) -> dict[str, dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", PUBLISHED)
+@pytest.mark.parametrize("recipe", TRIED)
 def test_a_recipe_trains_two_steps_and_evaluates(results, recipe):
     assert "error" not in results[recipe], results[recipe]["error"]
-    names = parse_labels(load_config(recipe).data.label_list)
-    expected = {"step": 2, "videos": NUM_VIDEOS, "classes": len(names)}
+    labels = load_config(recipe).data.label_list
+    classes = len(parse_labels(labels)) if labels else 2  # those in the shards
+    expected = {"step": 2, "videos": NUM_VIDEOS, "classes": classes}
     assert results[recipe].items() >= expected.items()
 
 

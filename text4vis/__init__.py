@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def load(export_dir: str | Path) -> Predictor:
-    """Opens a folder written by tools/export.py for prediction. Raises ConfigError; see `predictor.Predictor`."""
+    """Opens an export (or a run, or a checkpoint) for prediction; see `predictor.Predictor.load`."""
     from text4vis.predictor import Predictor
 
     return Predictor.load(export_dir)

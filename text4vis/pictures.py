@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 
-from text4vis.predictor import Prediction
+from text4vis.predictor import Prediction, Timeline
 
+_LINES = ("#2f6fab", "#d1662f", "#4b8f5b", "#8a5fa8", "#b08b2e")
 _INK, _QUIET, _BAR, _BAR_REST = "#22262b", "#6b7280", "#2f6fab", "#b9cbe0"
 
 
@@ -40,4 +42,33 @@ def save_prediction(prediction: Prediction, title: str, path: str | Path) -> Non
     axes.set_xticks([])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
+    figure.savefig(path)
+
+
+def save_timeline(timeline: Timeline, title: str, path: str | Path) -> None:
+    """One PNG: pictures of the video in order, and below them the likeliest classes' probabilities over time."""
+    middles_W = timeline.seconds_W2.mean(axis=1)
+    shown = np.unique(np.linspace(0, len(middles_W) - 1, min(8, len(middles_W))).astype(int))
+    best_C = np.argsort(-timeline.scores_WC.max(axis=0), kind="stable")[: len(_LINES)]
+    figure = Figure(figsize=(12, 5), dpi=120, facecolor="white", layout="constrained")
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.75, 3.25)).flat
+    top.suptitle(title, color=_INK, fontsize=12, parse_math=False)
+    for axes, window in zip(top.subplots(1, len(shown), squeeze=False).flat, shown, strict=True):
+        axes.imshow(timeline.thumbnails[window])
+        axes.set_title(f"{middles_W[window]:.1f} s", fontsize=8, color=_QUIET)
+        axes.set_axis_off()
+    axes = bottom.subplots()
+    edges = np.append(timeline.seconds_W2[:, 0], timeline.seconds_W2[-1, 1])
+    for colour, label in zip(_LINES, best_C, strict=False):
+        axes.stairs(100 * timeline.scores_WC[:, label], edges, baseline=None, color=colour, linewidth=2)
+    names = [timeline.class_names[label] for label in best_C]
+    legend = axes.legend(names, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, labelcolor=_INK)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    axes.set_xlim(edges[0], edges[-1])
+    axes.set_ylim(0, 102)
+    axes.set_xlabel("seconds", color=_QUIET)
+    axes.set_ylabel("%", color=_QUIET, rotation=0)
+    axes.tick_params(colors=_QUIET, length=0)
+    axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)

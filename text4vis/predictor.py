@@ -1,34 +1,42 @@
-"""Recognises actions in videos with an exported model. May import the model and the geometry; needs no engine.
+"""Recognises actions in videos with a trained model. Trains nothing and needs no launcher.
 
     import text4vis
-    recogniser = text4vis.load("exported")
-    recogniser.predict("clip.mp4").top                          # the model's own classes
-    recogniser.predict("clip.mp4", labels=["surfing", "skiing"])   # any others
+    recogniser = text4vis.load("exported")                          # or a run: text4vis.load("runs/own")
+    recogniser.predict("clip.mp4").top                              # the model's own classes
+    recogniser.predict("clip.mp4", labels=["surfing", "skiing"])    # any others
+    recogniser.scan("match.mp4", window_seconds=4).scores_WC        # a long video, window by window
 
-T frames, S side of the model's input, D embedding width.
+B videos of a batch, T frames, S side of the model's input, C classes, D embedding width, W windows.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import re
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import torch
 from PIL import Image
 
-from shards.video import VideoError, decode_frames, probe_video
+from shards.address import redact, redact_text, scheme_of
+from shards.video import VideoError, VideoInfo, decode_frames, probe_video
+from text4vis import checkpoint
 from text4vis.augmentation import eval_geometry
-from text4vis.classifier import text_classifier
+from text4vis.classifier import build_classifier, text_classifier
 from text4vis.config import Config, config_from_dict
 from text4vis.jobs import Frame
+from text4vis.model import VideoClip
 from text4vis.pipeline import place
 from text4vis.protocols import class_scores
 from text4vis.sampling import val_indices
-from text4vis.weights import load_export
+from text4vis.weights import EXPORT_FILE, load_export
 
 FRAME_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
@@ -46,6 +54,41 @@ class Prediction:
     frames: np.ndarray
 
 
+@dataclass(frozen=True)
+class Timeline:
+    """A long video, window by window: seconds_W2 (start, end), scores_WC probabilities, thumbnails (S, S, 3)."""
+
+    class_names: list[str]
+    seconds_W2: np.ndarray
+    scores_WC: np.ndarray
+    thumbnails: list[np.ndarray]
+
+    def top(self, window: int, count: int = 5) -> list[tuple[str, float]]:
+        """The likeliest classes of one window."""
+        return _top(self.class_names, self.scores_WC[window], count)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model with its configuration, its classes' names and embeddings (C, D), and where it comes from."""
+
+    model: VideoClip
+    config: Config
+    class_names: list[str]
+    class_embeddings_CD: torch.Tensor
+    card: dict[str, Any]
+
+
+def open_run(path: Path) -> Trained:
+    """A run's best weights, or a checkpoint. Raises CheckpointError, ConfigError."""
+    state = checkpoint.read_state(checkpoint.find(path))
+    config = config_from_dict(state.config, str(path))
+    model = checkpoint.load_model(path, config)
+    classes_CD = build_classifier(config, model, state.class_names)
+    card = {"step": state.step, "data_fingerprint": state.data_fingerprint, **state.figures}
+    return Trained(model, config, state.class_names, classes_CD, card)
+
+
 class Predictor:
     """A model with its classes and its way of sampling frames."""
 
@@ -59,27 +102,107 @@ class Predictor:
 
     @classmethod
     def load(cls, folder: str | Path) -> Predictor:
-        """Opens an export on the GPU if there is one. Raises text4vis.config.ConfigError."""
-        export = load_export(folder)
+        """Opens an export, a run (its best weights) or a checkpoint, on the GPU if there is one.
+
+        Raises text4vis.config.ConfigError or text4vis.checkpoint.CheckpointError.
+        """
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        config = config_from_dict(export.config, f"{folder}/export.json")
+        if not (Path(folder) / EXPORT_FILE).is_file():
+            run = open_run(Path(folder))
+            return cls(run.model.to(device), run.config, run.class_names, run.class_embeddings_CD)
+        export = load_export(folder)
+        config = config_from_dict(export.config, f"{folder}/{EXPORT_FILE}")
         return cls(export.model.to(device), config, export.class_names, export.class_embeddings)
 
-    @torch.no_grad()
     def predict(self, video: str | Path | np.ndarray, labels: Sequence[str] | None = None, top: int = 5) -> Prediction:
-        """Recognises one video: a file, a folder of frames, or an array (N, H, W, 3) uint8 RGB.
+        """Recognises one video: a file or its address, a folder of frames, or an array (N, H, W, 3) uint8 RGB.
 
         labels: class names to choose from instead of the model's own. Raises PredictionError.
         """
-        indices, images = self._sample(video)
-        frames_TSS3 = self._prepare(images)
-        names = self.class_names if labels is None else list(labels)
-        classes_CD = self.class_embeddings_CD if labels is None else self._embed_labels(names)
-        frames_BTCHW = torch.from_numpy(frames_TSS3).permute(0, 3, 1, 2)[None].to(self.device)
-        embedding_BVD = self.model.encode_video(frames_BTCHW)[:, None].float().cpu().numpy()
-        scores_C = class_scores(embedding_BVD, classes_CD.float().cpu().numpy())[0]
-        order = np.argsort(-scores_C, kind="stable")[:top]
-        return Prediction([(names[c], float(scores_C[c])) for c in order], indices, frames_TSS3)
+        (prediction,) = self.predict_many([video], labels, top)
+        if isinstance(prediction, PredictionError):
+            raise prediction
+        return prediction
+
+    def predict_many(
+        self,
+        videos: Iterable[str | Path | np.ndarray],
+        labels: Sequence[str] | None = None,
+        top: int = 5,
+        batch_size: int = 8,
+    ) -> Iterator[Prediction | PredictionError]:
+        """`predict` of each video in order, `batch_size` at a time; a video that cannot be read gives its error."""
+        names, classes_CD = self._classes(labels)
+        waiting = iter(videos)
+        while batch := list(itertools.islice(waiting, batch_size)):
+            sampled = [self._sampled(video) for video in batch]
+            good = [one for one in sampled if not isinstance(one, PredictionError)]
+            scores = iter(self._scores(np.stack([frames for _, frames in good]), classes_CD) if good else ())
+            for one in sampled:
+                if isinstance(one, PredictionError):
+                    yield one
+                else:
+                    yield Prediction(_top(names, next(scores), top), *one)
+
+    def scan(
+        self,
+        video: str | Path,
+        labels: Sequence[str] | None = None,
+        *,
+        window_seconds: float = 4.0,
+        step_seconds: float | None = None,
+        batch_size: int = 8,
+    ) -> Timeline:
+        """Recognises a long video, a file or its address, window by window.
+
+        A new window begins every `step_seconds` (default: half a window). The last one ends with the video; a video
+        shorter than a window is one window. Raises PredictionError.
+        """
+        step = window_seconds / 2 if step_seconds is None else step_seconds
+        if not step > 0 or not window_seconds > 0:
+            raise PredictionError(f"windows of {window_seconds} s every {step} s: expected lengths above 0")
+        if scheme_of(str(video)) is not None:
+            with _fetched(str(video)) as copy:
+                return self.scan(copy, labels, window_seconds=window_seconds, step_seconds=step, batch_size=batch_size)
+        names, classes_CD = self._classes(labels)
+        info = _probe(video)
+        last = max(0.0, info.duration - window_seconds)
+        starts = np.append(np.arange(0.0, last, step), last)
+        seconds_W2 = np.stack([starts, np.minimum(starts + window_seconds, info.duration)], axis=1)
+        first_last_W2 = np.searchsorted(info.times_N, seconds_W2)
+        scores, thumbnails = [], []
+        for begin in range(0, len(starts), batch_size):
+            windows = [
+                first + val_indices(max(1, stop - first), self.config.data.num_segments)
+                for first, stop in first_last_W2[begin : begin + batch_size].tolist()
+            ]
+            indices = np.minimum(np.concatenate(windows), info.num_frames - 1)
+            images, segments = _decode(video, indices), self.config.data.num_segments
+            frames_BTSS3 = np.stack(
+                [self._prepare(images[at : at + segments]) for at in range(0, len(images), segments)]
+            )
+            scores.append(self._scores(frames_BTSS3, classes_CD))
+            thumbnails += [frames_TSS3[len(frames_TSS3) // 2] for frames_TSS3 in frames_BTSS3]
+        return Timeline(names, seconds_W2, np.concatenate(scores), thumbnails)
+
+    @torch.no_grad()
+    def _scores(self, frames_BTSS3: np.ndarray, classes_CD: torch.Tensor) -> np.ndarray:
+        """Probabilities (B, C)."""
+        frames_BTCHW = torch.from_numpy(frames_BTSS3).permute(0, 1, 4, 2, 3).to(self.device)
+        embeddings_BVD = self.model.encode_video(frames_BTCHW)[:, None].float().cpu().numpy()
+        return class_scores(embeddings_BVD, classes_CD.float().cpu().numpy())
+
+    def _classes(self, labels: Sequence[str] | None) -> tuple[list[str], torch.Tensor]:
+        if labels is None:
+            return self.class_names, self.class_embeddings_CD
+        return list(labels), self._embed_labels(list(labels))
+
+    def _sampled(self, video: str | Path | np.ndarray) -> tuple[np.ndarray, np.ndarray] | PredictionError:
+        try:
+            indices, images = self._sample(video)
+        except PredictionError as error:
+            return error
+        return indices, self._prepare(images)
 
     def _embed_labels(self, names: list[str]) -> torch.Tensor:
         kind = self.config.network.classifier
@@ -99,6 +222,9 @@ class Predictor:
                 raise PredictionError(f"expected frames (N, H, W, 3) uint8, got {video.shape} {video.dtype}")
             indices = val_indices(len(video), segments)
             return indices, [video[i] for i in indices]
+        if scheme_of(str(video)) is not None:
+            with _fetched(str(video)) as copy:
+                return self._sample(copy)
         path = Path(video)
         if path.is_dir():
             files = sorted((p for p in path.iterdir() if p.suffix.lower() in FRAME_SUFFIXES), key=_natural)
@@ -106,13 +232,8 @@ class Predictor:
                 raise PredictionError(f"{path}: holds no frames ({', '.join(sorted(FRAME_SUFFIXES))})")
             indices = val_indices(len(files), segments)
             return indices, [_read_image(files[i]) for i in indices]
-        if not path.is_file():
-            raise PredictionError(f"{path}: no such video file or folder of frames")
-        try:
-            indices = val_indices(max(1, probe_video(path).num_frames), segments)
-            return indices, decode_frames(path, indices)
-        except VideoError as error:
-            raise PredictionError(f"{path}: {error}; is it a video file?") from error
+        indices = val_indices(_probe(path).num_frames, segments)
+        return indices, _decode(path, indices)
 
     def _prepare(self, images: list[np.ndarray]) -> np.ndarray:
         """(T, S, S, 3) uint8: scaled and centre-cropped as in evaluation."""
@@ -123,6 +244,42 @@ class Predictor:
             geometry = eval_geometry(height, width, self.config.scale_size, side, 1)
             place(Frame(geometry, ((0, 0, t, geometry.crops[0]),)), image, out_BVTSS3)
         return out_BVTSS3[0, 0]
+
+
+def _top(names: Sequence[str], scores_C: np.ndarray, count: int) -> list[tuple[str, float]]:
+    return [(names[c], float(scores_C[c])) for c in np.argsort(-scores_C, kind="stable")[:count]]
+
+
+@contextlib.contextmanager
+def _fetched(address: str) -> Iterator[Path]:
+    """A local copy of a remote file, for a while."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "video"
+        try:
+            fsspec.filesystem(scheme_of(address)).get_file(address, str(copy))
+        except Exception as error:  # every kind of file system has its own
+            reason = redact_text(str(error)) or type(error).__name__
+            raise PredictionError(f"{redact(address)}: cannot be fetched ({reason})") from None
+        try:
+            yield copy
+        except PredictionError as error:
+            raise PredictionError(str(error).replace(str(copy), redact(address))) from error
+
+
+def _probe(path: str | Path) -> VideoInfo:
+    if not Path(path).is_file():
+        raise PredictionError(f"{path}: no such video file or folder of frames")
+    try:
+        return probe_video(path)
+    except VideoError as error:
+        raise PredictionError(f"{path}: {error}; is it a video file?") from error
+
+
+def _decode(path: str | Path, indices: np.ndarray) -> list[np.ndarray]:
+    try:
+        return decode_frames(path, indices)
+    except VideoError as error:
+        raise PredictionError(f"{path}: {error}; is it damaged?") from error
 
 
 def _read_image(path: Path) -> np.ndarray:

@@ -17,7 +17,8 @@ from shards.format import ShardError
 from text4vis import checkpoint
 from text4vis.checkpoint import CheckpointError
 from text4vis.classifier import build_classifier
-from text4vis.config import ConfigError, config_from_dict, load_config
+from text4vis.config import ConfigError, load_config
+from text4vis.predictor import Trained, open_run
 from text4vis.weights import export_model
 
 
@@ -37,18 +38,22 @@ def parse_arguments() -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> None:
     if arguments.checkpoint.is_file():
-        config = load_config(arguments.config)
-        names = parse_labels(arguments.labels)
+        config, names = load_config(arguments.config), parse_labels(arguments.labels)
+        model = checkpoint.load_model(arguments.checkpoint, config)
         card = {"source": arguments.checkpoint.name}
+        trained = Trained(model, config, names, build_classifier(config, model, names), card)
     else:
-        state = checkpoint.read_state(checkpoint.find(arguments.checkpoint))
-        config = config_from_dict(state.config, str(arguments.checkpoint))
-        names = state.class_names
-        card = {"step": state.step, "data_fingerprint": state.data_fingerprint, **state.figures}
-    model = checkpoint.load_model(arguments.checkpoint, config)
-    classes_CD = build_classifier(config, model, names)
-    export_model(arguments.output, model, config.network, config.to_dict(), names, classes_CD, card)
-    print(f"exported {len(names)} classes to {arguments.output}")
+        trained = open_run(arguments.checkpoint)
+    export_model(
+        arguments.output,
+        trained.model,
+        trained.config.network,
+        trained.config.to_dict(),
+        trained.class_names,
+        trained.class_embeddings_CD,
+        trained.card,
+    )
+    print(f"exported {len(trained.class_names)} classes to {arguments.output}")
 
 
 def main() -> int:

@@ -1,41 +1,65 @@
-"""Recognises actions in videos or frame folders with an exported model.
+"""Recognises actions in videos with a trained model.
 
     python tools/predict.py clip.mp4 --model exported
-    python tools/predict.py clip.mp4 frames/clip2 --model exported --labels 'surfing,skiing' --top 2 --picture seen.png
+    python tools/predict.py clip.mp4 frames/clip2 --model runs/own --labels 'surfing,skiing' --top 2 --picture seen.png
+    python tools/predict.py videos 'more/*.mp4' https://host/x.mp4 --model exported --json all.json --csv all.csv
+    python tools/predict.py match.mp4 --model exported --window 4 --picture timeline.png
 
-Exit codes: 0 done, 1 failed, 2 wrong usage.
+A folder that holds images is one video, frame by frame; any other folder stands for the video files below it. With
+--window a video is scanned in windows of so many seconds, a new one every half. A video that cannot be read is named
+and left out, and the exit code is 1. Exit codes: 0 done, 1 failed, 2 wrong usage.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import glob
+import json
 import sys
+from collections.abc import Iterator
+from functools import partial
+from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from tqdm import tqdm
 
 import text4vis
-from shards.annotations import parse_labels
+from shards.address import redact, scheme_of
+from shards.annotations import is_video_file, parse_labels
 from shards.format import ShardError
+from text4vis.checkpoint import CheckpointError
 from text4vis.config import ConfigError
-from text4vis.pictures import save_prediction
-from text4vis.predictor import PredictionError
+from text4vis.pictures import save_prediction, save_timeline
+from text4vis.predictor import FRAME_SUFFIXES, PredictionError, Predictor, Timeline
+
+Row = dict[str, Any]  # {"video", "top": [{"class", "probability"}]}, with "start" and "end" of a window; or an "error"
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("videos", nargs="+", type=Path, metavar="VIDEO|FRAME_DIR", help="video files or frame folders")
-    parser.add_argument("--model", required=True, type=Path, help="folder written by tools/export.py")
+    add = parser.add_argument
+    add("videos", nargs="+", metavar="VIDEO", help="video file, folder, pattern, frame folder or address")
+    add("--model", required=True, type=Path, help="folder written by tools/export.py, or a run")
     labels = parser.add_mutually_exclusive_group()
     labels.add_argument("--labels", help="class names to choose from, separated by commas; default: the model's own")
     labels.add_argument("--labels-file", type=Path, help="the same as a CSV `id,name`")
-    parser.add_argument("--top", type=int, default=5, help="classes to show (default 5)")
-    parser.add_argument("--picture", type=Path, help="write a PNG: frames and bars; several videos: NAME-1.png, ...")
+    add("--top", type=int, default=5, help="classes to show (default 5)")
+    add("--window", type=float, metavar="SECONDS", help="scan long videos in windows of this length")
+    add("--batch-size", type=int, default=8, help="videos or windows at a time (default 8)")
+    add("--picture", type=Path, help="write a PNG: frames and bars, or the timeline; several videos: NAME-1.png, …")
+    add("--json", type=Path, metavar="FILE", help="write all predictions as JSON")
+    add("--csv", type=Path, metavar="FILE", help="write all predictions as CSV, one line a class")
     arguments = parser.parse_args()
-    if arguments.top < 1:
-        parser.error(f"--top: expected at least 1, got {arguments.top}")
+    for name in ("top", "batch_size"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(arguments, name)}")
+    if arguments.window is not None and arguments.window <= 0:
+        parser.error(f"--window: expected seconds above 0, got {arguments.window}")
     return arguments
 
 
@@ -50,35 +74,126 @@ def class_names(arguments: argparse.Namespace) -> list[str] | None:
     return names
 
 
+def find_videos(words: list[str]) -> list[str]:
+    """The videos that the words of the command line stand for, each once, in order. Raises PredictionError."""
+    found: list[str] = []
+    for word in words:
+        if scheme_of(word) is not None or not any(character in word for character in "*?["):
+            paths = [word]
+        else:
+            paths = [word] if Path(word).exists() else sorted(glob.glob(word, recursive=True))  # noqa: PTH207
+            if not paths:
+                raise PredictionError(f"{word}: no file fits this pattern")
+        for path in paths:
+            found += [path] if scheme_of(path) or not Path(path).is_dir() else _in_folder(Path(path))
+    return list(dict.fromkeys(found))
+
+
+def _in_folder(folder: Path) -> list[str]:
+    if any(path.suffix.lower() in FRAME_SUFFIXES for path in folder.iterdir()):
+        return [str(folder)]
+    videos = sorted(str(path) for path in folder.rglob("*") if is_video_file(path.name) and path.is_file())
+    if not videos:
+        raise PredictionError(f"{folder}: holds neither videos nor frames ({', '.join(sorted(FRAME_SUFFIXES))})")
+    return videos
+
+
 def picture_path(path: Path, number: int, count: int) -> Path:
     return path if count == 1 else path.with_stem(f"{path.stem}-{number + 1}")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def named(top: list[tuple[str, float]]) -> list[Row]:
+    return [{"class": name, "probability": probability} for name, probability in top]
+
+
+def recognise(recogniser: Predictor, videos: list[str], arguments: argparse.Namespace) -> Iterator[list[Row]]:
+    """The rows of each video, and its picture."""
     labels = class_names(arguments)
+    results: Iterator[Any]
+    if arguments.window is None:
+        results = recogniser.predict_many(videos, labels, arguments.top, arguments.batch_size)
+    else:
+        scan = partial(recogniser.scan, window_seconds=arguments.window, batch_size=arguments.batch_size)
+        results = map(scan, videos, repeat(labels))  # goes on behind a video that raises
+    for number, video in enumerate(videos):
+        shown = redact(video)
+        try:
+            result = next(results)
+        except PredictionError as error:
+            result = error
+        picture = arguments.picture and picture_path(arguments.picture, number, len(videos))
+        if isinstance(result, PredictionError):
+            yield [{"video": shown, "error": str(result)}]
+        elif isinstance(result, Timeline):
+            if picture:
+                save_timeline(result, shown, picture)
+            yield [
+                {"video": shown, "start": start, "end": end, "top": named(result.top(window, arguments.top))}
+                for window, (start, end) in enumerate(result.seconds_W2.round(3).tolist())
+            ]
+        else:
+            if picture:
+                save_prediction(result, shown, picture)
+            yield [{"video": shown, "top": named(result.top)}]
+
+
+def show(rows: list[Row], console: Console) -> None:
+    if "error" in rows[0]:
+        console.print(f"[red]not recognised:[/red] {escape(rows[0]['error'])}")
+        return
+    if "start" in rows[0]:
+        table = Table("seconds", "class")
+        table.add_column("%", justify="right")
+        for row in rows:
+            best = row["top"][0]
+            seconds = f"{row['start']:.1f} to {row['end']:.1f}"
+            table.add_row(seconds, escape(best["class"]), f"{100 * best['probability']:.1f}")
+    else:
+        table = Table("class")
+        table.add_column("%", justify="right")
+        for entry in rows[0]["top"]:
+            table.add_row(escape(entry["class"]), f"{100 * entry['probability']:.1f}")
+    console.print(f"[bold]{escape(rows[0]['video'])}[/bold]", table, sep="\n")
+
+
+def write_csv(path: Path, rows: list[Row]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["video", "start", "end", "rank", "class", "probability", "error"])
+        for row in rows:
+            head = [row["video"], row.get("start", ""), row.get("end", "")]
+            for rank, entry in enumerate(row.get("top", []), start=1):
+                writer.writerow([*head, rank, entry["class"], entry["probability"], ""])
+            if "error" in row:
+                writer.writerow([*head, "", "", "", row["error"]])
+
+
+def run(arguments: argparse.Namespace) -> int:
+    videos = find_videos(arguments.videos)
     recogniser = text4vis.load(arguments.model)
     console = Console()
-    for number, video in enumerate(arguments.videos):
-        prediction = recogniser.predict(video, labels, arguments.top)
-        table = Table("class", title=escape(str(video)))
-        table.add_column("%", justify="right")
-        for name, probability in prediction.top:
-            table.add_row(escape(name), f"{100 * probability:.1f}")
-        console.print(table)
-        if arguments.picture:
-            path = picture_path(arguments.picture, number, len(arguments.videos))
-            save_prediction(prediction, str(video), path)
-            console.print(f"picture: {escape(str(path))}")
+    rows: list[Row] = []
+    quiet = len(videos) == 1 or not sys.stderr.isatty()
+    for of_one in tqdm(recognise(recogniser, videos, arguments), total=len(videos), unit="video", disable=quiet):
+        rows += of_one
+        show(of_one, console)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    if arguments.csv:
+        write_csv(arguments.csv, rows)
+    failed = sum("error" in row for row in rows)
+    if failed:
+        print(f"predict: error: {failed} of {len(videos)} videos could not be read", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def main() -> int:
     arguments = parse_arguments()
     try:
-        run(arguments)
-    except (ConfigError, ShardError, PredictionError, OSError) as error:
+        return run(arguments)
+    except (CheckpointError, ConfigError, ShardError, PredictionError, OSError) as error:
         print(f"predict: error: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,124 @@
+"""Prediction: what one video gives alone it gives in a batch, in a window and through the command."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from shard_data import serve
+from test_folders import write_video
+from tiny import tiny_network
+
+import text4vis
+from text4vis.classifier import build_classifier
+from text4vis.config import Config, DataConfig
+from text4vis.model import build_model
+from text4vis.pictures import save_timeline
+from text4vis.predictor import PredictionError
+from text4vis.weights import export_model
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = ["archery", "surfing", "playing the flute"]
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory) -> Path:
+    base = tmp_path_factory.mktemp("export")
+    network = tiny_network(base / "clip")
+    torch.manual_seed(0)
+    model = build_model(network, 4).eval()
+    config = Config(network=network, data=DataConfig(num_segments=4, input_size=32, dataset="tiny"))
+    classes_CD = build_classifier(config, model, NAMES)
+    export_model(base / "export", model, network, config.to_dict(), NAMES, classes_CD, {})
+    return base / "export"
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory) -> Path:
+    """Three videos of different grey values and lengths (10 frames a second), one folder of frames."""
+    base = tmp_path_factory.mktemp("videos")
+    for number, frames in enumerate((12, 30, 6)):
+        write_video(base / "deep" / f"video{number}.mp4", 80 * number, frames)
+    (base / "frames").mkdir()
+    for number in range(1, 11):
+        Image.fromarray(np.full((40, 60, 3), 10 * number, np.uint8)).save(base / "frames" / f"img_{number}.png")
+    return base
+
+
+def test_many_at_once_are_what_each_is_alone(export, videos):
+    recogniser = text4vis.load(export)
+    paths = [*sorted((videos / "deep").iterdir()), videos / "frames"]
+    together = list(recogniser.predict_many([*paths[:2], videos / "nothing.mp4", *paths[2:]], batch_size=2))
+    assert isinstance(together[2], PredictionError) and "nothing.mp4: no such video" in str(together[2])
+    for path, prediction in zip(paths, together[:2] + together[3:], strict=True):
+        alone = recogniser.predict(path)
+        assert [name for name, _ in prediction.top] == [name for name, _ in alone.top]
+        np.testing.assert_allclose([p for _, p in prediction.top], [p for _, p in alone.top], atol=1e-5)
+        assert np.array_equal(prediction.frames, alone.frames) and sum(p for _, p in alone.top) == pytest.approx(1)
+
+
+def test_windows_cover_the_video_and_see_their_own_frames(export, videos, tmp_path):
+    recogniser = text4vis.load(export)
+    path = videos / "deep" / "video1.mp4"
+    timeline = recogniser.scan(path, window_seconds=1.0, batch_size=2)
+    starts, ends = timeline.seconds_W2.T
+    assert starts[0] == 0 and ends[-1] == pytest.approx(3.0) and np.all(starts[1:] <= ends[:-1])
+    assert np.allclose(ends - starts, 1.0) and np.allclose(np.diff(starts), 0.5)
+    first_second = [np.asarray(frame) for frame in _frames(path)[:10]]
+    alone = recogniser.predict(np.stack(first_second))
+    np.testing.assert_allclose(sorted(timeline.scores_WC[0]), sorted(p for _, p in alone.top), atol=1e-5)
+    assert [name for name, _ in timeline.top(0, 3)] == [name for name, _ in alone.top]
+    whole = recogniser.scan(path, window_seconds=60)
+    assert whole.seconds_W2.tolist() == [[0, pytest.approx(3.0)]]
+    np.testing.assert_allclose([p for _, p in whole.top(0)], [p for _, p in recogniser.predict(path).top], atol=1e-5)
+    save_timeline(timeline, "a $title$ <b>", tmp_path / "timeline.png")
+    assert Image.open(tmp_path / "timeline.png").size[0] > 800
+
+
+def _frames(path):
+    from shards.video import iter_frames
+
+    return list(iter_frames(path))
+
+
+def test_other_labels_need_no_training(export, videos):
+    top = text4vis.load(export).predict(videos / "frames", labels=["juggling", "skating"]).top
+    assert {name for name, _ in top} == {"juggling", "skating"}
+
+
+def predict(*arguments):
+    command = [sys.executable, ROOT / "tools/predict.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_command_finds_videos_and_writes_files(export, videos, tmp_path):
+    """A folder, a pattern that repeats a video, frames, and one that is missing: all but that are recognised."""
+    result = predict(
+        videos / "deep", videos / "deep" / "*0.mp4", videos / "frames", tmp_path / "gone.mp4", "--model", export,
+        "--top", 2, "--json", tmp_path / "all.json", "--csv", tmp_path / "all.csv", "--picture", tmp_path / "p.png",
+    )  # fmt: skip
+    assert result.returncode == 1 and "1 of 5 videos could not be read" in result.stderr
+    rows = json.loads((tmp_path / "all.json").read_text())
+    assert [Path(row["video"]).name for row in rows] == [
+        "video0.mp4", "video1.mp4", "video2.mp4", "frames", "gone.mp4",
+    ]  # fmt: skip
+    assert all(len(row["top"]) == 2 for row in rows[:4]) and "no such video" in rows[4]["error"]
+    with (tmp_path / "all.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 9 and lines[0]["class"] == rows[0]["top"][0]["class"] and lines[8]["error"]
+    assert len(list(tmp_path.glob("p-*.png"))) == 4
+
+
+def test_the_command_scans_an_address_and_hides_its_secret(export, videos):
+    with serve(videos) as server:
+        address = server.address.replace("://", "://user:secret@") + "/deep/video1.mp4?token=secret"
+        found = predict(address, "--model", export, "--window", 1)
+        missing = predict(address.replace("video1", "video9"), "--model", export)
+    assert found.returncode == 0 and "0.5 to 1.5" in found.stdout, found.stderr
+    assert missing.returncode == 1 and "cannot be fetched" in missing.stdout
+    assert "secret" not in found.stdout + found.stderr + missing.stdout + missing.stderr
