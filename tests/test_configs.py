@@ -20,8 +20,8 @@ from text4vis.config import RETIRED, ConfigError, load_config, schema
 from text4vis.evaluation import class_splits
 
 RECIPES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "configs").rglob("*.yaml"))]
-# Those of published data sets lie in folders. Their vision towers are swapped for a tiny one, as is that of own.yaml; the
-# others have a small tower and run in the tests of the demo.
+# Those of published data sets lie in folders. Their vision towers are swapped for a tiny one, as is that of own.yaml;
+# the others have a small tower and run in the tests of the demo.
 PUBLISHED = [recipe for recipe in RECIPES if recipe.count("/") > 1]
 TRIED = [*PUBLISHED, "configs/own.yaml"]
 CLASSES = {
