@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,21 @@ def make_frame_folders(
     return FrameFolders(root, annotations, labels, names)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What programs keep between runs is kept for these tests alone."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def frame_folders(tmp_path_factory: pytest.TempPathFactory) -> FrameFolders:
     """40 videos of 1 to 9 frames; read only."""
     return make_frame_folders(tmp_path_factory.mktemp("folders"), [1 + number % 9 for number in range(40)])
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory):
+    """Shards, a tiny CLIP and a recipe for tests that run the real programs; each run takes a folder of its own."""
+    from project import Project
+
+    return Project(tmp_path_factory.mktemp("project"))

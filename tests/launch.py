@@ -34,7 +34,7 @@ def start(script: str, *arguments: object, ranks: int = 1) -> list[subprocess.Po
     return processes
 
 
-def finish(processes: Sequence[subprocess.Popen], timeout: float = 240) -> list[tuple[int, str]]:
+def finish(processes: Sequence[subprocess.Popen], timeout: float = 480) -> list[tuple[int, str]]:
     """(exit code, output) of each rank."""
     try:
         return [
@@ -60,7 +60,7 @@ def kill(processes: Sequence[subprocess.Popen]) -> None:
             process.wait()
 
 
-def wait_for(condition: Callable[[], bool], processes: Sequence[subprocess.Popen], timeout: float = 180) -> None:
+def wait_for(condition: Callable[[], bool], processes: Sequence[subprocess.Popen], timeout: float = 360) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, "waited too long"

@@ -1,17 +1,22 @@
 """Ranks, devices and cores of this process, and the few collectives that the program needs.
 
-Works the same under `deepspeed`, `torchrun` and plain `python`: without a launcher's variables the job is one rank.
+Works the same under `deepspeed`, `torchrun`, `mpirun`, `srun` and plain `python`: without a launcher's variables the
+job is one rank.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -29,14 +34,63 @@ class Ranks:
 
 
 def ranks() -> Ranks:
-    """Read from the launcher's environment variables."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    """Read from the environment variables of `deepspeed` or `torchrun`, else of `mpirun` (OpenMPI), else of `srun`."""
+    get = os.environ.get
+    if "RANK" not in os.environ and "OMPI_COMM_WORLD_RANK" in os.environ:
+        names = [f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")]
+        return Ranks(*(int(os.environ[name]) for name in names))
+    if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:  # not set in a batch script outside srun
+        tasks = _slurm_tasks_per_node(os.environ["SLURM_STEP_TASKS_PER_NODE"])
+        return Ranks(
+            rank=int(os.environ["SLURM_PROCID"]),
+            world_size=int(os.environ["SLURM_STEP_NUM_TASKS"]),
+            local_rank=int(os.environ["SLURM_LOCALID"]),
+            local_world_size=tasks[int(os.environ["SLURM_NODEID"])],
+        )
+    world_size = int(get("WORLD_SIZE", "1"))
     return Ranks(
-        rank=int(os.environ.get("RANK", "0")),
+        rank=int(get("RANK", "0")),
         world_size=world_size,
-        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "0"))) or world_size,
+        local_rank=int(get("LOCAL_RANK", "0")),
+        local_world_size=int(get("LOCAL_WORLD_SIZE", get("LOCAL_SIZE", "0"))) or world_size,
     )
+
+
+def _slurm_tasks_per_node(text: str) -> list[int]:
+    """Slurm's "4(x2),3" is [4, 4, 3]."""
+    counts: list[int] = []
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        counts += [int(count)] * int(times or 1)
+    return counts
+
+
+def _slurm_first_node(text: str) -> str:
+    """The first name of Slurm's list of nodes: "gpu[07-09,12],cpu1" begins with gpu07."""
+    prefix, bracket, rest = text.partition("[")
+    if not bracket or "," in prefix:
+        return prefix.split(",")[0]
+    number, _, after = rest.partition("]")
+    return prefix + re.split("[-,]", number)[0] + after.split(",")[0]
+
+
+def _meeting_point(place: Ranks) -> tuple[str, str]:
+    """MASTER_ADDR and MASTER_PORT, which only `deepspeed` and `torchrun` set: the host of rank 0, a port by the job.
+
+    Raises OSError where the launcher does not tell the host.
+    """
+    get = os.environ.get
+    if place.world_size == place.local_world_size:
+        address = "127.0.0.1"
+    elif "SLURM_STEP_NODELIST" in os.environ:
+        address = _slurm_first_node(os.environ["SLURM_STEP_NODELIST"])
+    else:
+        address = get("MASTER_ADDR", "")
+        if not address:
+            raise OSError("MASTER_ADDR is not set; pass it: mpirun -x MASTER_ADDR=<host of rank 0> …")
+    if place.world_size == 1:
+        return address, "0"
+    job = get("SLURM_STEP_ID", "") + get("SLURM_JOB_ID", "") + get("PMIX_NAMESPACE", get("OMPI_MCA_ess_base_jobid", ""))
+    return address, str(20000 + zlib.crc32(job.encode()) % 20000)
 
 
 def cores_per_rank() -> int:
@@ -68,10 +122,12 @@ def start() -> Ranks:
     import deepspeed
 
     place = ranks()
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
-        os.environ.setdefault(name, value)
-    if place.world_size == 1:
-        os.environ.setdefault("MASTER_PORT", "0")
+    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+        address, port = _meeting_point(place)
+        os.environ.setdefault("MASTER_ADDR", address)
+        os.environ.setdefault("MASTER_PORT", port)
+    os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world_size), LOCAL_RANK=str(place.local_rank))
+    os.environ["LOCAL_WORLD_SIZE"] = str(place.local_world_size)
     if torch.cuda.is_available():
         torch.cuda.set_device(place.local_rank)
     else:
@@ -79,6 +135,11 @@ def start() -> Ranks:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     return place
+
+
+def is_consequence(error: Exception) -> bool:
+    """True for a collective operation that failed, most often because another rank has ended."""
+    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in ("gloo", "nccl"))
 
 
 def stop() -> None:
@@ -99,6 +160,20 @@ def sum_over_ranks(values: Sequence[float]) -> list[float]:
     return total.tolist()
 
 
+def start_max(values: Sequence[int]) -> Callable[[], list[int]]:
+    """Starts an element-wise maximum over ranks that runs beside other work; call the result to wait for it."""
+    maxima = torch.tensor(list(values), device=device())
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return maxima.tolist
+    work = dist.all_reduce(maxima, dist.ReduceOp.MAX, async_op=True)
+
+    def finish() -> list[int]:
+        work.wait()
+        return maxima.tolist()
+
+    return finish
+
+
 def gather_to_main(value: Any) -> list[Any] | None:
     """Every rank's picklable value, in rank order, on rank 0; None on the others."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -106,3 +181,24 @@ def gather_to_main(value: Any) -> list[Any] | None:
     gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(value, gathered)
     return gathered
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """What `make()` returns on rank 0, on every rank; what it raises there is raised on every rank. Collective.
+
+    The value or the error must be picklable.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return make()
+    value: Any = None
+    error: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            value = make()
+        except Exception as raised:  # the other ranks must not wait for a value that never comes
+            error = raised
+    shared = [value, error]
+    dist.broadcast_object_list(shared, src=0)
+    if shared[1] is not None:
+        raise shared[1]
+    return shared[0]

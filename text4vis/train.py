@@ -3,19 +3,30 @@
     deepspeed text4vis/train.py --config configs/demo.yaml --output runs/demo
     deepspeed --hostfile hosts text4vis/train.py --config C.yaml --output OUT --resume auto
 
-Also runs under `torchrun` and plain `python` (one process). Exit codes: 0 done, 1 failed, 2 wrong usage.
+Also runs under `torchrun`, `srun`, `mpirun` and plain `python` (one process); docs/cluster.md explains each. The same
+command, given again, goes on where the run stopped, on however many ranks. `touch OUT/save-now` asks for a checkpoint.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 75 stopped early (SIGTERM, SIGUSR1 or engine.wall_minutes) after saving:
+run the same command again.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import sys
+import traceback
+from contextlib import suppress
 from pathlib import Path
 
 from shards.format import ShardError
 from text4vis import distributed
 from text4vis.checkpoint import CheckpointError
-from text4vis.config import ConfigError, load_config
+from text4vis.config import Config, ConfigError, load_config
+from text4vis.config_page import print_config
+from text4vis.stop import EXIT_CODE, NonFiniteError, Stopped, StopRequest
+from text4vis.watch import Watch
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -24,26 +35,68 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="overrides one key")
     parser.add_argument("--output", type=Path, help="folder of the run; default: runs/<name of the config>")
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="default: auto")
+    parser.add_argument("--dry-run", action="store_true", help="build everything, try one batch, write nothing")
+    parser.add_argument("--print-config", action="store_true", help="show every key's value and origin, and stop")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_args()
 
 
+def train(arguments: argparse.Namespace, config: Config, output: Path, stop: StopRequest) -> None:
+    from text4vis.logs import log_to
+    from text4vis.trainer import Trainer
+
+    log_to(None if arguments.dry_run else output)
+    is_interactive = distributed.ranks().is_main and sys.stderr.isatty()
+    trainer = Trainer(config, output, stop, arguments.resume, progress=is_interactive)
+    if arguments.dry_run:
+        trainer.dry_run()
+    else:
+        trainer.fit()
+
+
 def main() -> int:
     arguments = parse_arguments()
+    stop = StopRequest()
     try:
         config = load_config(arguments.config, arguments.set)
-        output = arguments.output or Path("runs") / Path(arguments.config).stem
-        ranks = distributed.start()
-        from text4vis.trainer import Trainer, log_to
+        if arguments.print_config:
+            print(print_config(arguments.config, arguments.set), end="")
+            return 0
+        distributed.start()
+    except (ConfigError, OSError) as error:
+        return fail(str(error))
+    output = arguments.output or Path("runs") / Path(arguments.config).stem
+    watch = Watch(config.engine.silence_seconds, lambda cause: end(output, cause))
+    code = 0
+    try:
+        train(arguments, config, output, stop)
+    except Stopped as reason:
+        logging.getLogger("text4vis").info("%s", reason)
+        code = EXIT_CODE
+    except (ConfigError, ShardError, CheckpointError, NonFiniteError, OSError) as error:
+        watch.fail(str(error))
+    except Exception as error:
+        traceback.print_exc()
+        watch.fail(f"{type(error).__name__}: {error}", sure=not distributed.is_consequence(error))
+    watch.close()
+    distributed.stop()
+    return code
 
-        log_to(output)
-        Trainer(config, output, arguments.resume, progress=ranks.is_main and sys.stderr.isatty()).fit()
-    except (ConfigError, ShardError, CheckpointError, OSError) as error:
-        print(f"train: error: {error}", file=sys.stderr)
-        return 1
-    finally:
-        distributed.stop()
-    return 0
+
+def end(output: Path, cause: str) -> None:
+    """Ends this process at once, from any thread: the main one may wait for a rank that is gone."""
+    from text4vis.logs import end_log
+
+    with suppress(OSError):  # a full disk, for one, must not keep the process
+        end_log(output, cause)
+    fail(cause)
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def fail(reason: str) -> int:
+    print(f"train: error: {reason}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

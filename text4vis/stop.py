@@ -1,0 +1,78 @@
+"""Why a run ends early: signals, a limit of time, a launcher that is gone, numbers that are not finite.
+
+Each rank collects its own requests; that all stop at the same step is the trainer's part.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import psutil
+
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: "resume me"
+_POLL_SECONDS = 1.0
+
+
+class Stopped(Exception):  # noqa: N818
+    """The run was asked to stop; what it has done is saved. The message says why and at which step."""
+
+
+class NonFiniteError(Exception):
+    """A loss or gradient was not finite, and the weights are those before it. The message names the videos."""
+
+
+class StopRequest:
+    """Collects requests of this process from now on. `code` is 0 until there is one, then an index into REASONS."""
+
+    REASONS = ("", "SIGTERM", "SIGUSR1", "engine.wall_minutes", "the end of its launcher")
+
+    def __init__(self) -> None:
+        self._code = 0
+        self._deadline = float("inf")
+        for code in (1, 2):
+            signal.signal(getattr(signal, self.REASONS[code]), lambda *_, code=code: self._ask(code))
+        launchers = _deepspeed_launchers()
+        if launchers:
+            threading.Thread(target=self._wait_for_end, args=(launchers,), name="launcher", daemon=True).start()
+
+    def limit(self, wall_minutes: float | None) -> None:
+        """Counts from the start of this process."""
+        if wall_minutes is not None:
+            self._deadline = psutil.Process().create_time() + 60 * wall_minutes
+
+    @property
+    def code(self) -> int:
+        if time.time() > self._deadline:
+            self._ask(3)
+        return self._code
+
+    def _ask(self, code: int) -> None:
+        self._code = self._code or code
+
+    def _wait_for_end(self, launchers: list[psutil.Process]) -> None:
+        try:
+            while all(launcher.is_running() and launcher.status() != psutil.STATUS_ZOMBIE for launcher in launchers):
+                time.sleep(_POLL_SECONDS)
+        except psutil.NoSuchProcess:
+            pass
+        self._ask(4)
+
+
+def _deepspeed_launchers() -> list[psutil.Process]:
+    """The `deepspeed` processes above this one. Their end does not reach their children by itself: the command does not
+    pass SIGTERM on, and neither passes on SIGUSR1 or SIGKILL."""
+    found = []
+    for parent in psutil.Process(os.getpid()).parents():
+        try:
+            words = parent.cmdline()
+        except psutil.Error:
+            break
+        is_command = any(Path(word).name == "deepspeed" for word in words[:2])
+        if not is_command and "deepspeed.launcher.launch" not in " ".join(words):
+            break
+        found.append(parent)
+    return found
