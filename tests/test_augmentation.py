@@ -167,6 +167,10 @@ def test_presets_give_defaults_that_keys_replace():
         ({"flip_swaps": [[1, 2], [2, 3]]}, "data.flip_swaps: expected pairs of labels, each label once"),
         ({"flip_swaps": [[1, 2, 3]]}, "data.flip_swaps"),
         ({"flip_swaps": [[-1, 2]]}, "data.flip_swaps: expected pairs of labels"),
+        (
+            {"dense": True, "num_segments": 129},
+            "data.num_segments: 129 frames do not fit into data.dense's window of 128",
+        ),
         ({"augmentation": "papr"}, "data.augmentation: input should be 'released', 'paper', 'something' or 'none'"),
     ],
 )

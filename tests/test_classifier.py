@@ -329,6 +329,7 @@ def _with(value: float, row: int) -> torch.Tensor:
         (lambda folder: folder / "missing.safetensors", "no such file"),
         (lambda folder: _write_bytes(folder / "a.safetensors"), "is not readable"),
         (lambda folder: _write_pickle(folder / "a.npy"), "is not readable"),
+        (lambda folder: _write_nothing(folder / "a.npy"), "is not readable"),
         (lambda folder: _write_two(folder / "a.safetensors"), "must hold one tensor"),
         (lambda folder: _write_torch(folder / "a.pt", {"text": "no tensor"}), "must hold one tensor"),
         (lambda folder: _write_torch(folder / "a.pt", Config()), "pickled code is never run"),
@@ -341,6 +342,11 @@ def test_files_that_do_not_fit_are_errors(tmp_path, write: Callable[[Path], Path
 
 def _write_bytes(path: Path) -> Path:
     path.write_bytes(b"not safetensors")
+    return path
+
+
+def _write_nothing(path: Path) -> Path:
+    path.write_bytes(b"")
     return path
 
 
@@ -440,6 +446,17 @@ def test_lda_rows_go_by_name_and_unseen_classes_are_an_error(filmed, tmp_path, m
         build_classifier(config, model, ["class 9"])
     with pytest.raises(ConfigError, match=r"data.train: no shards named"):
         build_classifier(changed(config, tmp_path, data={"train": ()}), model, CLASSES)
+
+
+def test_lda_names_a_class_without_videos_and_does_the_others(filmed, tmp_path, model, frame_folders):
+    names, annotations = ["idle", "class 0", "class 1", "class 2", "last"], parse_annotations(frame_folders.annotations)
+    moved = [replace(annotation, label=annotation.label + 1) for annotation in annotations]
+    build_shards(moved, root=frame_folders.root, labels=names, output=tmp_path / "shards", shard_bytes=200_000)
+    config = changed(filmed, tmp_path, data={"train": (str(tmp_path / "shards"),)})
+    expected = build_classifier(changed(filmed, tmp_path), model, CLASSES)
+    torch.testing.assert_close(build_classifier(config, model, CLASSES), expected)
+    with pytest.raises(ConfigError, match=r"lda: .*shards: holds no video of class 'idle' \(2 of 5 have none\)"):
+        build_classifier(config, model, names)
 
 
 def test_lda_is_kept_by_all_that_went_in(filmed, tmp_path, model):

@@ -66,6 +66,7 @@ def test_base_files_are_laid_under(recipe, tmp_path):
         ("data.train.x=1", "data.train.x: train is a value ('shards/a'), not a section"),
         ("data.batch_size", "expected section.key=value"),
         ("data.train=[a", "the value is not valid YAML"),
+        ("network.template=[a {}, b {}]", '; quote a text with braces, e.g. "a video of {}."'),
     ],
 )
 def test_a_mistake_is_answered_with_key_value_origin_and_fix(recipe, override, message):
@@ -100,6 +101,7 @@ def test_every_key_says_what_it_means():
 def test_every_shipped_recipe_is_complete(path, monkeypatch):
     """It loads, opens with its command, and its network can be built; the demo's CLIP ships with it."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("DATA", "data")
     config = load_config(path)
     assert f"--config configs/{path.name}" in path.read_text().split("seed:")[0]
     if config.network.arch.endswith(".json"):

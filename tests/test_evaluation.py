@@ -20,8 +20,9 @@ from shards.writer import build_shards
 from text4vis import comparison, evaluation
 from text4vis.augmentation import eval_geometry
 from text4vis.classifier import build_classifier
-from text4vis.config import Config, ConfigError, DataConfig, EngineConfig
-from text4vis.evaluation import class_splits, embed_videos, evaluate, weights_fingerprint
+from text4vis.config import Config, ConfigError, DataConfig, EngineConfig, config_from_dict
+from text4vis.evaluate import check_frames, differences
+from text4vis.evaluation import class_splits, embed_videos, evaluate, protocol_card, weights_fingerprint
 from text4vis.model import build_model
 from text4vis.pipeline import build_loader
 from text4vis.protocols import CENTRE_CROP, Views, class_scores, figures, write_report
@@ -342,6 +343,67 @@ def test_splits_name_classes_of_the_data(project, tmp_path):
         class_splits(config, project.names, labels)
     with pytest.raises(ConfigError, match=r"first\.csv: data\.val holds no video of these 2 classes"):
         class_splits(config, project.names, np.array([0, 1, 3]))
+
+
+def test_rows_that_were_trained_are_reported_as_such(project):
+    model = build_model(project.config.network, T)
+    model.set_classifier(project.classes_CD, project.names)
+    with build_loader(project.config, "val") as loader:
+        card = protocol_card(model, project.classes_CD, project.names, loader, "")
+    assert card["classifier"] == "trained" and project.config.network.classifier == "text"
+
+
+DIFFERENCES = {
+    "nothing that counts": ({}, {"seed": 9, "solver": {"lr": 1}, "data": {"test_clips": 3}}, []),
+    "frames": ({}, {"data": {"num_segments": 2, "dense": True}}, ["data.num_segments", "data.dense"]),
+    "head": ({}, {"network": {"sim_header": "LSTM"}}, ["network.sim_header"]),
+    "prompt": ({}, {"network": {"template": "{}"}}, ["network.template"]),
+    "kind": ({"classifier": "random"}, {"seed": 9, "network": {"template": "{}"}}, ["network.classifier"]),
+    "seed": ({"classifier": "random"}, {"seed": 9, "network": {"classifier": "random"}}, ["seed"]),
+    "no seed": ({"classifier": "file", "classifier_file": "a"},
+                {"seed": 9, "network": {"classifier": "file", "classifier_file": "a"}}, []),
+    "own rows": ({"classifier": "random", "classifier_trainable": True}, {"seed": 9}, []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DIFFERENCES)
+def test_settings_are_compared_with_those_of_the_training(case):
+    network, given, expected = DIFFERENCES[case]
+    trained, given = config_from_dict({"network": network}, "test"), config_from_dict(given, "test")
+    assert list(differences(trained, given, is_export=False)) == expected
+    of_export = [key for key in expected if key != "network.sim_header"]  # an export brings its own head
+    assert list(differences(trained, given, is_export=True)) == of_export
+
+
+@pytest.mark.parametrize("changes", [{"tm": "tokenshift"}, {"joint_st": True, "sim_header": "None"},
+                                     {"sim_header": "Transf_cls"}])  # fmt: skip
+def test_frames_that_a_model_cannot_take_are_refused(tmp_path, changes):
+    model = build_model(tiny_network(tmp_path, **changes), T, image_size=32)
+    check_frames(model, Config(data=DataConfig(num_segments=T, input_size=32)))
+    with pytest.raises(ConfigError, match=f"data.num_segments: 6, but the model takes {T} frames"):
+        check_frames(model, Config(data=DataConfig(num_segments=6, input_size=32)))
+    with pytest.raises(ConfigError, match=r"data.input_size: 224, .*--set data.input_size=32"):
+        check_frames(model, Config(data=DataConfig(num_segments=T)))
+    check_frames(build_model(tiny_network(tmp_path), T), Config(data=DataConfig(num_segments=6, input_size=32)))
+
+
+@pytest.mark.slow
+def test_an_evaluation_warns_of_another_classifier_than_the_training_had(project, tmp_path):
+    """For an export that was trained with random classes of another seed; silent once the settings are those."""
+    (tmp_path / "config.yaml").write_text(project.config.to_yaml())
+    trained = replace(project.config, seed=77, network=replace(project.config.network, classifier="random"))
+    export = tmp_path / "export"
+    export_model(
+        export, project.model, trained.network, trained.to_dict(), project.names, project.classes_CD, {}
+    )  # fmt: skip
+
+    def output(*settings):
+        return run(EVALUATE, "--config", tmp_path / "config.yaml", "--model", export, *settings)
+
+    assert "was trained with other settings than are given here (network.classifier: 'random' -> 'text')" in output()
+    random = "--set=network.classifier=random"
+    assert f"(seed: 77 -> {project.config.seed})" in output(random)
+    assert "was trained with" not in output(random, "--set=seed=77")
 
 
 @pytest.mark.slow

@@ -128,6 +128,13 @@ def test_a_stream_started_anywhere_is_the_tail_of_the_whole(shards, consumed):
     assert tail == whole[consumed : consumed + 6]
 
 
+@pytest.mark.parametrize("dense", [False, True])
+def test_without_augmentation_training_sees_what_an_evaluation_of_one_view_sees(shards, dense):
+    config = settings(shards, augmentation="none", dense=dense, batch_size=1)
+    shown = [sorted(itertools.chain(*take(config, split, NUM_VIDEOS))) for split in ("train", "val")]
+    assert len(shown[0]) == NUM_VIDEOS and shown[0] == shown[1]
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 40])
 def test_evaluation_sees_every_video_once(shards, world_size):
     seen = [

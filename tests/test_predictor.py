@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,24 @@ def videos(tmp_path_factory) -> Path:
     for number in range(1, 11):
         Image.fromarray(np.full((40, 60, 3), 10 * number, np.uint8)).save(base / "frames" / f"img_{number}.png")
     return base
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_frames_are_those_of_an_evaluation_of_one_clip(export, dense):
+    recogniser = text4vis.load(export)
+    config = recogniser.config
+    recogniser.config = replace(config, data=replace(config.data, dense=dense))
+    frames = np.zeros((300, 8, 8, 3), np.uint8)
+    expected = [86, 118, 150, 182] if dense else [0, 75, 150, 225]
+    assert recogniser.predict(frames).indices.tolist() == expected
+
+
+def test_labels_that_a_model_cannot_take_are_refused_before_any_video(export):
+    recogniser = text4vis.load(export)
+    config = recogniser.config
+    recogniser.config = replace(config, network=replace(config.network, classifier="random"))
+    with pytest.raises(PredictionError, match="trained with the classifier random"):
+        recogniser.predict_many(["one.mp4", "two.mp4"], labels=["a", "b"])
 
 
 def test_many_at_once_are_what_each_is_alone(export, videos):

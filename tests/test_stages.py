@@ -42,6 +42,9 @@ def test_what_is_done_is_not_done_again(tmp_path):
     assert len(shown) == 3 and "done before" in shown[2]
     perform(Stage("one", [[*appending(trace), "another word"]]), tmp_path, shown.append, log=tmp_path / "log")
     assert trace.read_text() == "xxx"
+    for settings, expected in (("lr: 1", "xxxx"), ("lr: 1", "xxxx"), ("lr: 2", "xxxxx")):
+        perform(Stage("one", [appending(trace)], settings), tmp_path, shown.append, log=tmp_path / "log")
+        assert trace.read_text() == expected
 
 
 def test_a_failure_ends_the_stage_and_is_not_remembered(tmp_path):
@@ -53,9 +56,9 @@ def test_a_failure_ends_the_stage_and_is_not_remembered(tmp_path):
         assert caught.value.code == 75 and trace.read_text() == "xx" * tries
 
 
-def repeat(tmp_path: Path, seeds: str, *more: str) -> subprocess.CompletedProcess:
+def repeat(tmp_path: Path, seeds: str, *more: str, recipe: str = "") -> subprocess.CompletedProcess:
     (tmp_path / "fake.py").write_text(FAKE_TRAINING)
-    (tmp_path / "recipe.yaml").write_text("")
+    (tmp_path / "recipe.yaml").write_text(recipe)
     command = [
         sys.executable, ROOT / "tools" / "repeat.py", "--config", tmp_path / "recipe.yaml",
         "--output", tmp_path / "out", "--seeds", seeds, "--launcher", f"{sys.executable} {tmp_path / 'fake.py'}", *more,
@@ -79,6 +82,12 @@ def test_seeds_are_trained_once_and_summarised(tmp_path):
     assert summary["std"]["top5"] == 0 and summary["mean"]["mean_class_accuracy"] == pytest.approx(66)
     words = json.loads((tmp_path / "out" / "seed-6" / "report.json").read_text())["words"]
     assert words[-4:] == ["--set", "data.shot=4", "--set", "seed=6"]
+
+
+def test_a_recipe_that_was_edited_is_not_taken_for_done(tmp_path):
+    assert repeat(tmp_path, "1").returncode == 0
+    edited = repeat(tmp_path, "1", recipe="solver: {lr: 1}")
+    assert "done before" not in edited.stdout and edited.returncode == 1  # trained again, which this folder refuses
 
 
 def test_a_seed_that_stops_stops_the_tool(tmp_path):

@@ -315,7 +315,7 @@ def _read_matrix(path: Path, key: str) -> tuple[Tensor, list[str] | None]:
             names = content.get("class_names") if isinstance(content, dict) else None
     except FileNotFoundError:
         raise ConfigError(f"{key}: no such file: {path}") from None
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, EOFError, ValueError, SafetensorError) as error:
         raise ConfigError(f"{key}: {path} is not readable ({error})") from None
     if not isinstance(rows, Tensor):
         raise ConfigError(f"{key}: {path} must hold one tensor, or one named {TENSOR}")

@@ -2,7 +2,7 @@
 
 A configuration is a tree of frozen dataclasses. An unknown key, a wrong type or a value out of range raises
 ConfigError, which names the key, the value, where it came from and the nearest valid name. Imports nothing of
-text4vis but the prompts; everything else may import it.
+text4vis but the prompts and the sampling; everything else may import it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from text4vis.sampling import DENSE_WINDOW
 from text4vis.templates import TEMPLATE_SETS, prompts
 
 
@@ -344,7 +345,10 @@ def resolve_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Con
         try:
             value = yaml.safe_load(text) if text else ""
         except yaml.YAMLError as error:
-            raise ConfigError(f"--set {override!r}: the value is not valid YAML ({_yaml_reason(error)})") from None
+            hint = '; quote a text with braces, e.g. "a video of {}."' if "{}" in text else ""
+            raise ConfigError(
+                f"--set {override!r}: the value is not valid YAML ({_yaml_reason(error)}){hint}"
+            ) from None
         _assign(values, key.strip(), value)
         origin[key.strip()] = "--set"
     return _validate(_expand(values, origin, str(path)), origin, str(path)), origin
@@ -526,6 +530,8 @@ def _check_data(config: Config, fail: Callable[[str, str], None]) -> None:
     low, high = data.crop_area
     if not 0 < low <= high <= 1:
         fail("data.crop_area", f"expected 0 < low <= high <= 1, got {[low, high]}")
+    if data.dense and data.num_segments > DENSE_WINDOW:
+        fail("data.num_segments", f"{data.num_segments} frames do not fit into data.dense's window of {DENSE_WINDOW}")
     if config.scale_size < data.input_size:
         fail("data.scale_size", f"{config.scale_size} is smaller than data.input_size {data.input_size}")
     for key, value in (("randaug.N", data.randaug.N), ("blur", data.blur), ("solarize", data.solarize)):

@@ -13,7 +13,8 @@ of the classes, the lists of `data.class_splits`, mean average precision, the ta
 With --features the embeddings are kept, and another classifier, template or class list costs seconds. The report
 names what it was measured with; tools/compare_reports.py compares two.
 
---model: a run's folder (its best weights), a checkpoint, an export, or a .pt file of the original project.
+--model: a run's folder (its best weights), a checkpoint, an export, or a .pt file of the original project. Classifier
+and sampling are those of --config and --set: a warning names what the model was trained with where that differs.
 Exit codes: 0 done, 1 failed, 2 wrong usage.
 """
 
@@ -21,16 +22,35 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from shards.format import ShardError
-from text4vis import distributed
+from text4vis import checkpoint, distributed
 from text4vis.checkpoint import CheckpointError, load_model
-from text4vis.config import ConfigError, load_config
+from text4vis.config import Config, ConfigError, config_from_dict, load_config
+from text4vis.weights import EXPORT_FILE, read_export_config
+
+if TYPE_CHECKING:
+    from text4vis.model import VideoClip
+
+# Keys that decide which frames the model sees, what the model is (an export brings its own), and its classes' rows.
+FRAME_KEYS = ("data.num_segments", "data.dense", "data.input_size", "data.scale_size")
+MODEL_KEYS = ("network.arch", "network.pretrained", "network.sim_header", "network.tm", "network.joint_st")
+CLASSIFIER_KEYS = {
+    "text": ("network.template",),
+    "random": ("seed",),
+    "orthogonal": ("seed",),
+    "lda": ("seed", "network.lda_videos", "network.arch", "network.pretrained", "data.train", "data.shot",
+            "data.shot_seed"),
+    "sentence": ("network.template", "network.sentence_model", "network.sentence_projection"),
+    "file": ("network.classifier_file",),
+}  # fmt: skip
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -58,7 +78,12 @@ def run(arguments: argparse.Namespace) -> None:
     with build_loader(config, "val", rank=ranks.rank, world_size=ranks.world_size) as loader:
         names = class_names(config, loader.dataset)
         splits = class_splits(config, names, loader.dataset.labels)
+        trained = trained_with(arguments.model)
+        differing = trained and differences(trained, config, is_export=is_export(arguments.model))
+        if differing and ranks.is_main:
+            print(f"evaluate: warning: {warning(arguments.model, differing)}", file=sys.stderr)
         model = load_model(arguments.model, config)
+        check_frames(model, config)
         classes_CD = build_classifier(config, model, names)
         weights = weights_fingerprint(model.state_dict()) if ranks.is_main else ""
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.engine.precision]
@@ -74,9 +99,56 @@ def run(arguments: argparse.Namespace) -> None:
         )
     if report is None:
         return
+    show(report)  # first, for the file may turn out not to be writable
     if arguments.report:
         write_report(arguments.report, {"model": str(arguments.model), **report})
-    show(report)
+
+
+def is_export(path: Path) -> bool:
+    return (path / EXPORT_FILE).is_file()
+
+
+def trained_with(path: Path) -> Config | None:
+    """The configuration that a model records; None for a .pt file, which records none."""
+    if path.suffix in {".pt", ".pth"}:
+        return None
+    values = read_export_config(path) if is_export(path) else checkpoint.read_state(checkpoint.find(path)).config
+    return config_from_dict(values, str(path))
+
+
+def differences(trained: Config, given: Config, *, is_export: bool) -> dict[str, tuple[Any, Any]]:
+    """(value in training, value given) of each key that differs and on which the figures depend."""
+    keys, network = [*FRAME_KEYS, *(() if is_export else MODEL_KEYS)], trained.network
+    if not network.classifier_trainable:  # else the model has the rows
+        keys.append("network.classifier")
+        if network.classifier == given.network.classifier:
+            keys += CLASSIFIER_KEYS[network.classifier]
+            keys += ["seed"] if network.classifier == "sentence" and network.sentence_projection else []
+    pairs = {key: (attrgetter(key)(trained), attrgetter(key)(given)) for key in keys}
+    return {key: (before, now) for key, (before, now) in pairs.items() if before != now}
+
+
+def warning(path: Path, differing: Mapping[str, tuple[Any, Any]]) -> str:
+    pairs = ", ".join(f"{key}: {before!r} -> {now!r}" for key, (before, now) in differing.items())
+    return (
+        f"{path} was trained with other settings than are given here ({pairs}), so its figures can fall to chance; "
+        "give the first ones with --set to measure it as it was trained"
+    )
+
+
+def check_frames(model: VideoClip, config: Config) -> None:
+    """Raises ConfigError where a model that brings its own network cannot take the frames of `config`."""
+    data = config.data
+    if model.image_size != data.input_size:
+        raise ConfigError(
+            f"data.input_size: {data.input_size}, but the model takes {model.image_size} pixels; "
+            f"add --set data.input_size={model.image_size}"
+        )
+    if model.takes_fixed_frames and model.num_segments != data.num_segments:
+        raise ConfigError(
+            f"data.num_segments: {data.num_segments}, but the model takes {model.num_segments} frames; "
+            f"add --set data.num_segments={model.num_segments}"
+        )
 
 
 def show(report: dict[str, Any]) -> None:

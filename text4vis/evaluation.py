@@ -212,7 +212,7 @@ def protocol_card(
             "input_size": data.input_size,
             "fusion": FUSION,
         },
-        "classifier": config.network.classifier,
+        "classifier": config.network.classifier if model.classifier is None else "trained",
         "template": config.network.template,
         "class_embeddings": fingerprint({"class_embeddings": class_embeddings_CD.float()}),
         "weights": weights,

@@ -142,7 +142,7 @@ class Planner:
         labels = self.dataset.labels[ids]  # a copy
         for b, (sample, epoch) in enumerate(zip(ids.tolist(), epochs.tolist(), strict=True)):
             if data.augmentation == "none":
-                drawn, indices = None, sampling.val_indices(int(self.dataset.num_frames[sample]), data.num_segments)
+                drawn, indices = None, self._eval_indices(sample, 1)
             else:
                 rng = augmentation.generator(self.config.seed, epoch, sample)
                 drawn = augmentation.draw(data, int(self.dataset.num_frames[sample]), rng)
@@ -172,15 +172,14 @@ class Planner:
 
         requests, frames = [], []
         for b, sample in enumerate(ids.tolist()):
-            num_frames = int(self.dataset.num_frames[sample])
-            if data.test_clips == 1 and not data.dense:
-                indices = sampling.val_indices(num_frames, data.num_segments)
-            else:
-                indices = sampling.test_indices(num_frames, data.num_segments, data.test_clips, data.dense)
-            request, planned = self._plan_video(b, sample, indices, geometry)
+            request, planned = self._plan_video(b, sample, self._eval_indices(sample, data.test_clips), geometry)
             requests.append(request)
             frames += planned
         return Job(ids, self.dataset.labels[ids], requests, frames)
+
+    def _eval_indices(self, sample: int, num_clips: int) -> np.ndarray:
+        data = self.config.data
+        return sampling.test_indices(int(self.dataset.num_frames[sample]), data.num_segments, num_clips, data.dense)
 
     def _plan_video(
         self, b: int, sample: int, indices: np.ndarray, geometry: Callable[[int, int], Geometry]

@@ -35,13 +35,21 @@ def lda_classifier(config: Config, class_names: Sequence[str]) -> Tensor:
 
     Which videos follows from the seed; with `data.shot` they are among the chosen ones. The tower is always
     `network.arch` with its own weights, whatever is being trained or evaluated. Collective: the ranks share the videos.
-    Raises ConfigError where a name is no class of the training shards: such a classifier knows no unseen classes.
+    Raises ConfigError where the training shards hold no videos of a class: such a classifier knows no unseen classes.
     """
     with open_split(config, "train") as dataset:
-        rows = rows_of(class_names, dataset.classes, f"network.classifier: lda: {', '.join(dataset.places)}")
+        where = f"network.classifier: lda: {', '.join(dataset.places)}"
+        labels = rows_of(class_names, dataset.classes, where)
         few_shot = Planner(config, "train", dataset, 0, 1).few_shot
         ids_N = np.arange(len(dataset)) if few_shot is None else few_shot
         ids_N = ids_N[few_shot_subset(dataset.labels[ids_N], config.network.lda_videos, config.seed, at_most=True)]
+        present, rows_N = np.unique(dataset.labels[ids_N], return_inverse=True)
+        absent = [name for name, label in zip(class_names, labels, strict=True) if label not in present]
+        if absent:
+            raise ConfigError(
+                f"{where}: holds no video of class {absent[0]!r} ({len(absent)} of {len(class_names)} have none); add "
+                "some, take the class off data.label_list, or use another classifier"
+            )
         single = replace(config, data=replace(config.data, test_clips=1, test_crops=1))  # type: ignore[type-var]
         model = _frozen_clip(config)
         recipe = {
@@ -58,9 +66,10 @@ def lda_classifier(config: Config, class_names: Sequence[str]) -> Tensor:
             loader = Loader(single, "val", dataset, rank=ranks.rank, world_size=ranks.world_size, consumed=0, ids=ids_N)
             with loader:
                 shares = distributed.gather_to_main(_embed(model, loader))
-            return distributed.from_main(lambda: discriminants(np.concatenate(shares or []), dataset.labels[ids_N]))
+            return distributed.from_main(lambda: discriminants(np.concatenate(shares or []), rows_N))
 
-        return cached(cache_folder(config), dataset.classes, recipe, make)[rows]
+        names = [dataset.classes[label] for label in present]
+        return cached(cache_folder(config), names, recipe, make)[np.searchsorted(present, labels)]
 
 
 def discriminants(embeddings_ND: np.ndarray, labels_N: np.ndarray) -> Tensor:

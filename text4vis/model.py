@@ -38,7 +38,7 @@ def build_model(network: NetworkConfig, num_segments: int, *, image_size: int | 
     except ValueError as error:
         raise ConfigError(str(error)) from None
     model = VideoClip(towers, head, num_segments, fix_video=network.fix_video, fix_text=network.fix_text)
-    model.tower_sees_time = bool(network.tm or network.joint_st)
+    model.takes_fixed_frames = bool(network.tm or network.joint_st) or network.sim_header == "Transf_cls"
     return model
 
 
@@ -65,7 +65,7 @@ class VideoClip(nn.Module):
         self.clip_config: dict[str, Any] = towers.config
         self.mean, self.std = towers.mean, towers.std
         self.embed_dim, self.image_size, self.num_segments = towers.embed_dim, towers.image_size, num_segments
-        self.tower_sees_time = False
+        self.takes_fixed_frames = False
         self.fix_video = fix_video
         if fix_video:
             self.visual.requires_grad_(False)
@@ -124,7 +124,7 @@ class VideoClip(nn.Module):
         if frames_BTCHW.dtype != torch.uint8 or tuple(frames_BTCHW.shape[2:]) != (3, size, size):
             found = f"{tuple(frames_BTCHW.shape)} {frames_BTCHW.dtype}"
             raise ValueError(f"frames: expected (B, T, 3, {size}, {size}) uint8 (data.input_size), got {found}")
-        if self.tower_sees_time and (num_frames := frames_BTCHW.shape[1]) != self.num_segments:
+        if self.takes_fixed_frames and (num_frames := frames_BTCHW.shape[1]) != self.num_segments:
             raise ValueError(f"frames: expected {self.num_segments} a video (data.num_segments), got {num_frames}")
         scale, shift = _pixel_constants(self.mean, self.std, frames_BTCHW.device)
         pixels = frames_BTCHW.flatten(0, 1).float() * scale + shift

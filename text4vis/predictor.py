@@ -35,7 +35,7 @@ from text4vis.jobs import Frame
 from text4vis.model import VideoClip
 from text4vis.pipeline import place
 from text4vis.protocols import class_scores
-from text4vis.sampling import val_indices
+from text4vis.sampling import test_indices
 from text4vis.weights import EXPORT_FILE, load_export
 
 FRAME_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
@@ -131,10 +131,16 @@ class Predictor:
         top: int = 5,
         batch_size: int = 8,
     ) -> Iterator[Prediction | PredictionError]:
-        """`predict` of each video in order, `batch_size` at a time; a video that cannot be read gives its error."""
-        names, classes_CD = self._classes(labels)
-        waiting = iter(videos)
-        while batch := list(itertools.islice(waiting, batch_size)):
+        """`predict` of each video in order, `batch_size` at a time; a video that cannot be read gives its error.
+
+        Raises PredictionError at once for labels that the model cannot take.
+        """
+        return self._predict_batches(iter(videos), *self._classes(labels), top, batch_size)
+
+    def _predict_batches(
+        self, videos: Iterator[Any], names: list[str], classes_CD: torch.Tensor, top: int, batch_size: int
+    ) -> Iterator[Prediction | PredictionError]:
+        while batch := list(itertools.islice(videos, batch_size)):
             sampled = [self._sampled(video) for video in batch]
             good = [one for one in sampled if not isinstance(one, PredictionError)]
             scores = iter(self._scores(np.stack([frames for _, frames in good]), classes_CD) if good else ())
@@ -173,7 +179,7 @@ class Predictor:
         scores, thumbnails = [], []
         for begin in range(0, len(starts), batch_size):
             windows = [
-                first + val_indices(max(1, stop - first), self.config.data.num_segments)
+                first + self._indices(max(1, stop - first))
                 for first, stop in first_last_W2[begin : begin + batch_size].tolist()
             ]
             indices = np.minimum(np.concatenate(windows), info.num_frames - 1)
@@ -215,12 +221,11 @@ class Predictor:
         return text_classifier(self.model, names, self.config.network.template)
 
     def _sample(self, video: str | Path | np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Numbers and RGB images of the sampled frames, first of each segment, as in evaluation."""
-        segments = self.config.data.num_segments
+        """Numbers and RGB images of the sampled frames."""
         if isinstance(video, np.ndarray):
             if video.ndim != 4 or video.shape[3] != 3 or video.dtype != np.uint8 or not len(video):
                 raise PredictionError(f"expected frames (N, H, W, 3) uint8, got {video.shape} {video.dtype}")
-            indices = val_indices(len(video), segments)
+            indices = self._indices(len(video))
             return indices, [video[i] for i in indices]
         if scheme_of(str(video)) is not None:
             with _fetched(str(video)) as copy:
@@ -230,10 +235,14 @@ class Predictor:
             files = sorted((p for p in path.iterdir() if p.suffix.lower() in FRAME_SUFFIXES), key=_natural)
             if not files:
                 raise PredictionError(f"{path}: holds no frames ({', '.join(sorted(FRAME_SUFFIXES))})")
-            indices = val_indices(len(files), segments)
+            indices = self._indices(len(files))
             return indices, [_read_image(files[i]) for i in indices]
-        indices = val_indices(_probe(path).num_frames, segments)
+        indices = self._indices(_probe(path).num_frames)
         return indices, _decode(path, indices)
+
+    def _indices(self, num_frames: int) -> np.ndarray:
+        """The frames that an evaluation of one clip takes, (T,)."""
+        return test_indices(num_frames, self.config.data.num_segments, dense=self.config.data.dense)
 
     def _prepare(self, images: list[np.ndarray]) -> np.ndarray:
         """(T, S, S, 3) uint8: scaled and centre-cropped as in evaluation."""

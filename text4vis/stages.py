@@ -24,14 +24,18 @@ class StageError(Exception):
 
 @dataclass(frozen=True)
 class Stage:
-    """Commands, lists of words, that are run one after the other and count as one."""
+    """Commands, lists of words, that are run one after the other and count as one.
+
+    settings: what they read from files, if another content is to run them again.
+    """
 
     name: str
     commands: list[list[str]]
+    settings: str = ""
 
 
 def perform(stage: Stage, folder: Path, show: Callable[[str], None] = print, *, log: Path | None = None) -> float:
-    """Runs a stage unless FOLDER/stages/NAME.json says that the same commands are done. Returns seconds spent on it.
+    """Runs a stage unless FOLDER/stages/NAME.json says that the same is done. Returns seconds spent on it.
 
     show: is told each command before it runs. log: file for what the commands print, which otherwise is passed on.
     Raises StageError.
@@ -39,7 +43,7 @@ def perform(stage: Stage, folder: Path, show: Callable[[str], None] = print, *, 
     done = folder / "stages" / f"{stage.name}.json"
     if done.exists():
         record = json.loads(done.read_text(encoding="utf-8"))
-        if record["commands"] == stage.commands:
+        if (record["commands"], record.get("settings", "")) == (stage.commands, stage.settings):
             show(f"{stage.name}: done before, {record['seconds']:.0f} s")
             return float(record["seconds"])
     started = time.perf_counter()
@@ -51,7 +55,8 @@ def perform(stage: Stage, folder: Path, show: Callable[[str], None] = print, *, 
             raise StageError(f"stage {stage.name} failed with exit code {code}; {where}", code)
     seconds = time.perf_counter() - started
     done.parent.mkdir(parents=True, exist_ok=True)
-    done.write_text(json.dumps({"commands": stage.commands, "seconds": seconds}), encoding="utf-8")
+    record = {"commands": stage.commands, "settings": stage.settings, "seconds": seconds}
+    done.write_text(json.dumps(record), encoding="utf-8")
     return seconds
 
 

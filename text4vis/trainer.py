@@ -67,6 +67,7 @@ class Trainer:
         self.val_loader = self._loader("val")
         self.train_loader = self._loader("train")
         self.class_names = class_names(config, self.train_loader.dataset)
+        _check_same_classes(config, self.train_loader.dataset.classes, self.val_loader.dataset.classes)
         self.num_steps = math.ceil(config.solver.epochs * self.train_loader.epoch_samples / self.global_batch)
         self.state = self._first_state(config) if start is None else self._joined_state(config, start)
         self.device = distributed.device()
@@ -358,6 +359,15 @@ class Trainer:
         else:
             checkpoint.load(started, self.start_from, self.state)
         return started
+
+
+def _check_same_classes(config: Config, train: list[str], val: list[str]) -> None:
+    """Labels of both splits mean the same classes. Raises ConfigError."""
+    if config.data.label_list is None and train != val:
+        raise ConfigError(
+            f"data.val: its shards name {len(val)} classes that are not the {len(train)} of data.train in their order; "
+            "build both with one --labels file, name data.label_list, or evaluate other classes with evaluate.py"
+        )
 
 
 def _check_world_size(config: Config, world_size: int) -> None:

@@ -251,6 +251,11 @@ def load_export(folder: str | Path) -> Export:
     return Export(model, network, content["config"], class_names, class_embeddings, content["card"])
 
 
+def read_export_config(folder: Path) -> dict[str, Any]:
+    """The configuration of the run that an export comes from, as plain values. Raises ConfigError."""
+    return _read_index(folder)["config"]
+
+
 def read_export(folder: Path) -> Parts:
     """The parts of an export's model. Raises ConfigError."""
     video, text = (read_weights(folder / f"{name}.safetensors", "export") for name in ("model", "text"))

@@ -59,11 +59,10 @@ def all_gpus() -> list[str]:
 
 def stage_of(arguments: argparse.Namespace, seed: int) -> Stage:
     output = arguments.output / f"seed-{seed}"
-    settings = with_set([*arguments.set, f"seed={seed}"])
-    launcher = arguments.launcher or all_gpus()
-    return Stage(
-        f"seed-{seed}", [[*launcher, str(TRAIN), "--config", arguments.config, "--output", str(output), *settings]]
-    )
+    settings = [*arguments.set, f"seed={seed}"]
+    command = [*(arguments.launcher or all_gpus()), str(TRAIN), "--config", arguments.config, "--output", str(output)]
+    recipe = load_config(arguments.config, settings).to_yaml()
+    return Stage(f"seed-{seed}", [[*command, *with_set(settings)]], recipe)
 
 
 def show(reports: Mapping[int, Any], means: Mapping[str, tuple[float, float]]) -> None:
@@ -78,9 +77,9 @@ def show(reports: Mapping[int, Any], means: Mapping[str, tuple[float, float]]) -
 
 
 def run(arguments: argparse.Namespace, seeds: Sequence[int]) -> None:
-    load_config(arguments.config, arguments.set)  # a mistake shows before the first run starts
-    for seed in seeds:
-        perform(stage_of(arguments, seed), arguments.output)
+    stages = [stage_of(arguments, seed) for seed in seeds]  # a mistake shows before the first run starts
+    for stage in stages:
+        perform(stage, arguments.output)
     reports = {seed: read_report(arguments.output / f"seed-{seed}" / "report.json") for seed in seeds}
     means = summarise(list(reports.values()))
     summary = {
