@@ -1,5 +1,6 @@
 """The benchmark tool runs on a tiny data set and reports what it promises; its alternatives do what they stand for."""
 
+import itertools
 import json
 import runpy
 import subprocess
@@ -11,16 +12,28 @@ import pytest
 import torch
 
 from shards.format import ShardError
+from shards.plan import Stream, rank_slice
 from shards.reader import open_dataset
-from text4vis.benchmarks import contenders
+from text4vis.benchmarks import contenders, engine
 from text4vis.benchmarks.contenders import Setup
 from text4vis.benchmarks.data import make_workload, multiplied, open_workload
 from text4vis.benchmarks.figures import Figure, against, compared, interleaved, machine
+from text4vis.benchmarks.scale import scale
 from text4vis.pipeline import build_loader
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "benchmark.py"
-TINY = "--videos 4 --frames-per-video 10 --runs 1 --seconds 0.05 --batch-size 2 --index-videos 300 --index-frames 12"
+TINY = (
+    "--videos 4 --frames-per-video 10 --runs 1 --seconds 0.05 --batch-size 2 --index-videos 300 --index-frames 12 "
+    "--order-samples 1000 --step-videos 1 --ranks 2 --scale-videos 1000 --world-sizes 1 8"
+)
 FIGURES = {"loader": 5, "views": 2, "read": 4, "build": 3, "open": 2, "order": 2, "position": 2}
+FIGURES |= {"step": 4, "memory": 16, "resume": 3, "scale": 4}
+# Two blocks at 224 px, the size of the recipe that the benchmarks train.
+SMALL_VIT = {
+    "embed_dim": 64,
+    "vision_cfg": {"image_size": 224, "layers": 2, "width": 64, "head_width": 32, "patch_size": 56},
+    "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1},
+}
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +46,18 @@ def workload(work):
     return make_workload(work, num_videos=4, num_frames=10, clips=None)
 
 
+@pytest.fixture(scope="module")
+def small_vit(work):
+    path = work / "small.json"
+    path.write_text(json.dumps(SMALL_VIT))
+    return str(path)
+
+
 @pytest.mark.slow
-def test_every_benchmark_reports_its_figures(work, workload, tmp_path):
-    arguments = ["all", "--work", work, *TINY.split(), "--order-samples", 1000, "--json", tmp_path / "out.json"]
+def test_every_benchmark_reports_its_figures(work, workload, small_vit, tmp_path):
+    arguments = ["all", "--work", work, *TINY.split(), "--model", small_vit, "--json", tmp_path / "out.json"]
     command = [sys.executable, str(TOOL), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out.json").read_text())
     assert set(report) == {"machine", "arguments", "figures"}
@@ -46,12 +66,15 @@ def test_every_benchmark_reports_its_figures(work, workload, tmp_path):
     names = [figure["benchmark"] for figure in report["figures"]]
     assert {name: names.count(name) for name in names} == FIGURES
     for figure in report["figures"]:
-        assert len(figure["values"]) == 1
-        assert figure["min"] == figure["median"] == figure["max"] > 0
+        assert len(figure["values"]) == (engine.TURNS_A_ROUND if figure["benchmark"] == "step" else 1)
+        assert 0 < figure["min"] <= figure["median"] <= figure["max"]
         assert figure["what"] in done.stdout
     # Of all figures these alone follow from the program and not from the machine.
     ours, whole = (figure for figure in report["figures"] if figure["unit"] == "kB/sample")
     assert 1 <= ours["ratio"] < 1.05 < whole["ratio"]
+    held = {figure["what"]: figure["ratio"] for figure in report["figures"] if figure["benchmark"] == "memory"}
+    for stage, kind in itertools.product(engine.STAGES, ("parameters", "optimiser")):
+        assert held[f"2 ranks, ZeRO {stage}: {kind} / formula"] == pytest.approx(1, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +82,8 @@ def test_every_benchmark_reports_its_figures(work, workload, tmp_path):
     [
         ("order --shards somewhere", "--shards and --frames go together"),
         ("order --runs 0", "--runs: expected at least 1, got 0"),
-        ("step", "invalid choice: 'step'"),
+        ("steps", "invalid choice: 'steps'"),
+        ("memory --ranks 2 0", "--ranks: expected at least 1, got 0"),
     ],
 )
 def test_wrong_usage_is_named(arguments, message, monkeypatch, capsys):
@@ -156,3 +180,63 @@ def test_the_machine_is_described_without_its_name():
     description = machine()
     assert {"date", "processor", "cores", "memory_GB", "python", "packages"} <= set(description)
     assert not {"host", "hostname", "node"} & set(description)
+
+
+def test_activations_checkpointed_twice_change_no_gradient(workload, small_vit):
+    config = engine.EngineSetup(workload.shards, small_vit, 1, "fp32").config(0)
+    classes_CD = torch.randn(10, 64, generator=torch.Generator().manual_seed(0))
+    gradients, calls = [], []
+    with build_loader(config, "train") as loader:
+        batch = next(iter(loader))
+        for twice in (False, True):
+            loop = engine.BareLoop(config, batch, classes_CD, twice=twice)
+            loop.optimizer.step = loop.optimizer.zero_grad = lambda: None
+            mlp = loop.model.visual.transformer.resblocks[0].mlp
+            mlp.register_forward_hook(lambda *_, twice=twice: calls.append(twice))
+            loop()
+            gradients.append({name: parameter.grad for name, parameter in loop.model.named_parameters()})
+    torch.testing.assert_close(gradients[1], gradients[0])
+    assert [calls.count(twice) for twice in (False, True)] == [1, 3]
+
+
+@pytest.mark.slow
+def test_the_bare_loop_computes_what_the_trainer_does(workload, small_vit):
+    from text4vis import distributed
+    from text4vis.logs import Meter
+    from text4vis.stop import StopRequest
+    from text4vis.trainer import Trainer
+
+    setup = engine.EngineSetup(workload.shards, small_vit, 2, "fp32")
+    distributed.start()
+    trainer = Trainer(setup.config(1), Path("unused"), StopRequest(), "never")
+    meter = Meter.new(trainer.device)
+    bare = engine.BareLoop(trainer.config, next(iter(trainer.train_loader)), trainer.objective.classes)
+    trainer.train_step(iter(trainer.train_loader), meter)
+    assert float(meter.loss) == pytest.approx(float(bare()), rel=1e-5)
+    trainer.close()
+    distributed.stop()
+
+
+def test_the_formula_of_memory():
+    """16 bytes a parameter on one rank; on infinitely many 4, 2 and 0 of them stay (ZeRO, figure 1)."""
+    assert [sum(engine.formula(10, stage, 1).values()) for stage in engine.STAGES] == [160] * 4
+    left = [sum(engine.formula(10, stage, 10**9).values()) for stage in engine.STAGES]
+    assert left == pytest.approx([160, 40, 20, 0], abs=1e-3)
+
+
+def test_shares_of_4096_ranks_are_a_partition():
+    ranks, num_videos, global_batch = 4096, 10_001, 8192
+    stream = Stream(num_videos, seed=3)
+    parts = [
+        stream.take(*rank_slice(start, global_batch, rank, ranks))[0]
+        for start in range(0, 5 * global_batch, global_batch)
+        for rank in range(ranks)
+    ]
+    ids = np.concatenate(parts)[: 4 * num_videos].reshape(4, num_videos)
+    assert (np.sort(ids, axis=1) == np.arange(num_videos)).all()
+    assert np.array_equal(ids.ravel(), stream.take(0, 4 * num_videos)[0])
+
+
+def test_scale_leaves_out_batches_larger_than_an_epoch():
+    figures = scale([500], world_sizes=[1, 4, 1000], batch_size=8, rounds=1)
+    assert [figure.unit for figure in figures] == ["s", "MB", "us", "us"]

@@ -185,12 +185,13 @@ def test_deepspeeds_dictionary_follows_from_ours():
         data=DataConfig(batch_size=4), solver=solver,
         engine=EngineConfig(precision="fp16", zero_stage=3, offload="parameters"),
     )  # fmt: skip
-    derived = engine_config(config, 3)
+    derived = engine_config(config, 3, 1000)
     assert derived["train_batch_size"] == 24 and derived["gradient_clipping"] == 1.0
     assert derived["fp16"]["enabled"] and not derived["bf16"]["enabled"]
     zero = derived["zero_optimization"]
     assert zero["stage"] == 3 and zero["offload_param"]["device"] == zero["offload_optimizer"]["device"] == "cpu"
-    assert "offload_param" not in engine_config(Config(), 1)["zero_optimization"]
+    assert derived["zero_optimization"]["reduce_bucket_size"] == 1000, "a bucket no larger than the model"
+    assert "offload_param" not in engine_config(Config(), 1, 10**10)["zero_optimization"]
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,11 @@ from text4vis.optim import build_optimizer
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-def engine_config(config: Config, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's dictionary, derived from ours. The only place that makes one."""
+def engine_config(config: Config, world_size: int, trainable_numel: int) -> dict[str, Any]:
+    """DeepSpeed's dictionary, derived from ours and the model's trainable numbers. The only place that makes one."""
     steps, engine = config.solver.grad_accumulation_steps, config.engine
-    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    # A bucket is allocated whole: DeepSpeed's own 500 million numbers are a gigabyte that CLIP cannot fill.
+    zero: dict[str, Any] = {"stage": engine.zero_stage, "reduce_bucket_size": min(5 * 10**8, max(1, trainable_numel))}
     if engine.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if engine.offload == "parameters":
@@ -57,8 +58,12 @@ def start_engine(model: nn.Module, config: Config, world_size: int) -> Any:
     optimizer = build_optimizer(model, config.solver)
     for group in optimizer.param_groups:  # on the host one pass over the memory instead of ten
         group["fused"] = config.engine.offload != "none" or None
+    trainable_numel = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     engine, _, _, _ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=engine_config(config, world_size), dist_init_required=False
+        model=model,
+        optimizer=optimizer,
+        config=engine_config(config, world_size, trainable_numel),
+        dist_init_required=False,
     )
     if config.engine.compile:
         engine.compile()

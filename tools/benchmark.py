@@ -1,4 +1,4 @@
-"""Measures the data engine beside what people use instead: loaders, reading, building, opening, order, position.
+"""Measures the data engine and the training engine beside what people use instead.
 
 Contenders take turns (A B C, A B C, …); the table shows medians and their spread. Meant for a machine that does nothing
 else. What it needs it makes below --work and finds again; docs/performance.md explains every line.
@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 from rich import box
@@ -18,7 +19,6 @@ from rich.console import Console
 from rich.table import Table
 
 from shards.format import ShardError
-from text4vis.benchmarks.contenders import Setup
 from text4vis.benchmarks.data import Workload, make_workload, open_workload
 from text4vis.benchmarks.figures import Figure, Processes, machine
 from text4vis.benchmarks.suites import SUITES, Plan
@@ -45,21 +45,30 @@ def parse_arguments() -> argparse.Namespace:
     add("--index-videos", type=int, default=240_000, metavar="N", help="videos in the index of open and position")
     add("--index-frames", type=int, default=300, metavar="N", help="frames of each")
     add("--order-samples", type=int, default=10_000_000, metavar="N", help="samples that order permutes")
+    engine = parser.add_argument_group("engine: step, memory, resume, scale")
+    add = engine.add_argument
+    add("--model", default="ViT-S-32", metavar="ARCH", help="an open_clip ViT or model JSON, of random weights")
+    add("--step-videos", type=int, default=16, metavar="B", help="videos of 8 frames in a training step")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="arithmetic of step and resume")
+    add("--ranks", type=int, nargs="+", default=(1, 2, 4), metavar="N", help="numbers of ranks of memory")
+    videos = (10**6, 10**7, 10**8)
+    add("--scale-videos", type=int, nargs="+", default=videos, metavar="N", help="sizes of data sets that scale plans")
+    add("--world-sizes", type=int, nargs="+", default=(1, 8, 1024, 4096), metavar="N", help="and of jobs")
     arguments = parser.parse_args()
     if (arguments.shards is None) != (arguments.frames is None):
         parser.error("--shards and --frames go together: the alternatives read the folders")
     counts = ("runs", "batch_size", "workers", "videos", "frames_per_video", "index_videos", "index_frames")
-    for name in (*counts, "order_samples"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(arguments, name)}")
+    lists = ("ranks", "scale_videos", "world_sizes")
+    for name in (*counts, "order_samples", "step_videos", *lists):
+        given = getattr(arguments, name)
+        if (least := min(given) if name in lists else given) < 1:
+            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {least}")
     return arguments
 
 
 def workload(arguments: argparse.Namespace) -> Workload:
     if arguments.shards is not None:
         return open_workload(arguments.shards, arguments.frames)
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    (arguments.work / ".gitignore").write_text("*\n")
     return make_workload(
         arguments.work,
         num_videos=arguments.videos,
@@ -92,11 +101,14 @@ def _number(value: float) -> str:
 def main() -> None:
     arguments = parse_arguments()
     names = list(SUITES) if arguments.benchmark == "all" else [arguments.benchmark]
-    data = workload(arguments)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    (arguments.work / ".gitignore").write_text("*\n")
     figures: list[Figure] = []
     with Processes() as processes:
         plan = Plan(
-            setup=Setup(data, arguments.batch_size, arguments.workers),
+            find_workload=partial(workload, arguments),
+            batch_size=arguments.batch_size,
+            workers=arguments.workers,
             processes=processes,
             work=arguments.work,
             rounds=arguments.runs,
@@ -104,6 +116,12 @@ def main() -> None:
             index_videos=arguments.index_videos,
             index_frames=arguments.index_frames,
             order_samples=arguments.order_samples,
+            model=arguments.model,
+            step_videos=arguments.step_videos,
+            precision=arguments.precision,
+            ranks=arguments.ranks,
+            scale_videos=arguments.scale_videos,
+            world_sizes=arguments.world_sizes,
         )
         for name in names:
             figures += SUITES[name](plan)

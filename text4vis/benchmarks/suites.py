@@ -7,9 +7,9 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +18,10 @@ import webdataset as wds
 from shards.plan import epoch_order
 from shards.writer import build_shards
 from text4vis import augmentation
-from text4vis.benchmarks import contenders
+from text4vis.benchmarks import contenders, engine
 from text4vis.benchmarks.contenders import Contender, Setup
-from text4vis.benchmarks.data import Workload, multiplied
+from text4vis.benchmarks.data import Workload, make_workload, multiplied
+from text4vis.benchmarks.engine import EngineSetup
 from text4vis.benchmarks.figures import (
     Figure,
     Processes,
@@ -32,6 +33,7 @@ from text4vis.benchmarks.figures import (
     memory_bytes,
     run_fresh,
 )
+from text4vis.benchmarks.scale import scale
 from text4vis.config import Config
 from text4vis.pipeline import build_loader
 
@@ -42,12 +44,16 @@ _WARM_UP_TURNS = 2
 class Plan:
     """What to measure, and for how long.
 
-    work: folder for what is made on the way. rounds: repetitions of each contender. seconds: least duration of one
+    find_workload: makes or opens the data, for the benchmarks that read it. batch_size, workers: of the loaders. work:
+    folder for what is made on the way. rounds: repetitions of each contender. seconds: least duration of one
     measurement of throughput. index_videos, index_frames: size of the index of `open` and `position`. order_samples:
-    length of the permutation.
+    length of the permutation. model, step_videos, precision: see `EngineSetup`. ranks: numbers of ranks of `memory`.
+    scale_videos, world_sizes: sizes of data sets and jobs that `scale` plans.
     """
 
-    setup: Setup
+    find_workload: Callable[[], Workload]
+    batch_size: int
+    workers: int
     processes: Processes
     work: Path
     rounds: int
@@ -55,6 +61,21 @@ class Plan:
     index_videos: int
     index_frames: int
     order_samples: int
+    model: str
+    step_videos: int
+    precision: str
+    ranks: Sequence[int]
+    scale_videos: Sequence[int]
+    world_sizes: Sequence[int]
+
+    @cached_property
+    def setup(self) -> Setup:
+        return Setup(self.find_workload(), self.batch_size, self.workers)
+
+    @cached_property
+    def engine_setup(self) -> EngineSetup:
+        few = make_workload(self.work, num_videos=8, num_frames=16, clips=None)
+        return EngineSetup(few.shards, self.model, self.step_videos, self.precision)
 
     @property
     def large_index(self) -> Path:
@@ -301,4 +322,8 @@ SUITES: dict[str, Callable[[Plan], list[Figure]]] = {
     "open": open_,
     "order": order,
     "position": position,
+    "step": lambda plan: engine.step(plan.engine_setup, plan.rounds),
+    "memory": lambda plan: engine.memory(plan.model, plan.ranks),
+    "resume": lambda plan: engine.resume(plan.engine_setup, plan.work, plan.rounds),
+    "scale": lambda plan: scale(plan.scale_videos, plan.world_sizes, plan.batch_size, plan.rounds),
 }
