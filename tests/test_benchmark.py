@@ -53,6 +53,7 @@ def small_vit(work):
     return str(path)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_every_benchmark_reports_its_figures(work, workload, small_vit, tmp_path):
     arguments = ["all", "--work", work, *TINY.split(), "--model", small_vit, "--json", tmp_path / "out.json"]
@@ -94,7 +95,7 @@ def test_wrong_usage_is_named(arguments, message, monkeypatch, capsys):
 
 
 def test_bad_data_is_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [str(TOOL), *f"order --shards {tmp_path} --frames {tmp_path}".split()])
+    monkeypatch.setattr(sys, "argv", [str(TOOL), *f"loader --shards {tmp_path} --frames {tmp_path}".split()])
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(TOOL), run_name="__main__")
     assert stopped.value.code == 1

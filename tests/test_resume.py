@@ -22,7 +22,7 @@ def equal(ours: dict, expected: dict) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=pytest.mark.long) for stage in (0, 2, 3))])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(project, tmp_path, stage):
     settings = (f"engine.zero_stage={stage}", "logging.save_steps=2")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -35,7 +35,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(project, tmp_path, stag
     assert equal(weights(killed), weights(whole))
 
 
-@pytest.fixture(scope="module", params=["fp32", "bf16"])
+@pytest.fixture(scope="module", params=["fp32", pytest.param("bf16", marks=pytest.mark.long)])
 def fixed_and_moved(request, project, tmp_path_factory):
     """One run on two ranks throughout, and one that moves between numbers of ranks and ZeRO stages."""
     base, precision = tmp_path_factory.mktemp("moved"), f"engine.precision={request.param}"

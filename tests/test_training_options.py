@@ -32,6 +32,8 @@ CASES = {
         "solver.optim=adam", "solver.weight_decay=0.01", "solver.type=multistep", "solver.lr_decay_step=1",
     ),
 }  # fmt: skip
+LONG = ("text tower, ZeRO-3", "trainable, mixed, SGD")
+PARAMETERS = [pytest.param(case, marks=pytest.mark.long) if case in LONG else case for case in CASES]
 IN_FP32 = [case for case, settings in CASES.items() if "engine.precision=fp32" in settings]
 
 
@@ -58,7 +60,7 @@ def start_weights(project, settings) -> dict[str, torch.Tensor]:
     return model.state_dict()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", PARAMETERS)
 def test_a_run_resumes_exactly(project, trained, tmp_path, case):
     """From its checkpoint after the first epoch it goes on to the weights of the run that never stopped."""
     whole, again = trained(case), tmp_path / "again"
@@ -71,7 +73,7 @@ def test_a_run_resumes_exactly(project, trained, tmp_path, case):
     assert ours.keys() == expected.keys() and all(ours[name].equal(expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", PARAMETERS)
 def test_what_trains_moves_and_what_is_frozen_stays(project, trained, case):
     before, after = start_weights(project, CASES[case]), weights(trained(case))
     moved = {name.split(".")[0] for name in before if not torch.allclose(before[name], after[name], atol=1e-6)}
