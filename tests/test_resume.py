@@ -4,6 +4,7 @@ import re
 import shutil
 
 import pytest
+import torch
 from kill_many import kill_and_go_on
 from launch import finish, run, start
 from project import NUM_VIDEOS, STEPS_PER_EPOCH, TRAIN, ledger, losses, records, weights
@@ -91,7 +92,10 @@ def test_frozen_parameters_and_each_groups_rate_survive_other_stages(project, tm
         if name.startswith("visual."):
             assert value.equal(expected[name]) and (name not in tower or value.equal(tower[name]))
         else:
-            assert value.allclose(expected[name], rtol=1e-4, atol=1e-6), name
+            pair = [value, expected[name]]
+            if name.endswith("in_proj_bias"):  # softmax ignores the keys' bias: Adam scales up mere rounding there
+                pair = [torch.cat([bias.chunk(3)[0], bias.chunk(3)[2]]) for bias in pair]
+            assert pair[0].allclose(pair[1], rtol=1e-4, atol=1e-6), name
     for record, other in zip(records(output), records(tmp_path / "whole"), strict=True):
         assert [record.get(f"lr_{group}") for group in ("clip", "head")] == [
             other.get(f"lr_{group}") for group in ("clip", "head")
