@@ -36,9 +36,8 @@ def train_indices(num_frames: int, num_segments: int, rng: np.random.Generator, 
 
 
 def val_indices(num_frames: int, num_segments: int) -> np.ndarray:
-    """The first frame of each segment, `int(n/T * i)`, (T,) int64."""
-    _check(num_frames, num_segments, 1)
-    return (num_frames / num_segments * np.arange(num_segments)).astype(np.int64) % num_frames
+    """The first frame of each segment, `int(n/T * i)`, (T,) int64: the one clip of `test_indices`."""
+    return test_indices(num_frames, num_segments)
 
 
 def test_indices(num_frames: int, num_segments: int, num_clips: int = 1, dense: bool = False) -> np.ndarray:
