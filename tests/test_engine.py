@@ -2,14 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from launch import ROOT, finish, free_port, run, start
+from launch import finish, free_port, run, start, start_rank
 from project import TRAIN, losses
 
 from text4vis import distributed
@@ -92,15 +90,8 @@ def test_the_first_node_of_slurms_list(nodes, first):
 
 def job(project, output, variables: list[dict[str, object]], *settings: str) -> list[tuple[int, str]]:
     """Processes with the given variables and no other launcher's."""
-    arguments = [sys.executable, ROOT / TRAIN, *project.arguments(output, *settings)]
-    processes = [
-        subprocess.Popen(
-            [*map(str, arguments)], cwd=ROOT, env=os.environ | {name: str(value) for name, value in own.items()},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for own in variables
-    ]  # fmt: skip
-    return finish(processes)
+    arguments = project.arguments(output, *settings)
+    return finish([start_rank(TRAIN, *arguments, variables=own) for own in variables])
 
 
 @pytest.mark.slow

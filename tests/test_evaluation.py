@@ -1,15 +1,13 @@
 """Every figure of an evaluation against a plain re-derivation; features kept in a file; any number of ranks."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_frame_folders
-from launch import ROOT, run
+from launch import program, run
 from scipy.stats import binomtest
 from sklearn.metrics import average_precision_score
 from test_weights import save_train, save_train_nce
@@ -508,9 +506,7 @@ def test_the_command_compares_and_its_exit_code_tells(reports, tmp_path):
         write_report(path, report)
 
     def command(*arguments):
-        done = subprocess.run(
-            [sys.executable, ROOT / COMPARE, *map(str, arguments)], capture_output=True, text=True, check=False
-        )
+        done = program(COMPARE, *arguments)
         assert "Traceback" not in done.stderr
         return done.returncode, done.stdout + done.stderr
 

@@ -1,7 +1,5 @@
 """A folder of one's own videos: every video in one split, every class in both, lists that parse to what was found."""
 
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -10,13 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from launch import program
 
 from shards.annotations import parse_annotations, parse_labels
 from shards.folders import Video, read_table, readable, scan_folders, split_videos, write_lists
 from shards.format import ShardError
 from shards.reader import open_dataset
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def touch(root, *paths):
@@ -129,8 +126,7 @@ def test_bad_tables_are_named(tmp_path, text, message):
 
 
 def prepare(*arguments):
-    command = [sys.executable, ROOT / "tools/prepare_videos.py", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return program("tools/prepare_videos.py", *arguments)
 
 
 def test_the_command_makes_lists_and_shards_and_respects_edits(tmp_path):

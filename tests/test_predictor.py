@@ -2,14 +2,13 @@
 
 import csv
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from launch import program
 from PIL import Image
 from shard_data import serve
 from test_folders import write_video
@@ -23,7 +22,6 @@ from text4vis.pictures import save_timeline
 from text4vis.predictor import PredictionError
 from text4vis.weights import export_model
 
-ROOT = Path(__file__).resolve().parent.parent
 NAMES = ["archery", "surfing", "playing the flute"]
 
 
@@ -111,8 +109,7 @@ def test_other_labels_need_no_training(export, videos):
 
 
 def predict(*arguments):
-    command = [sys.executable, ROOT / "tools/predict.py", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return program("tools/predict.py", *arguments)
 
 
 def test_the_command_finds_videos_and_writes_files(export, videos, tmp_path):

@@ -94,6 +94,21 @@ def test_one_ranks_error_ends_the_job_and_is_the_last_line_everywhere(project, t
 
 
 @pytest.mark.slow
+def test_two_jobs_never_write_one_run(project, tmp_path):
+    """A job that is started again too early, or ranks that a launcher told nothing: the later one ends, untouched goes
+    the first."""
+    output = tmp_path / "run"
+    processes = project.start_with(output, "--slow 0.2", "solver.epochs=1")
+    wait_for(lambda: (output / "metrics.jsonl").exists(), processes)
+    before = (output / "log.txt").read_text()
+    for code, said in finish(start(TRAIN, *project.arguments(output, "solver.epochs=1"), ranks=2)):
+        assert code == 1 and f"{output}: another job is writing this run (process " in said.splitlines()[-1]
+    assert (output / "log.txt").read_text().startswith(before)
+    assert codes(finish(processes)) == [0, 0]
+    assert list(losses(output)) == [*range(1, 8)] and "failed" not in (output / "log.txt").read_text()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_ends_the_others_within_seconds(project, tmp_path, victim):
     output = tmp_path / "run"

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launch import ROOT
+from launch import ROOT, program
 
 from text4vis.config import load_config
 from text4vis.stages import Stage, StageError, perform
@@ -59,11 +59,10 @@ def test_a_failure_ends_the_stage_and_is_not_remembered(tmp_path):
 def repeat(tmp_path: Path, seeds: str, *more: str, recipe: str = "") -> subprocess.CompletedProcess:
     (tmp_path / "fake.py").write_text(FAKE_TRAINING)
     (tmp_path / "recipe.yaml").write_text(recipe)
-    command = [
-        sys.executable, ROOT / "tools" / "repeat.py", "--config", tmp_path / "recipe.yaml",
-        "--output", tmp_path / "out", "--seeds", seeds, "--launcher", f"{sys.executable} {tmp_path / 'fake.py'}", *more,
-    ]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return program(
+        "tools/repeat.py", "--config", tmp_path / "recipe.yaml", "--output", tmp_path / "out", "--seeds", seeds,
+        "--launcher", f"{sys.executable} {tmp_path / 'fake.py'}", *more,
+    )  # fmt: skip
 
 
 def test_seeds_are_trained_once_and_summarised(tmp_path):

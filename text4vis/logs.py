@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import resource
 import sys
 import time
 from collections.abc import Mapping
@@ -43,7 +42,10 @@ class Meter:
 
 
 class Metrics:
-    """metrics.jsonl and TensorBoard of the run in `output`, cut back to `step`, the one that the run goes on from."""
+    """metrics.jsonl and TensorBoard of the run in `output`, cut back to `step`, the one that the run goes on from.
+
+    board: TensorBoard's writer. Readers leave out what an earlier job wrote for later steps than `step`.
+    """
 
     def __init__(self, output: Path, step: int) -> None:
         self._path = output / "metrics.jsonl"
@@ -52,7 +54,7 @@ class Metrics:
         cut = self._path.with_name(".metrics.jsonl.partial")
         cut.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         cut.replace(self._path)
-        self._board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
+        self.board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
 
     def write(self, kind: str, record: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl, and the scalars `kind/key`. Values: numbers, or None where there is nothing."""
@@ -60,11 +62,11 @@ class Metrics:
             file.write(json.dumps({"kind": kind, "time": time.time(), **record}) + "\n")
         for key, value in record.items():
             if key != "step" and value is not None:
-                self._board.add_scalar(f"{kind}/{key}", value, record["step"])
-        self._board.flush()
+                self.board.add_scalar(f"{kind}/{key}", value, record["step"])
+        self.board.flush()
 
     def close(self) -> None:
-        self._board.close()
+        self.board.close()
 
 
 def _step_of(line: str) -> float:
@@ -118,7 +120,16 @@ def memory_bytes() -> float:
     """Peak memory of this rank: allocated on the GPU, or resident on a CPU."""
     if torch.cuda.is_available():
         return float(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+    return float(resident_bytes("VmHWM"))
+
+
+def resident_bytes(counter: str) -> int:
+    """This process's VmRSS (resident now) or VmHWM (at most so far) of Linux's /proc, in bytes.
+
+    Not getrusage: its peak begins with that of the process which started this one.
+    """
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(f"{counter}:"))
 
 
 def gpu_utilisation() -> float | None:

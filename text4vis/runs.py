@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
+import os
+import platform
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +20,36 @@ logger = logging.getLogger("text4vis")
 # stays what it was, however the number of ranks and these keys cut it.
 FREE_ON_RESUME = (
     "logging.", "data.train", "data.val", "data.workers", "data.io_threads", "data.prefetch", "data.decode",
-    "data.cache_", "data.verify", "data.class_splits", "data.batch_size", "solver.grad_accumulation_steps",
-    "solver.global_batch", "solver.on_nonfinite", "engine.num_threads", "engine.zero_stage", "engine.offload",
+    "data.cache_", "data.verify", "data.on_error", "data.max_bad_share", "data.class_splits", "data.batch_size",
+    "solver.grad_accumulation_steps", "solver.global_batch", "solver.on_nonfinite", "engine.num_threads", "engine.zero_stage", "engine.offload",
     "engine.activation_checkpointing", "engine.compile", "engine.world_size", "engine.wall_minutes",
     "engine.silence_seconds",
 )  # fmt: skip
+
+
+def claim(output: Path) -> int | None:
+    """Keeps the run's folder for this process as long as it lives. Returns the lock's open file; do not close it.
+
+    Two jobs must never write one run: a scheduler that starts a job again before the old one is gone, or ranks that do
+    not know of each other. None where the file system has no locks. Raises CheckpointError: another job holds it.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(output / ".running", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(descriptor, 200).decode(errors="replace").strip()
+        os.close(descriptor)
+        raise CheckpointError(
+            f"{output}: another job is writing this run ({holder}); stop it or give another --output. If the ranks of "
+            "this job do not know of each other, start them with a launcher that sets RANK and WORLD_SIZE"
+        ) from None
+    except OSError:
+        os.close(descriptor)
+        return None
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode())
+    return descriptor
 
 
 def find_start(output: Path, resume: str) -> Path | None:

@@ -25,6 +25,7 @@ from text4vis import distributed
 from text4vis.checkpoint import CheckpointError
 from text4vis.config import Config, ConfigError, load_config
 from text4vis.config_page import print_config
+from text4vis.runs import claim
 from text4vis.stop import EXIT_CODE, NonFiniteError, Stopped, StopRequest
 from text4vis.watch import Watch
 
@@ -63,9 +64,11 @@ def main() -> int:
             print(print_config(arguments.config, arguments.set), end="")
             return 0
         distributed.start()
-    except (ConfigError, OSError) as error:
+        output = arguments.output or Path("runs") / Path(arguments.config).stem
+        if not arguments.dry_run:
+            distributed.from_main(lambda: claim(output))
+    except (ConfigError, CheckpointError, OSError) as error:
         return fail(str(error))
-    output = arguments.output or Path("runs") / Path(arguments.config).stem
     watch = Watch(config.engine.silence_seconds, lambda cause: end(output, cause))
     code = 0
     try:

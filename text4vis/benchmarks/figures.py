@@ -137,12 +137,6 @@ def bytes_read_by_process() -> int:
     return int(counters["rchar"])
 
 
-def memory_bytes(counter: str) -> int:
-    """VmRSS (resident now) or VmHWM (at most since `forget_peak_memory`) of this process."""
-    counters = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(counters[counter].split()[0]) * 1024
-
-
 def forget_peak_memory() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from shards.plan import Stream, rank_slice
-from text4vis.benchmarks.figures import Figure, forget_peak_memory, interleaved, memory_bytes, run_fresh
+from text4vis.benchmarks.figures import Figure, forget_peak_memory, interleaved, run_fresh
+from text4vis.logs import resident_bytes
 
 _RANKS_TIMED = 200
 
@@ -27,10 +28,10 @@ def planning(num_videos: int, world_sizes: Sequence[int], batch_size: int) -> Pl
     """Plans batches of `batch_size` videos a rank in the middle of the third epoch. Run it fresh."""
     middle = num_videos * 5 // 2
     forget_peak_memory()
-    before, started = memory_bytes("VmRSS"), time.perf_counter()
+    before, started = resident_bytes("VmRSS"), time.perf_counter()
     stream = Stream(num_videos, seed=0)
     stream.take(middle, middle + batch_size)
-    elapsed, peak = time.perf_counter() - started, memory_bytes("VmHWM")
+    elapsed, peak = time.perf_counter() - started, resident_bytes("VmHWM")
     return Planning(
         elapsed,
         (peak - before) / 1e6,

@@ -30,11 +30,11 @@ from text4vis.benchmarks.figures import (
     compared,
     forget_peak_memory,
     interleaved,
-    memory_bytes,
     run_fresh,
 )
 from text4vis.benchmarks.scale import scale
 from text4vis.config import Config
+from text4vis.logs import resident_bytes
 from text4vis.pipeline import build_loader
 
 _WARM_UP_TURNS = 2
@@ -244,11 +244,11 @@ def build(plan: Plan) -> list[Figure]:
 def opening(config: Config) -> tuple[float, float]:
     """Seconds from nothing to the first planned batch, and the memory in MB that this takes at most. Run it fresh."""
     forget_peak_memory()
-    before, started = memory_bytes("VmRSS"), time.perf_counter()
+    before, started = resident_bytes("VmRSS"), time.perf_counter()
     with build_loader(config, "train") as running:
         next(running.jobs())
         elapsed = time.perf_counter() - started
-        return elapsed, (memory_bytes("VmHWM") - before) / 1e6
+        return elapsed, (resident_bytes("VmHWM") - before) / 1e6
 
 
 def open_(plan: Plan) -> list[Figure]:
