@@ -1,0 +1,52 @@
+"""Looks at this machine, a recipe, its data and the hosts of a job, and says in plain words what would go wrong.
+
+Opens the data sets and makes a batch, builds the model, looks for room on the disk, logs in to every host of a hostfile
+and compares versions and files. Trains nothing and writes nothing. Then `train.py --dry-run` tries a step.
+Exit code: 0 no problems (warnings are allowed), 1 problems, 2 wrong usage.
+
+examples:
+  python tools/doctor.py
+  python tools/doctor.py --config configs/demo.yaml --set data.train=demo/shards/train --set data.val=demo/shards/val
+  python tools/doctor.py --config configs/demo.yaml --hostfile hosts --output runs/demo
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from shards.address import shown
+from text4vis.doctor import FINE, PROBLEM, WARNING, diagnose
+
+_STYLES = {FINE: "green", WARNING: "yellow", PROBLEM: "bold red"}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", metavar="FILE", help="recipe; without it only the machine is looked at")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="as for train.py")
+    parser.add_argument("--hostfile", metavar="FILE", help="as for deepspeed")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="as for train.py")
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    output = arguments.output or Path("runs") / Path(arguments.config or "run").stem
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    counts = dict.fromkeys(_STYLES, 0)
+    for finding in diagnose(arguments.config, arguments.set, arguments.hostfile, output):
+        counts[finding.level] += 1
+        console.print(f"{finding.level:8}", style=_STYLES[finding.level], end="")
+        console.print(shown(f"{finding.subject}: {finding.said}"))
+        if finding.fix:
+            console.print(f"{'':8}-> {finding.fix}")
+    console.print(f"\n{counts[PROBLEM]} problems, {counts[WARNING]} warnings")
+    return 1 if counts[PROBLEM] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
