@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint audit bench clean
 
 demo: .venv/runtime
 	$(BIN)/python tools/demo.py --output demo
@@ -15,6 +15,13 @@ lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Asks the Python Package Index whether vulnerabilities of the installed packages are known. Strict: a package of which
+# it has no answer is a failure, as no answer is no clean bill. +cpu and the like are builds of the same version.
+audit: .venv/audit
+	$(BIN)/pip freeze --exclude-editable | sed 's/+.*//' > .venv/installed.txt
+	$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement .venv/installed.txt || \
+	    { echo "audit: error: vulnerabilities are known, or the index that knows them was not reached (see above)"; exit 1; }
 
 bench: .venv/dev
 	$(BIN)/python tools/benchmark.py all
@@ -28,6 +35,10 @@ clean:
 
 .venv/runtime: pyproject.toml | .venv/bin/pip
 	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+.venv/audit: .venv/dev
+	$(BIN)/pip install --quiet --editable '.[audit]'
 	touch $@
 
 .venv/dev: .venv/runtime

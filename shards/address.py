@@ -29,6 +29,7 @@ _BRACE_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)")
 _URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"<>]+")
 _IPV6_HOST = re.compile(r"\[[0-9A-Fa-f:.]+\]")
 _MAX_PARTS = 10_000
+_MAX_LISTS = 30
 
 
 def expand_sources(sources: str | Sequence[str]) -> list[str]:
@@ -48,28 +49,36 @@ def expand_sources(sources: str | Sequence[str]) -> list[str]:
 def _expand_braces(source: str) -> list[str]:
     if "{" not in source or _is_existing_path(source):
         return [source]
-    shown = redact(source)
-    for low, high in _BRACE_RANGE.findall(source):
+    redacted = redact(source)
+    ranges, bound = _BRACE_RANGE.findall(source), 1
+    for low, high in ranges:
         if len(low) > 18 or len(high) > 18 or abs(int(high) - int(low)) >= _MAX_PARTS:
-            raise ShardError(f"{shown}: the braces stand for more than {_MAX_PARTS} data sets; check the range")
+            raise ShardError(f"{redacted}: the braces stand for more than {_MAX_PARTS} data sets; check the range")
+        bound *= abs(int(high) - int(low)) + 1
+    # Inner braces are expanded in memory: what they can stand for at most, commas shared out evenly among the rest.
+    lists = source.count("{") - len(ranges)
+    if lists > _MAX_LISTS or bound * (source.count(",") / max(1, lists) + 1) ** lists > 100 * _MAX_PARTS:
+        raise ShardError(f"{redacted}: the braces stand for more than {_MAX_PARTS} data sets; check the range")
     try:
         addresses = list(itertools.islice(braceexpand(source, escape=False), _MAX_PARTS + 1))
-    except ValueError as error:
-        raise ShardError(f"{shown}: {error}; braces are written like part{{0..3}} or {{train,extra}}") from None
+    except ValueError:  # its text repeats the address
+        raise ShardError(
+            f"{redacted}: braces are written like part{{0..3}} or {{train,extra}}, each one closed"
+        ) from None
     if len(addresses) > _MAX_PARTS:
-        raise ShardError(f"{shown}: the braces stand for more than {_MAX_PARTS} data sets; check the range")
+        raise ShardError(f"{redacted}: the braces stand for more than {_MAX_PARTS} data sets; check the range")
     return addresses
 
 
 def scheme_of(address: str) -> str | None:
     """Scheme of a remote address in lower case, None for a local path or file://. Raises ShardError if refused."""
-    shown = redact(address)
+    redacted = redact(address)
     if not address or "\0" in address:
         raise ShardError(
-            f"{shown!r} is no address of a data set; name a shard folder or an address like s3://bucket/dir"
+            f"{redacted!r} is no address of a data set; name a shard folder or an address like s3://bucket/dir"
         )
     if "::" in _IPV6_HOST.sub("", address) and not _is_existing_path(address):
-        raise ShardError(f"{shown}: chained addresses ('::') are refused; name the folder that holds manifest.json")
+        raise ShardError(f"{redacted}: chained addresses ('::') are refused; name the folder that holds manifest.json")
     if address.startswith("pipe:"):
         raise ShardError(
             "pipe: addresses run a shell and are refused; name a folder or an http(s), s3 or other address"
@@ -82,7 +91,11 @@ def scheme_of(address: str) -> str | None:
         return None
     if scheme not in REMOTE_SCHEMES:
         allowed = ", ".join(sorted(REMOTE_SCHEMES))
-        raise ShardError(f"{shown}: scheme {scheme!r} is refused; use a local path or one of: file, {allowed}")
+        raise ShardError(f"{redacted}: scheme {scheme!r} is refused; use a local path or one of: file, {allowed}")
+    try:
+        urlsplit(address)
+    except ValueError:  # its text may repeat the address
+        raise ShardError(f"{redacted}: the host is not written right; give scheme://host/folder") from None
     return scheme
 
 
@@ -115,12 +128,18 @@ def redact(address: str) -> str:
     if match is None:
         return printable(address)
     host, slash, path = re.split(r"[?#]", address[match.end() :], maxsplit=1)[0].partition("/")
-    return printable(f"{match[0]}{host.rpartition('@')[2]}{slash}{path}")
+    # Once more for an address within the path.
+    return printable(re.sub("(?<=://)[^/]*@", "", f"{match[0]}{host.rpartition('@')[2]}{slash}{path}"))
 
 
 def redact_text(text: str) -> str:
     """Text of a foreign error with every address in it redacted."""
     return printable(_URL_IN_TEXT.sub(lambda match: redact(match[0]), text))
+
+
+def shown(text: object) -> str:
+    """Text of any origin as logs, tables and errors may show it: `redact_text` line by line, the line ends stay."""
+    return "\n".join(map(redact_text, str(text).split("\n")))
 
 
 def printable(text: str) -> str:

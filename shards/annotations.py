@@ -21,7 +21,7 @@ from typing import TextIO
 
 import numpy as np
 
-from shards.format import MAX_FRAMES, ShardError
+from shards.format import CONTROL_CHARACTER, MAX_FRAMES, ShardError
 
 VIDEO_EXTENSIONS = (
     ".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ts",
@@ -138,8 +138,8 @@ def _parse_line(line: str, number: int) -> Annotation:
     label = _integer(last, "label", line)
     if not 0 <= label <= _MAX_LABEL:
         raise ValueError(f"label is {label}; labels are 0 to C-1: correct the line")
-    if "\0" in name:
-        raise ValueError(f"the path {name!r} holds a zero character, which no file name can; remove it")
+    if not name.isprintable() and CONTROL_CHARACTER.search(name):
+        raise ValueError(f"the path {name!r} holds a control character; rename the file")
     if name[0] == "/" or (".." in name and ".." in name.split("/")):
         raise ValueError(f"the path {name!r} leaves the root folder; give paths below --root, without `..`")
     return Annotation(name, num_frames, label, number)
@@ -181,6 +181,8 @@ def _add_label(names: dict[int, tuple[str, int]], row: list[str], where: str, li
         raise ShardError(f"{where}: id is {row[0]!r}; ids must be the whole numbers 0 to C-1, each once")
     if not name:
         raise ShardError(f"{where}: class {number} has no name; write one: it becomes the text of the classifier")
+    if CONTROL_CHARACTER.search(name):
+        raise ShardError(f"{where}: the name {name!r} of class {number} holds a control character; remove it")
     if int(number) in names:
         raise ShardError(
             f"{where}: id {number} is already on line {names[int(number)][1]}; ids must be 0 to C-1, each once"

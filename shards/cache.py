@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from shards.format import Manifest, ShardError
+from shards.format import Manifest, SampleError
 from shards.local import Check, Range, pread_exactly
 from shards.remote import RemoteFiles, RemoteShards
 
@@ -265,7 +265,7 @@ class CachedShards:
             with self._dropping_lock:
                 if self._cache.is_current(self._names[shard], descriptor):
                     if time.monotonic() - self._refetched_at.get(shard, -math.inf) < _REFETCH_SECONDS:
-                        raise ShardError(complaint)
+                        raise SampleError(complaint)
                     self._cache.drop(self._names[shard])
                     self._refetched_at[shard] = time.monotonic()
             return None

@@ -59,8 +59,19 @@ VIDEO_DTYPE = np.dtype(
 )
 
 
+# In no name of a class or video: a terminal, a log and a text encoder each make something else of them.
+CONTROL_CHARACTER = re.compile("[\x00-\x1f\x7f-\x9f]")
+
+
 class ShardError(Exception):
     """Bad data set, list or address. The message names the place, the value and the fix."""
+
+
+class SampleError(ShardError):
+    """One video is at fault, whoever reads it and however often: wrong bytes, no image, a size beyond the limits.
+
+    Never a store, disk or network that fails: what was not read may be sound.
+    """
 
 
 @dataclass(frozen=True)
@@ -133,6 +144,8 @@ def _check_manifest(manifest: Manifest) -> None:
     require(manifest.content in ("frames", "video"), f"content is {manifest.content!r}, not 'frames' or 'video'")
     require(isinstance(manifest.classes, list), "classes is not a list")
     require(all(isinstance(name, str) for name in manifest.classes), "a class name is not a string")
+    for name in filter(CONTROL_CHARACTER.search, manifest.classes):
+        require(False, f"the class name {name!r} holds a control character")
     require(is_count(manifest.num_videos) and is_count(manifest.num_members), "num_videos or num_members is no count")
     require(re.fullmatch("[0-9a-f]{64}", manifest.fingerprint) is not None, "fingerprint is not 64 hex digits")
     require(isinstance(manifest.build, dict) and isinstance(manifest.skipped, list), "build or skipped has a bad type")

@@ -6,12 +6,15 @@ import io
 from typing import NamedTuple
 
 import numpy as np
+import simplejpeg
 from PIL import Image
 
 DEFAULT_QUALITY = 90
 # Above this an image is taken for a decompression bomb. It is the size at which Pillow refuses to decode.
 MAX_PIXELS = 178_956_970
 MAX_SIDE = 65_535
+# A frame as it is stored and decoded again and again, a whole batch of them at once; one of 8K video is just below.
+MAX_FRAME_PIXELS = 1 << 25
 
 _JPEG_END = b"\xff\xd9"
 _NO_HEAD = b"no image begins like this"
@@ -105,12 +108,26 @@ def encode_jpeg(image: Image.Image | np.ndarray, short_side: int | None, quality
 
 
 def check_decodes(data: bytes) -> None:
-    """Decodes every pixel of an image. Raises ValueError when it does not decode."""
+    """Decodes every pixel of an image. Raises ValueError when it does not decode.
+
+    Decoders fill up a JPEG whose data end too early with grey and only warn of it: here that is an error too.
+    """
     try:
         with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as image:
             image.load()
+            if image.format == "JPEG":
+                _check_jpeg_data(data)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"the image does not decode ({error})") from error
+
+
+def _check_jpeg_data(data: bytes) -> None:
+    """Raises ValueError for what libjpeg warns of, but for bytes too many: some cameras write them, nothing is lost."""
+    try:
+        simplejpeg.decode_jpeg(data, "GRAY", strict=True)
+    except ValueError as warning:
+        if "extraneous bytes" not in str(warning):
+            raise
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int, int]:

@@ -20,6 +20,7 @@ from shards.format import (
     MEMBER_DTYPE,
     VIDEO_DTYPE,
     Manifest,
+    SampleError,
     ShardError,
     fingerprint,
 )
@@ -54,14 +55,14 @@ class Index:
         return self.members[int(self.videos["first_member"][video]) + numbers]
 
     def ranges(self, video: int, rows: np.ndarray) -> list[tuple[int, int]]:
-        """Byte ranges of these member rows in the video's shard. Raises ShardError if one lies outside it."""
+        """Byte ranges of these member rows in the video's shard. Raises SampleError if one lies outside it."""
         shard = self.manifest.shards[int(self.videos["shard"][video])]
         starts = rows["block"].astype(np.int64) * BLOCK_BYTES
         stops = starts + rows["size"]
         bad = np.flatnonzero((rows["size"] == 0) | (starts < BLOCK_BYTES) | (stops > shard.bytes))
         if len(bad):
             start, stop = int(starts[bad[0]]), int(stops[bad[0]])
-            raise ShardError(
+            raise SampleError(
                 f"{self.where}: the index places a member of video {video} at bytes {start} to {stop} of {shard.name}, "
                 f"which has {shard.bytes}; the index is damaged or belongs to another data set: {_REBUILD}"
             )

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
-from shards.format import ShardError, ShardInfo
+from shards.format import SampleError, ShardError, ShardInfo
 
 # Says what is wrong with the bytes of the ranges that were read, or None.
 Check = Callable[[Sequence[bytes]], str | None]
@@ -32,7 +32,8 @@ class ShardSource(Protocol):
     """Where the bytes of one data set's tars come from."""
 
     def read(self, shard: int, ranges: Sequence[Range], check: Check) -> list[bytes]:
-        """Bytes of each range of a shard. Raises ShardError if they cannot be had or `check` finds fault with them."""
+        """Bytes of each range of a shard. Raises ShardError if they cannot be had, SampleError if `check` finds a fault
+        in them."""
 
     def expect(self, shard: int, ranges: Sequence[Range]) -> None:
         """Is told of ranges before they are read, and may begin to fetch them. Never raises, never waits for data."""
@@ -157,7 +158,7 @@ class LocalShards:
                 )
         complaint = check(chunks)
         if complaint is not None:
-            raise ShardError(complaint)
+            raise SampleError(complaint)
         return chunks
 
     def _read_again(self, shard: int, ranges: Sequence[Range]) -> list[bytes]:

@@ -266,6 +266,10 @@ class ShardDataset:
         part, video = self._locate(sample)
         return part.index.name(video)
 
+    def place(self, sample: int) -> str:
+        """Address, as it may be shown, of the data set that holds a sample."""
+        return self._locate(sample)[0].index.where
+
     def describe(self, sample: int) -> str:
         """What messages call a sample: 'name (sample 12, 000003.tar of DIR)', control characters escaped."""
         part, video = self._locate(sample)

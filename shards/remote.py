@@ -24,7 +24,7 @@ from fsspec.asyn import sync
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
 from shards.address import join_address, printable, redact, redact_text, scheme_of
-from shards.format import ShardError, ShardInfo
+from shards.format import SampleError, ShardError, ShardInfo
 from shards.local import Check, Range
 
 T = TypeVar("T")
@@ -395,5 +395,5 @@ class RemoteShards:
             chunks = self._files.read_ranges(info.name, ranges, info.bytes)
             complaint = check(chunks)
         if complaint is not None:
-            raise ShardError(complaint)
+            raise SampleError(complaint)
         return chunks

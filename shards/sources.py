@@ -18,7 +18,7 @@ import numpy as np
 
 from shards.annotations import Annotation
 from shards.format import MAX_FRAMES, MAX_MEMBER_BYTES
-from shards.images import ImageProbe, encode_jpeg, probe_image, reencode
+from shards.images import MAX_FRAME_PIXELS, ImageProbe, encode_jpeg, probe_image, reencode
 from shards.video import VideoError, VideoInfo, frames_at_rate, iter_frames, probe_video
 
 CHUNK_FRAMES = 64
@@ -170,6 +170,7 @@ def _read_folder(root: Path, name: str, num_frames: int, options: SourceOptions)
                     extension, width, height = probe_image(data)
             except ValueError as error:
                 raise InputError(f"{name}/{frame}", str(error), "replace or extract the frame again") from None
+            _check_pixels(f"{name}/{frame}", width, height)
             chunk.add(Member(data, extension, zlib.crc32(data), width, height))
             if chunk.full:
                 yield chunk
@@ -178,6 +179,13 @@ def _read_folder(root: Path, name: str, num_frames: int, options: SourceOptions)
             yield chunk
     finally:
         os.close(folder)
+
+
+def _check_pixels(path: str, width: int, height: int) -> None:
+    if width * height > MAX_FRAME_PIXELS:
+        raise InputError(
+            path, f"{width}x{height} pixels, {MAX_FRAME_PIXELS} is the limit of a stored frame", "add --short-side 256"
+        )
 
 
 def _first_frame(folder: int, template: str, num_frames: int) -> int:
@@ -239,6 +247,7 @@ def _read_video_file(root: Path, name: str) -> Iterator[Chunk]:
     if info.extension is None:
         fix = "convert it (ffmpeg -i IN -c copy OUT.mkv) or store frames"
         raise InputError(name, "only mp4, avi, mkv and webm files can be stored", fix)
+    _check_pixels(name, info.width, info.height)
     member = Member(data, info.extension, zlib.crc32(data), min(info.width, 65_535), min(info.height, 65_535))
     details = {"fps": info.fps, "duration": info.duration, "source": {"frames": info.num_frames}}
     yield Chunk(info.num_frames, details, [member], len(data))
@@ -294,6 +303,7 @@ def encoded_frames(
             if count:
                 data = encode_jpeg(frame_HWC, short_side, quality)
                 _, width, height = probe_image(data)
+                _check_pixels(name, width, height)
                 for _ in range(count):
                     yield data, width, height
     except ValueError as error:

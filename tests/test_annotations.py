@@ -72,7 +72,7 @@ def test_blank_lines_comments_crlf_and_bom_are_accepted(tmp_path):
         ("a 1 0\nb 1 0\na 2 0", [":3:", "line 1", "'a'"]),
         ("/abs/a 1 0", ["leaves the root"]),
         ("a/../../b 1 0", ["leaves the root"]),
-        ("a\0b 1 0", ["zero character"]),
+        ("a\0b 1 0", ["control character"]),
         (b"ok 1 0\nca\xe9 1 0\n", [":2:", "0xe9", "UTF-8"]),
         ("#comment without a space", ["comment begins with"]),
         ("# nothing else\n", ["no annotations"]),

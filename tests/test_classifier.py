@@ -586,6 +586,24 @@ def test_sentence_transformers_folders_say_how_tokens_are_pooled(tmp_path, encod
         SentenceEncoder(folder)
 
 
+def test_a_tokenizer_without_a_token_to_pad_with(tmp_path, encoder):
+    import shutil
+
+    from text4vis.sentence import SentenceEncoder
+
+    names = ["a", "a much longer name"]
+    expected = (reader := SentenceEncoder(encoder)).encode(reader.tokenize(names))
+    folder = tmp_path / "model"
+    shutil.copytree(encoder, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": None}))
+    reader = SentenceEncoder(folder)
+    torch.testing.assert_close(reader.encode(reader.tokenize(names)), expected)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": None, "unk_token": None}))
+    with pytest.raises(ConfigError, match="tokenizer has none to pad with"):
+        SentenceEncoder(folder)
+
+
 def test_sentence_encoders_that_cannot_be_used_are_errors(model, tmp_path, encoder, monkeypatch):
     def build(folder: Path, names=NAMES, **more):
         config = configured(tmp_path, classifier="sentence", sentence_model=str(folder), **more)

@@ -86,6 +86,16 @@ def test_the_file_is_named_as_origin(recipe, tmp_path):
         load_config(tmp_path / "none.yaml")
 
 
+def test_true_is_no_number():
+    numbers = [key for key, (_, default) in schema() if type(default) in (int, float)]
+    assert {"data.test_crops", "engine.zero_stage", "data.batch_size", "solver.lr"} <= set(numbers)
+    for key in numbers:
+        with pytest.raises(ConfigError, match=f"{key}: .*got True"):
+            load_config(ROOT / "configs/demo.yaml", [f"{key}=true"])
+    with pytest.raises(ConfigError, match=r"data.test_crops: expected a whole number, got 3.0"):
+        load_config(ROOT / "configs/demo.yaml", ["data.test_crops=3.0"])
+
+
 def test_yaml_cannot_construct_objects(recipe, tmp_path):
     recipe.write_text(f"seed: !!python/object/apply:os.system ['touch {tmp_path}/owned']\n")
     with pytest.raises(ConfigError, match="not valid YAML"):

@@ -46,6 +46,11 @@ def test_links_lead_somewhere(page):
     assert not missing
 
 
+def commands(code: str) -> list[tuple[str, str]]:
+    """(program of this project, what follows it) for each that a line of code starts."""
+    return re.findall(r"\b((?:tools|text4vis)/\w+\.py)\b([^&|;]*)", code)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_programs_and_their_options_exist(page):
     """Every `tools/x.py` and `text4vis/x.py` in a code block or span is there and takes the options that follow it."""
@@ -53,7 +58,7 @@ def test_programs_and_their_options_exist(page):
     lines = [line for block in re.findall(r"^```.*?\n(.*?)^```", text, re.M | re.S) for line in block.splitlines()]
     spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
     for code in lines + spans:
-        for program, rest in re.findall(r"\b((?:tools|text4vis)/\w+\.py)\b([^&|;]*)", code):
+        for program, rest in commands(code):
             assert (ROOT / program).is_file(), code
             source = (ROOT / program).read_text(encoding="utf-8")
             if "argparse" in source:

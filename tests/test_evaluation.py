@@ -32,9 +32,9 @@ T, NUM_VIDEOS, NUM_CLASSES = 4, 11, 6
 EVALUATE, COMPARE = "text4vis/evaluate.py", "tools/compare_reports.py"
 # What readers of a report may rely on, in its order.
 KEYS = [
-    "date", "data", "data_fingerprint", "missing", "classes_fingerprint", "views", "classifier", "template",
+    "date", "data", "data_fingerprint", "missing", "skipped", "classes_fingerprint", "views", "classifier", "template",
     "class_embeddings", "weights", "precision", "device", "decode", "versions", "videos", "classes", "top1", "top5",
-    "top1_correct", "top5_correct", "mean_class_accuracy", "map", "chance", "by_views", "half_classes", "class_splits",
+    "top1_correct", "top5_correct", "mean_class_accuracy", "map", "not_finite", "chance", "by_views", "half_classes", "class_splits",
     "per_class", "confusion", "predictions",
 ]  # fmt: skip
 
@@ -145,6 +145,21 @@ def test_protocols_that_do_not_apply_are_null_and_the_report_stays_json(tmp_path
     text = (tmp_path / "deep" / "report.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail) == json.loads(json.dumps(found))
     assert len(text.splitlines()) < 60, "rows of numbers stay on one line"
+
+
+def test_a_video_without_finite_scores_is_wrong_everywhere():
+    data = Embedded()
+    whole = data.figures()
+    right = [n for n, label in enumerate(data.labels_N) if whole["predictions"]["predicted"][n] == label == 0]
+    data.embeddings_NVD[right] = np.nan
+    found = data.figures()
+    assert found["not_finite"] == len(right) > 0 and found["top1_correct"] == whole["top1_correct"] - len(right)
+    assert sum(row["correct"] for row in found["per_class"]) == found["top1_correct"]
+    assert [row["videos"] for row in found["per_class"]] == [row["videos"] for row in whole["per_class"]]
+    assert found["confusion"][0][0] == whole["confusion"][0][0] - len(right)
+    assert found["mean_class_accuracy"] < whole["mean_class_accuracy"]
+    a, b = (report | {"data_fingerprint": "f"} for report in (whole, found))
+    assert comparison.compare(a, b).significance.only_a == len(right)
 
 
 @pytest.mark.parametrize("dense", [False, True])
@@ -285,6 +300,12 @@ class TestFeatures:
         second = project.evaluate(features=path)
         assert first | {"date": ""} == second | {"date": ""} == project.evaluate(features=path) | {"date": ""}
 
+    def test_that_cannot_be_kept_are_refused_before_any_video(self, project, tmp_path, monkeypatch):
+        monkeypatch.setattr(evaluation, "embed_videos", lambda *_, **__: pytest.fail("embedded"))
+        (tmp_path / "file").touch()
+        with pytest.raises(ConfigError, match=r"--features: .*file cannot be written \(.*\); name another file"):
+            project.evaluate(features=tmp_path / "file" / "features.safetensors")
+
     @pytest.mark.parametrize("changes", [{"test_crops": 1}, {"test_clips": 3}, {"dense": True}, {"scale_size": 40}])
     def test_of_other_views_are_made_again_with_a_notice(self, project, tmp_path, caplog, changes):
         path = tmp_path / "features.safetensors"
@@ -382,7 +403,10 @@ def test_frames_that_a_model_cannot_take_are_refused(tmp_path, changes):
         check_frames(model, Config(data=DataConfig(num_segments=6, input_size=32)))
     with pytest.raises(ConfigError, match=r"data.input_size: 224, .*--set data.input_size=32"):
         check_frames(model, Config(data=DataConfig(num_segments=T)))
-    check_frames(build_model(tiny_network(tmp_path), T), Config(data=DataConfig(num_segments=6, input_size=32)))
+    model = build_model(tiny_network(tmp_path), T)
+    check_frames(model, Config(data=DataConfig(num_segments=77, input_size=32)))
+    with pytest.raises(ConfigError, match=f"data.num_segments: 78, but .* positions for 77 .*num_segments={T}"):
+        check_frames(model, Config(data=DataConfig(num_segments=78, input_size=32)))
 
 
 @pytest.mark.slow
@@ -480,6 +504,12 @@ def test_figures_of_different_protocols_are_not_comparable(reports, change, key)
     assert comparison.compare(a, a | {"weights": "w", "precision": "bfloat16"}).is_comparable
     if key == "data_fingerprint":
         assert found.significance is None
+
+
+def test_a_template_that_no_classifier_reads_does_not_matter(reports):
+    a, b = (reports[0] | {"classifier": "random", "template": template} for template in ("{}", "a {}."))
+    assert comparison.compare(a, b).is_comparable
+    assert not comparison.compare(a | {"classifier": "sentence"}, b | {"classifier": "sentence"}).is_comparable
 
 
 @pytest.mark.parametrize(("only_a", "only_b"), [(0, 0), (0, 1), (3, 9), (9, 3), (7, 7), (40, 61), (900, 700)])

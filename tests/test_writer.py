@@ -27,6 +27,7 @@ from PIL import Image
 import shards.building
 import shards.shardfile
 import shards.sources
+import shards.writer
 from shards.annotations import Annotation, parse_annotations, parse_labels
 from shards.checker import check_datasets
 from shards.feed import OrderedFeed
@@ -229,6 +230,53 @@ def test_full_disk_is_one_clear_line(frame_folders, built, tmp_path):
     assert not list((tmp_path / "data").rglob("*.part"))
     subprocess.run(arguments, check=True, stdout=subprocess.DEVNULL)
     assert content(tmp_path / "data") == content(built)
+
+
+def test_read_only_output_is_one_clear_line(frame_folders, tmp_path, monkeypatch):
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(tmp_path / "data"))
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    with pytest.raises(ShardError, match=r"data: Read-only file system; make room or make the folder writable"):
+        build(frame_folders, tmp_path / "data")
+
+
+def test_input_that_vanishes_is_named_and_nothing_is_lost(frame_folders, built, tmp_path, monkeypatch):
+    """As a disk that is unplugged during the build: the run ends, and goes on when the disk is back."""
+    root, gone = tmp_path / "frames", tmp_path / "gone"
+    shutil.copytree(frame_folders.root, root)
+    folders = FrameFolders(root, frame_folders.annotations, frame_folders.labels, frame_folders.names)
+    original, calls = shards.writer.read_source, iter(range(1000))
+
+    def unplugged(*arguments: object) -> object:
+        if next(calls) == 25:
+            (root / "class").rename(gone)
+        return original(*arguments)
+
+    monkeypatch.setattr(shards.writer, "read_source", unplugged)
+    with pytest.raises(ShardError, match=r"frames\.txt:\d+: .*frames/class/video_"):
+        build(folders, tmp_path / "data", workers=1)
+    assert list((tmp_path / "data").glob("*.tar")) and not (tmp_path / "data" / "manifest.json").exists()
+    gone.rename(root / "class")
+    build(folders, tmp_path / "data")
+    assert content(tmp_path / "data") == content(built)
+
+
+@pytest.mark.parametrize(("videos", "frames"), [(1500, 1), (1, 1500)])
+def test_many_tiny_videos_and_a_long_one(tmp_path, videos, frames):
+    """100,000 of either are in docs/reliability.md; here what grows with their number is small."""
+    image = tmp_path / "image.jpg"
+    image.write_bytes(jpeg(0, 16, 16))
+    for number in range(videos):
+        (tmp_path / "frames" / str(number)).mkdir(parents=True)
+        for frame in range(1, frames + 1):
+            (tmp_path / "frames" / str(number) / f"img_{frame:05d}.jpg").hardlink_to(image)
+    listed = [Annotation(str(number), frames, 0, number + 1) for number in range(videos)]
+    manifest = build_shards(listed, root=tmp_path / "frames", labels=["a"], output=tmp_path / "data", shard_bytes=10**6)
+    assert (manifest.num_videos, manifest.num_members) == (videos, videos * frames)
+    assert len(manifest.shards) == (4 if videos > 1 else 1)  # a shard is cut between videos only
+    with tarfile.open(tmp_path / "data" / "000000.tar") as archive:
+        assert len(archive.getnames()) == manifest.shards[0].videos + manifest.shards[0].members
 
 
 def test_rerun_of_a_finished_build_does_nothing(frame_folders, built):

@@ -140,7 +140,7 @@ class MultiScaleCrop:
 
         The original also squeezes each frame to 240 x 320 first; here frames keep their shape, as in evaluation.
         """
-        scaled = [int(min(height, width) * scale) for scale in MULTI_SCALES]
+        scaled = [max(1, int(min(height, width) * scale)) for scale in MULTI_SCALES]
         lengths = [side if abs(length - side) < 3 else length for length in scaled]
         near = [(h, w) for i, h in enumerate(lengths) for j, w in enumerate(lengths) if abs(i - j) <= 1]
         crop_h, crop_w = near[int(self.size * len(near))]

@@ -21,8 +21,9 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import StringConstraints, TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -50,6 +51,7 @@ from text4vis.weights import (
     start_from,
 )
 
+FileName = Annotated[str, StringConstraints(pattern=r"^[a-z_]+\.safetensors\z")]  # beside state.json, nowhere else
 Files = dict[str, Callable[[], Iterator[tuple[str, Tensor]]]]  # by name: what gives the tensors, collectively
 
 WEIGHTS = "model.safetensors"
@@ -66,7 +68,8 @@ class State:
     """What a run needs beside the tensors to go on as if it had never stopped.
 
     step: optimiser steps taken, updates: those that changed the weights (the others were skipped), consumed: videos of
-    the stream, evaluated_step: step of the last evaluation, files: SHA-256 by file name.
+    the stream, evaluated_step: step of the last evaluation, files: SHA-256 by file name, classifier_file: that of
+    `network.classifier_file`, empty without one.
     """
 
     step: int
@@ -80,7 +83,11 @@ class State:
     best_top1: float = -1.0
     figures: dict[str, Any] = field(default_factory=dict)
     loss_scaler: dict[str, float] = field(default_factory=dict)
-    files: dict[str, str] = field(default_factory=dict)
+    files: dict[FileName, str] = field(default_factory=dict)
+    classifier_file: str = ""
+
+
+_STATE = TypeAdapter(State)
 
 
 def save(engine: Any, output: Path, state: State, *, keep: int = 2) -> Path:
@@ -217,9 +224,10 @@ def read_state(folder: Path) -> State:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         digest = values.pop("sha256")
-        state = State(**values)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not a readable checkpoint ({error!r}); delete {folder}") from error
+        state = _STATE.validate_python(values)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"{path}: not a readable checkpoint ({reason[:200]}); delete {folder}") from error
     if digest != _digest(values):
         raise CheckpointError(f"{path}: damaged, its content is not what was written; delete {folder}")
     return state

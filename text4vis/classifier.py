@@ -27,10 +27,10 @@ from torch.nn.functional import normalize
 
 from shards.cache import default_cache_dir
 from text4vis import distributed
-from text4vis.config import Config, ConfigError
+from text4vis.config import Config, ConfigError, NetworkConfig
 from text4vis.model import VideoClip
 from text4vis.templates import prompts
-from text4vis.tensors import fingerprint, read_torch_file
+from text4vis.tensors import fingerprint, is_plain, read_torch_file
 
 logger = logging.getLogger("text4vis")
 
@@ -158,11 +158,26 @@ def file_classifier(path: Path, class_names: Sequence[str], width: int) -> Tenso
         raise ConfigError(f"{key}: {path} holds {len(rows)} rows but {len(names)} class names; write it again")
     if names is not None:
         rows = rows[rows_of(class_names, names, f"{key}: {path}")]
+    rows = rows.float()
     bad = ~torch.isfinite(rows).all(dim=1) | (rows == 0).all(dim=1)
     if bad.any():
         index = int(bad.nonzero()[0])
         raise ConfigError(f"{key}: {path}: the row of class {index} ({class_names[index]!r}) is not finite or all zero")
     return normalize(rows.double(), dim=-1).float()
+
+
+def file_digest(network: NetworkConfig) -> str:
+    """SHA-256 of the bytes of `network.classifier_file`; empty if the classifier does not come from a file.
+
+    Raises ConfigError where it cannot be read.
+    """
+    if network.classifier != "file" or network.classifier_file is None:
+        return ""
+    try:
+        return hashlib.sha256(Path(network.classifier_file).read_bytes()).hexdigest()
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"network.classifier_file: {network.classifier_file} is not readable ({reason})") from None
 
 
 def rows_of(class_names: Sequence[str], known: Sequence[str], where: str) -> list[int]:
@@ -303,7 +318,8 @@ def _read_matrix(path: Path, key: str) -> tuple[Tensor, list[str] | None]:
     names: Any = None
     try:
         if path.suffix == ".npy":
-            rows: Any = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))
+            # Mapped: a header that promises more than the file has is refused before memory is taken for it.
+            rows: Any = torch.from_numpy(np.array(_mapped(path), np.float32))
         elif path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -315,11 +331,23 @@ def _read_matrix(path: Path, key: str) -> tuple[Tensor, list[str] | None]:
             names = content.get("class_names") if isinstance(content, dict) else None
     except FileNotFoundError:
         raise ConfigError(f"{key}: no such file: {path}") from None
-    except (OSError, EOFError, ValueError, SafetensorError) as error:
+    except (OSError, EOFError, ValueError, RecursionError, SafetensorError) as error:
         raise ConfigError(f"{key}: {path} is not readable ({error})") from None
-    if not isinstance(rows, Tensor):
+    if not is_plain(rows) or rows.is_complex():
         raise ConfigError(f"{key}: {path} must hold one tensor, or one named {TENSOR}")
-    return rows.float(), list(names) if names is not None else None
+    if names is not None and not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
+        raise ConfigError(f"{key}: {path}: its class names are no list of texts; write it again")
+    return rows, None if names is None else list(names)
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """The array of a .npy file, no object of any other kind. Raises OSError, ValueError."""
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except OSError:
+        raise
+    except Exception as error:  # a damaged header makes numpy's parser raise almost anything
+        raise ValueError(f"no array: {type(error).__name__}: {error}") from None
 
 
 def _only_tensor(content: Mapping[str, Any]) -> Any:

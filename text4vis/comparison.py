@@ -10,9 +10,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from text4vis.config import ConfigError
 
@@ -20,13 +21,71 @@ Report = Mapping[str, Any]
 
 # What must be equal for two figures to measure the same thing. The rest of the card may be what is compared.
 PROTOCOL = (
-    "data_fingerprint", "videos", "classes_fingerprint", "classes", "classifier", "template",
+    "data_fingerprint", "videos", "skipped", "classes_fingerprint", "classes", "classifier", "template",
     "views.clips", "views.crops", "views.sampling", "views.fusion",
 )  # fmt: skip
 FIGURES = ("top1", "top5", "mean_class_accuracy", "map")
 SPLIT_FIGURES = ("top1_mean", "top5_mean")
 # Neither settings nor figures of one line.
-CONTENT = ("date", "model", "step", "top1_correct", "top5_correct", "chance", "per_class", "confusion", "predictions")
+CONTENT = ("date", "model", "step", "top1_correct", "top5_correct", "chance", "not_finite", "per_class", "confusion",
+           "predictions")  # fmt: skip
+# Classifiers whose class embeddings do not come from the template's words.
+WORDLESS = ("random", "orthogonal", "lda", "file", "trained")
+
+
+class _Checked(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _ClassRow(_Checked):
+    name: str = Field(alias="class")
+    videos: NonNegativeInt
+    correct: NonNegativeInt
+
+
+class _ViewsRow(_Checked):
+    clips: int
+    crops: int
+    top1: float
+
+
+class _Split(_Checked):
+    name: str
+
+
+class _Splits(_Checked):
+    top1_mean: float
+    top5_mean: float
+    splits: list[_Split]
+
+
+class _Predictions(_Checked):
+    labels: list[NonNegativeInt]
+    predicted: list[NonNegativeInt]
+    probability: list[float | None]
+    label_probability: list[float | None]
+
+
+class _Skipped(_Checked):
+    id: NonNegativeInt
+
+
+class _Report(_Checked):
+    """The parts of a report that are calculated with."""
+
+    videos: Annotated[PositiveInt, Field(le=2**53)]  # no float holds more of them
+    top1: float
+    top1_correct: NonNegativeInt
+    top5: float | None = None
+    mean_class_accuracy: float | None = None
+    map: float | None = None
+    skipped: list[_Skipped] = []
+    views: dict[str, Any] = {}
+    by_views: list[_ViewsRow] = []
+    half_classes: _Splits | None = None
+    class_splits: _Splits | None = None
+    per_class: list[_ClassRow]
+    predictions: _Predictions | None = None
 
 
 @dataclass(frozen=True)
@@ -86,25 +145,46 @@ class Comparison:
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """Raises ConfigError for a file that is no report of an evaluation."""
+    """Raises ConfigError for a file that is no report of an evaluation, or one that cannot be calculated with."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not a readable report ({error})") from None
     if not isinstance(content, dict) or not {"videos", "top1", "top1_correct", "per_class"} <= content.keys():
         raise ConfigError(f"{path}: not a report of an evaluation; text4vis/evaluate.py --report writes one")
+    try:
+        report = _Report.model_validate(content)
+        too_many = [report.top1_correct > report.videos, *(row.correct > row.videos for row in report.per_class)]
+        if any(too_many):
+            raise ValueError("more videos are right than there are")
+        if one := report.predictions:
+            if len({len(one.labels), len(one.predicted), len(one.probability), len(one.label_probability)}) > 1:
+                raise ValueError("predictions: columns of unequal length")
+            if max([*one.labels, *one.predicted], default=0) >= len(report.per_class):
+                raise ValueError("predictions: a class that is not in per_class")
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise _damaged(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except ValueError as error:
+        raise _damaged(path, str(error)) from None
     return content
 
 
+def _damaged(path: Path, reason: str) -> ConfigError:
+    return ConfigError(f"{path}: not a sound report ({reason}); text4vis/evaluate.py --report writes it again")
+
+
 def compare(a: Report, b: Report) -> Comparison:
-    card_a, card_b = _card(a), _card(b)
+    card_a, card_b = card_of(a), card_of(b)
     settings = [Setting(key, card_a.get(key), card_b.get(key)) for key in dict.fromkeys([*card_a, *card_b])]
     differing = [setting for setting in settings if setting.a != setting.b]
-    of_b = _figures(b)
+    wordless = card_a.get("classifier") in WORDLESS and card_b.get("classifier") in WORDLESS
+    decisive = [key for key in PROTOCOL if not (key == "template" and wordless)]
+    of_b = figures_of(b)
     return Comparison(
-        figures=[Figure(name, x, of_b[name], of_b[name] - x) for name, x in _figures(a).items() if name in of_b],
-        protocol=[setting for setting in differing if setting.key in PROTOCOL],
-        settings=[setting for setting in differing if setting.key not in PROTOCOL],
+        figures=[Figure(name, x, of_b[name], of_b[name] - x) for name, x in figures_of(a).items() if name in of_b],
+        protocol=[setting for setting in differing if setting.key in decisive],
+        settings=[setting for setting in differing if setting.key not in decisive],
         classes=_classes(a, b),
         intervals=(wilson_interval(a["top1_correct"], a["videos"]), wilson_interval(b["top1_correct"], b["videos"])),
         significance=_significance(a, b),
@@ -113,7 +193,7 @@ def compare(a: Report, b: Report) -> Comparison:
 
 def summarise(reports: Sequence[Report]) -> dict[str, tuple[float, float]]:
     """(mean, standard deviation of the population) of each figure that all reports have, over the reports."""
-    each = [_figures(report) for report in reports]
+    each = [figures_of(report) for report in reports]
     columns = {name: [figures[name] for figures in each] for name in each[0] if all(name in one for one in each)}
     return {name: (float(np.mean(column)), float(np.std(column))) for name, column in columns.items()}
 
@@ -136,7 +216,7 @@ def mcnemar(only_a: int, only_b: int) -> float:
     return min(1.0, 2 * total / 2**trials)
 
 
-def _figures(report: Report) -> dict[str, float]:
+def figures_of(report: Report) -> dict[str, float]:
     """Every figure of a report by a name that says its protocol."""
     figures = {name: report.get(name) for name in FIGURES}
     for row in report.get("by_views", []):
@@ -148,13 +228,15 @@ def _figures(report: Report) -> dict[str, float]:
     return {name: value for name, value in figures.items() if value is not None}
 
 
-def _card(report: Report) -> dict[str, Any]:
-    """The settings of a report, sections flattened to dotted keys."""
+def card_of(report: Report) -> dict[str, Any]:
+    """The settings of a report, sections flattened to dotted keys, videos that were left out as their ids."""
     skipped = {*CONTENT, *FIGURES, "by_views", "half_classes", "class_splits"}
     card: dict[str, Any] = {}
     for key, value in report.items():
         if isinstance(value, Mapping) and key not in skipped:
             card |= {f"{key}.{inner}": inner_value for inner, inner_value in value.items()}
+        elif key == "skipped":
+            card |= {key: [entry["id"] for entry in value]} if value else {}
         elif key not in skipped:
             card[key] = value
     return card
@@ -173,10 +255,15 @@ def _classes(a: Report, b: Report) -> list[ClassFigure]:
 
 def _significance(a: Report, b: Report) -> Significance | None:
     ours, theirs = a.get("predictions"), b.get("predictions")
-    same_videos = a.get("data_fingerprint") == b.get("data_fingerprint")
+    same_videos = all(card_of(a).get(key) == card_of(b).get(key) for key in ("data_fingerprint", "skipped"))
     if not (ours and theirs and same_videos and ours["labels"] == theirs["labels"]):
         return None
-    pairs = zip(ours["labels"], ours["predicted"], theirs["predicted"], strict=True)
-    outcomes = [(label == x, label == y) for label, x, y in pairs]
+    outcomes = list(zip(_right(ours), _right(theirs), strict=True))
     only_a, only_b = outcomes.count((True, False)), outcomes.count((False, True))
     return Significance(only_a, only_b, mcnemar(only_a, only_b))
+
+
+def _right(predictions: Mapping[str, Any]) -> list[bool]:
+    """Video by video; one without a probability had no finite scores."""
+    columns = zip(predictions["labels"], predictions["predicted"], predictions["probability"], strict=True)
+    return [label == predicted and probability is not None for label, predicted, probability in columns]

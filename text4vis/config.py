@@ -19,8 +19,12 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from shards.address import redact
 from text4vis.sampling import DENSE_WINDOW
 from text4vis.templates import TEMPLATE_SETS, prompts
+
+# Far above any recipe: the largest that ships has 2 kB.
+MAX_YAML_BYTES = 1 << 20
 
 
 class ConfigError(Exception):
@@ -36,6 +40,13 @@ def _number(value: Any) -> Any:
             return float(value)
         except ValueError:
             raise ValueError("expected a number") from None
+    return value
+
+
+def _whole_number(value: Any) -> Any:
+    """To a Literal of numbers `true` is 1 and `1.0` is too."""
+    if isinstance(value, (bool, float)):
+        raise ValueError("expected a whole number")
     return value
 
 
@@ -116,7 +127,9 @@ class DataConfig:
     blur: Probability = Field(0.0, description="probability of a Gaussian blur, of 0.1 to 2 pixels of the view")
     solarize: Probability = Field(0.0, description="probability that values from 128 up are inverted")
     test_clips: Count = Field(1, description="temporal clips per video in evaluation")
-    test_crops: Literal[1, 3, 5, 10] = Field(1, description="spatial crops per clip in evaluation")
+    test_crops: Annotated[Literal[1, 3, 5, 10], BeforeValidator(_whole_number)] = Field(
+        1, description="spatial crops per clip in evaluation"
+    )
     class_splits: Sources = Field(
         (),
         description="class lists (CSV `id,name`) that evaluate.py reports one by one, with mean and deviation; "
@@ -136,6 +149,14 @@ class DataConfig:
     )
     prefetch: Count = Field(3, description="batches prepared ahead of the step")
     verify: Bool = Field(True, description="check each frame's CRC-32 as it is read")
+    on_error: Literal["fail", "skip"] = Field(
+        "fail",
+        description="a video that cannot be used; fail: name it and stop, skip: list it, and train on another in its "
+        "place or evaluate without it",
+    )
+    max_bad_share: Rate = Field(
+        0.01, description="data.on_error skip: largest share of the videos that may be skipped before the job fails"
+    )
     cache_dir: Str | None = Field(None, description="node-wide folder for remote indexes and shards")
     cache_bytes: Annotated[StrictInt, Field(ge=0)] = Field(
         0, description="keep whole remote shards in cache_dir up to this many bytes; 0: range requests only"
@@ -240,7 +261,9 @@ class EngineConfig:
     precision: Literal["bf16", "fp16", "fp32"] = Field(
         "bf16", description="arithmetic of the step; master weights stay fp32, fp16 scales the loss"
     )
-    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
+    zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_whole_number)] = Field(
+        1, description="DeepSpeed ZeRO stage"
+    )
     offload: Literal["none", "optimizer", "parameters"] = Field(
         "none", description="kept in the host's memory: AdamW's state (ZeRO 1 to 3), or parameters too (ZeRO 3)"
     )
@@ -269,6 +292,11 @@ class LoggingConfig:
         None, description="minutes between checkpoints; default: each evaluation"
     )
     keep_checkpoints: Count = Field(2, description="last checkpoints kept; the best evaluation's weights are kept too")
+    pictures: Annotated[StrictInt, Field(ge=0, le=32)] = Field(
+        4,
+        description="TensorBoard: clips in each picture of training videos, best and worst predictions; 0: nothing "
+        "but scalars",
+    )
 
 
 @_section
@@ -291,11 +319,21 @@ class Config:
         return self.data.scale_size or (256 if self.data.input_size == 224 else self.data.input_size)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists, numbers and strings, ready for YAML or JSON."""
-        return TypeAdapter(Config).dump_python(self, mode="json")
+        """Plain lists, numbers and strings, ready for YAML or JSON. What is kept goes round: addresses come without
+        the user, password and query that they may hold."""
+        return _without_secrets(TypeAdapter(Config).dump_python(self, mode="json"))
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_secrets(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_secrets(inner) for inner in value]
+    # `#` alone is no secret, and may be part of a key in a store.
+    return redact(value) if isinstance(value, str) and "://" in value and re.search("[@?]", value) else value
 
 
 def decay_epochs(solver: SolverConfig) -> tuple[int, ...]:
@@ -343,12 +381,10 @@ def resolve_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Con
         if not equals or not key:
             raise ConfigError(f"--set {override!r}: expected section.key=value, e.g. --set data.batch_size=8")
         try:
-            value = yaml.safe_load(text) if text else ""
-        except yaml.YAMLError as error:
+            value = _parse_yaml(text) if text else ""
+        except ValueError as error:
             hint = '; quote a text with braces, e.g. "a video of {}."' if "{}" in text else ""
-            raise ConfigError(
-                f"--set {override!r}: the value is not valid YAML ({_yaml_reason(error)}){hint}"
-            ) from None
+            raise ConfigError(f"--set {override!r}: the value is not valid YAML ({error}){hint}") from None
         _assign(values, key.strip(), value)
         origin[key.strip()] = "--set"
     return _validate(_expand(values, origin, str(path)), origin, str(path)), origin
@@ -364,13 +400,15 @@ def _read_yaml(path: Path, including: tuple[Path, ...] = ()) -> tuple[dict[str, 
     if path.resolve() in including:
         raise ConfigError(f"{path}: base files include each other: {' -> '.join(map(str, (*including, path)))}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        if path.stat().st_size > MAX_YAML_BYTES:
+            raise ConfigError(f"{path}: has more than {MAX_YAML_BYTES} bytes; give a recipe, such as those in configs/")
+        values = _parse_yaml(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; the recipes that ship are in configs/") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML ({_yaml_reason(error)})") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid YAML ({error})") from None
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected sections such as `data:`, got {type(values).__name__}")
@@ -385,6 +423,35 @@ def _read_yaml(path: Path, including: tuple[Path, ...] = ()) -> tuple[dict[str, 
         _assign(merged, key, value)
         origin[key] = str(path)
     return merged, origin
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML's plain values. No aliases: a few lines of them stand for more values than any memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.get_event()
+            raise yaml.composer.ComposerError(
+                None, None, "aliases (*name) are not read; write it out", event.start_mark
+            )
+        return super().compose_node(parent, index)
+
+
+def _parse_yaml(text: str) -> Any:
+    """The plain values of one YAML document. Raises ValueError that says what is wrong."""
+    try:
+        loader = _PlainLoader(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        raise ValueError(_yaml_reason(error)) from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        # What looks like a date or a number and is none, or is tagged as one, fails within the parser.
+        raise ValueError(f"a value is not what it looks like or is tagged as: {error}") from None
 
 
 def _yaml_reason(error: yaml.YAMLError) -> str:

@@ -59,7 +59,7 @@ def ranks() -> Ranks:
 def _slurm_tasks_per_node(text: str) -> list[int]:
     """Slurm's "4(x2),3" is [4, 4, 3]."""
     counts: list[int] = []
-    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+    for count, times in re.findall(r"(\d{1,6})(?:\(x(\d{1,6})\))?", text):
         counts += [int(count)] * int(times or 1)
     return counts
 

@@ -1,5 +1,6 @@
 r"""Evaluates a model on the shards of `data.val`.
 
+Examples:
     deepspeed text4vis/evaluate.py --config configs/demo.yaml --model runs/demo
     python text4vis/evaluate.py --config configs/demo.yaml --model exported \
         --set data.val=shards/unseen --set data.label_list=unseen.csv --report unseen.json
@@ -30,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from shards.address import shown
 from shards.format import ShardError
 from text4vis import checkpoint, distributed
 from text4vis.checkpoint import CheckpointError, load_model
@@ -95,7 +97,6 @@ def run(arguments: argparse.Namespace) -> None:
             weights=weights,
             splits=splits,
             features=arguments.features,
-            progress=ranks.is_main and sys.stderr.isatty(),
         )
     if report is None:
         return
@@ -138,6 +139,8 @@ def warning(path: Path, differing: Mapping[str, tuple[Any, Any]]) -> str:
 
 def check_frames(model: VideoClip, config: Config) -> None:
     """Raises ConfigError where a model that brings its own network cannot take the frames of `config`."""
+    from text4vis.heads import NUM_POSITIONS, TransformerHead
+
     data = config.data
     if model.image_size != data.input_size:
         raise ConfigError(
@@ -147,6 +150,11 @@ def check_frames(model: VideoClip, config: Config) -> None:
     if model.takes_fixed_frames and model.num_segments != data.num_segments:
         raise ConfigError(
             f"data.num_segments: {data.num_segments}, but the model takes {model.num_segments} frames; "
+            f"add --set data.num_segments={model.num_segments}"
+        )
+    if isinstance(model.fusion_model, TransformerHead) and data.num_segments > NUM_POSITIONS:
+        raise ConfigError(
+            f"data.num_segments: {data.num_segments}, but the model's head has positions for {NUM_POSITIONS} frames; "
             f"add --set data.num_segments={model.num_segments}"
         )
 
@@ -165,8 +173,12 @@ def show(report: dict[str, Any]) -> None:
             counts = (f"{sum(split[what] for split in each) / len(each):.0f}" for what in ("videos", "classes"))
             shares = (f"{over[f'{top}_mean']:.2f} ± {over[f'{top}_std']:.2f}" for top in ("top1", "top5"))
             table.add_row(f"{len(each)} {key.replace('_', ' ')}", *counts, *shares)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     console.print(table)
+    for entry in report["skipped"]:
+        console.print(f"left out: {entry['reason']}")
+    if report["not_finite"]:
+        console.print(f"counted as wrong: {report['not_finite']} videos whose scores are not finite numbers")
     precision = "" if report["map"] is None else f"mAP {report['map']:.2f} %, "
     console.print(
         f"mean class accuracy {report['mean_class_accuracy']:.2f} %, {precision}chance {report['chance']:.2f} %"
@@ -178,7 +190,7 @@ def main() -> int:
     try:
         run(arguments)
     except (ConfigError, ShardError, CheckpointError, OSError) as error:
-        print(f"evaluate: error: {error}", file=sys.stderr)
+        print(f"evaluate: error: {shown(error)}", file=sys.stderr)
         return 1
     finally:
         distributed.stop()

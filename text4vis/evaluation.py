@@ -12,6 +12,7 @@ import difflib
 import hashlib
 import json
 import logging
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,13 +25,14 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from tqdm import tqdm
 
 from shards.annotations import parse_labels
 from text4vis import distributed
+from text4vis.bad_videos import BadVideos
 from text4vis.config import Config, ConfigError
 from text4vis.model import VideoClip
 from text4vis.pipeline import Loader
+from text4vis.progress import track
 from text4vis.protocols import FUSION, Views, figures
 from text4vis.tensors import fingerprint
 from text4vis.weights import Parts
@@ -45,22 +47,34 @@ FEATURES_ORIGIN = ("weights", "data_fingerprint", "views", "precision", "device"
 
 @dataclass(frozen=True)
 class Embeddings:
-    """embeddings_NVD float32 unnormalised, labels_N and ids_N int64, in the order of the data set."""
+    """embeddings_NVD float32 unnormalised, labels_N and ids_N int64, in the order of the data set.
+
+    N videos: all but those that `data.on_error: skip` left out.
+    """
 
     embeddings_NVD: np.ndarray
     labels_N: np.ndarray
     ids_N: np.ndarray
 
+    def check(self) -> None:
+        """Raises ValueError for tables that do not belong together."""
+        tables = {"embeddings_NVD": (self.embeddings_NVD, np.float32, 3), "labels_N": (self.labels_N, np.int64, 1)}
+        for name, (table, dtype, axes) in {**tables, "ids_N": (self.ids_N, np.int64, 1)}.items():
+            if table.dtype != dtype or table.ndim != axes or len(table) != len(self.ids_N):
+                raise ValueError(f"{name} is {table.dtype} {table.shape}")
+
 
 @torch.no_grad()
 def embed_videos(
-    model: VideoClip, loader: Loader, *, before_batch: Callable[[], None] = lambda: None, progress: bool = False
+    model: VideoClip, loader: Loader, *, before_batch: Callable[[], None] = lambda: None
 ) -> Embeddings | None:
     """Embeds the loader's share on every rank and joins the shares on rank 0; None on the others.
 
     All ranks run the same number of forward passes, since parameters may be sharded over ranks (ZeRO-3): a rank that
-    has run out of videos embeds a blank one and throws the result away. Raises RuntimeError when a video is missing or
-    counted twice. before_batch: called before each pass, on all ranks alike; what it raises ends the evaluation.
+    has run out of videos embeds a blank one and throws the result away. What `data.on_error: skip` leaves out is in
+    rank 0's `loader.bad` afterwards; ShardError on all ranks if it is too much. Raises RuntimeError when another video
+    is missing or one is counted twice. before_batch: called before each pass, on all ranks alike; what it raises ends
+    the evaluation.
     """
     was_training = model.training
     model.eval()
@@ -71,7 +85,8 @@ def embed_videos(
     blank_BTCHW = torch.zeros(1, loader.config.data.num_segments, 3, size, size, dtype=torch.uint8, device=device)
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     batches = iter(loader)
-    for _ in tqdm(range(num_batches), "evaluating", unit="batch", disable=not progress, leave=False):
+    quiet = not distributed.ranks().is_main
+    for _ in track(range(num_batches), "evaluating", unit="batch", quiet=quiet, keep=False):
         before_batch()
         batch = next(batches, None)
         if batch is None:
@@ -82,39 +97,57 @@ def embed_videos(
         parts.append((views_BVD.float().cpu().numpy(), batch.labels.numpy(), batch.ids.numpy()))
     batches.close()
     model.train(was_training)
+    join_bad_videos(loader.bad)
     gathered = distributed.gather_to_main(parts)
     if gathered is None:
         return None
     joined = [np.concatenate(column) for column in zip(*(part for rank in gathered for part in rank), strict=True)]
     order = np.argsort(joined[2], kind="stable")
-    if not np.array_equal(joined[2][order], np.arange(len(loader.dataset))):
-        raise RuntimeError(f"evaluation saw {len(joined[2])} videos, the data set has {len(loader.dataset)}")
+    expected = np.setdiff1d(np.arange(len(loader.dataset)), [entry["id"] for entry in loader.bad.entries()])
+    if not np.array_equal(joined[2][order], expected):
+        raise RuntimeError(f"evaluation saw {len(joined[2])} videos, the data set has {len(expected)} that can be used")
     return Embeddings(*(column[order] for column in joined))
 
 
-def embed_or_read(
-    model: VideoClip, loader: Loader, path: Path, origin: Mapping[str, Any], *, progress: bool = False
-) -> Embeddings | None:
+def join_bad_videos(bad: BadVideos) -> None:
+    """Rank 0's bad videos become those of all ranks. Raises ShardError on all when they are too many. Collective."""
+    gathered = distributed.gather_to_main(bad.news())
+    distributed.from_main(lambda: bad.join(entry for entries in gathered or () for entry in entries))
+
+
+def embed_or_read(model: VideoClip, loader: Loader, path: Path, origin: Mapping[str, Any]) -> Embeddings | None:
     """As `embed_videos`, but kept in a file: read from it if it is of this `origin`, else made and written to it.
 
-    A file of another origin is replaced, and a warning says what differs. Rank 0 alone touches the file. Raises
-    ConfigError for a file that holds something else. Collective.
+    A file of another origin is replaced, and a warning says what differs. Where videos were left out no file is
+    written. Rank 0 alone touches the file. Raises ConfigError, before any video is embedded, for a file that holds
+    something else and a folder that cannot be written. Collective.
     """
     kept: list[Embeddings] = []
 
     def look() -> bool:
         kept.extend(_read_features(path, origin))
+        if not kept:
+            _require_writable(path.parent)
         return bool(kept)
 
     if distributed.from_main(look):
         return kept[0] if kept else None
-    embedded = embed_videos(model, loader, progress=progress)
-    if embedded is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    embedded = embed_videos(model, loader)
+    if len(loader.bad):
+        logger.warning("%s: not written, for %d videos were left out", path, len(loader.bad))
+    elif embedded is not None:
         partial = path.with_name(f"{path.name}.partial")
         save_file(vars(embedded), partial, metadata={FEATURES: json.dumps(origin)})
         partial.replace(path)
     return embedded
+
+
+def _require_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(f"--features: {folder} cannot be written ({error.strerror}); name another file") from None
 
 
 def _read_features(path: Path, origin: Mapping[str, Any]) -> list[Embeddings]:
@@ -124,12 +157,14 @@ def _read_features(path: Path, origin: Mapping[str, Any]) -> list[Embeddings]:
     try:
         with safe_open(path, framework="np") as file:
             found = json.loads((file.metadata() or {}).get(FEATURES, "null"))
-            if found is None:
+            if not isinstance(found, dict):
                 raise ConfigError(f"--features: {path} holds something else; name another file")
             changed = [key for key in origin if found.get(key) != origin[key]]
             if not changed:
-                return [Embeddings(**{name: file.get_tensor(name) for name in Embeddings.__dataclass_fields__})]
-    except (OSError, SafetensorError) as error:
+                read = Embeddings(**{name: file.get_tensor(name) for name in Embeddings.__dataclass_fields__})
+                read.check()
+                return [read]
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise ConfigError(f"--features: {path} is not readable as features ({error}); name another file") from None
     logger.warning("%s: made with other %s; embedding the videos again", path, ", ".join(changed))
     return []
@@ -165,7 +200,6 @@ def evaluate(
     splits: Mapping[str, np.ndarray] | None = None,
     features: Path | None = None,
     before_batch: Callable[[], None] = lambda: None,
-    progress: bool = False,
 ) -> dict[str, Any] | None:
     """Embeds every video of the loader's data set and reports on rank 0; None on the other ranks. Collective.
 
@@ -175,12 +209,14 @@ def evaluate(
     data = loader.config.data
     card = protocol_card(model, class_embeddings_CD, class_names, loader, weights)
     if features is None:
-        embedded = embed_videos(model, loader, before_batch=before_batch, progress=progress)
+        embedded = embed_videos(model, loader, before_batch=before_batch)
     else:
         origin = {key: card[key] for key in FEATURES_ORIGIN} | {"architecture": _architecture(model)}
-        embedded = embed_or_read(model, loader, features, origin, progress=progress)
+        embedded = embed_or_read(model, loader, features, origin)
     if embedded is None:
         return None
+    skipped = loader.bad.entries()
+    card |= {"missing": card["missing"] + len(skipped), "skipped": skipped}
     return card | figures(
         embedded.embeddings_NVD,
         embedded.labels_N,
@@ -202,6 +238,7 @@ def protocol_card(
         "data": data.dataset,
         "data_fingerprint": loader.dataset.fingerprint,
         "missing": len(loader.dataset.skipped),
+        "skipped": [],
         "classes_fingerprint": hashlib.sha256(json.dumps(list(class_names)).encode()).hexdigest(),
         "views": {
             "clips": data.test_clips,
@@ -219,7 +256,7 @@ def protocol_card(
         "precision": str(parameter.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else "cpu",
         "decode": loader.device.type,
-        "versions": _versions(),
+        "versions": versions(),
     }
 
 
@@ -235,7 +272,7 @@ def _architecture(model: VideoClip) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     """Installed versions of what the figures depend on."""
     installed = {}
     for package in PACKAGES:

@@ -137,7 +137,7 @@ class ClassTokenHead(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, frames_BTD: Tensor) -> Tensor:
-        cls_B1D = self.cls_token.expand(len(frames_BTD), -1, -1)
+        cls_B1D = self.cls_token.expand(frames_BTD.shape[0], -1, -1)
         tokens = torch.cat([cls_B1D, frames_BTD], dim=1) + self.pos_embed
         return self.transformer_enc(tokens)[:, 0].float()
 

@@ -14,11 +14,15 @@ from functools import cached_property
 
 import numpy as np
 
+from shards.format import SampleError
+from shards.images import MAX_FRAME_PIXELS
 from shards.plan import Stream, eval_slice, few_shot_subset, rank_slice
 from shards.reader import ShardDataset
 from text4vis import augmentation, sampling
 from text4vis.augmentation import Crop, Geometry
 from text4vis.config import Config, ConfigError
+
+SUBSTITUTES = 2  # stream of the counter-based generator; augmentation draws from stream 0, mixing from 1
 
 
 @dataclass(frozen=True)
@@ -29,14 +33,22 @@ class Frame:
     targets: tuple[tuple[int, int, int, Crop], ...]
 
 
+PlannedVideo = tuple[tuple[int, np.ndarray], list[Frame], list[tuple[int, int]]]
+
+
 @dataclass(frozen=True)
 class Job:
-    """The plan of one batch: for each video its distinct frames' indices, and the F frames in the same order."""
+    """The plan of one batch: for each video its distinct frames' indices, and the F frames in the same order.
+
+    ids, epochs, labels: (B,) int64. sizes: (height, width) of the F frames as the index has them, pixels.
+    """
 
     ids: np.ndarray
+    epochs: np.ndarray
     labels: np.ndarray
     requests: list[tuple[int, np.ndarray]]
     frames: list[Frame]
+    sizes: list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -76,6 +88,12 @@ class Planner:
         except ValueError as error:
             raise ConfigError(f"data.shot: {error}") from None
 
+    @cached_property
+    def videos(self) -> np.ndarray:
+        """Ids, sorted, of the videos that the split goes over, all ranks together."""
+        chosen = self.few_shot if self.split == "train" else self.ids
+        return np.arange(len(self.dataset)) if chosen is None else chosen
+
     def few_shot_list(self) -> str:
         """The chosen videos as an annotation list: `name frames label`, or `name label` for stored videos."""
         data, lines = self.dataset, []
@@ -110,17 +128,37 @@ class Planner:
         return self.batch_size * clips * self.config.data.num_segments
 
     def jobs(self, consumed: int = 0) -> Iterator[Job]:
-        """In order: an endless stream after `consumed` samples of the whole job, or one pass over the rank's share."""
-        if self.split == "train":
-            for ids, epochs in self._train_positions(consumed):
-                yield self._train_job(ids, epochs)
-        else:
-            ids = np.arange(len(self.dataset)) if self.ids is None else self.ids
-            start, stop = eval_slice(len(ids), self.rank, self.world_size)
-            for first in range(start, stop, self.batch_size):
-                yield self._eval_job(ids[first : min(first + self.batch_size, stop)])
+        """The plans of `batches`, every video being sound."""
+        return (self.job(ids, epochs) for ids, epochs in self.batches(consumed))
 
-    def _train_positions(self, consumed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def batches(self, consumed: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(ids, epochs) of the rank's batches in order: an endless stream after `consumed` samples of the whole job, or
+        one pass over the rank's share. An epoch of training is a pass over the data, evaluation's is 0."""
+        if self.split == "train":
+            yield from self._train_batches(consumed)
+            return
+        start, stop = eval_slice(len(self.videos), self.rank, self.world_size)
+        for first in range(start, stop, self.batch_size):
+            ids = self.videos[first : min(first + self.batch_size, stop)]
+            yield ids, np.zeros_like(ids)
+
+    def job(self, ids: np.ndarray, epochs: np.ndarray) -> Job:
+        """The plan of the batch of these videos. Raises SampleError for one whose index rows cannot be right, or whose
+        frames are larger than shards.images.MAX_FRAME_PIXELS."""
+        return self._train_job(ids, epochs) if self.split == "train" else self._eval_job(ids, epochs)
+
+    def substitutes(self, sample: int, epoch: int) -> Iterator[int]:
+        """Videos to take, the first that is sound, where `sample` cannot be used in `epoch`. None in evaluation.
+
+        Drawn from `videos` by (seed, epoch, sample) alone: the same at every world size, in every batch and after every
+        restart.
+        """
+        if self.split == "train":
+            rng = augmentation.generator(self.config.seed, epoch, sample, SUBSTITUTES)
+            while True:
+                yield int(self.videos[int(rng.random() * len(self.videos))])
+
+    def _train_batches(self, consumed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(ids, passes) of the rank's micro batches: its slice of each global batch, cut by gradient accumulation.
 
         A pass goes once over all videos, or over the few that were chosen.
@@ -138,7 +176,7 @@ class Planner:
 
     def _train_job(self, ids: np.ndarray, epochs: np.ndarray) -> Job:
         data = self.config.data
-        requests, frames = [], []
+        videos = []
         labels = self.dataset.labels[ids]  # a copy
         for b, (sample, epoch) in enumerate(zip(ids.tolist(), epochs.tolist(), strict=True)):
             if data.augmentation == "none":
@@ -155,27 +193,24 @@ class Planner:
                     return augmentation.eval_geometry(height, width, self.config.scale_size, data.input_size, 1)
                 return augmentation.train_geometry(drawn, height, width, data.input_size)
 
-            request, planned = self._plan_video(b, sample, indices, geometry)
-            requests.append(request)
-            frames += planned
-        return Job(ids, labels, requests, frames)
+            videos.append(self._plan_video(b, sample, indices, geometry))
+        return _joined(ids, epochs, labels, videos)
 
     @cached_property
     def _mirrored(self) -> dict[int, int]:
         return augmentation.flip_swaps(self.config.data)
 
-    def _eval_job(self, ids: np.ndarray) -> Job:
+    def _eval_job(self, ids: np.ndarray, epochs: np.ndarray) -> Job:
         data = self.config.data
 
         def geometry(height: int, width: int) -> Geometry:
             return augmentation.eval_geometry(height, width, self.config.scale_size, data.input_size, data.test_crops)
 
-        requests, frames = [], []
-        for b, sample in enumerate(ids.tolist()):
-            request, planned = self._plan_video(b, sample, self._eval_indices(sample, data.test_clips), geometry)
-            requests.append(request)
-            frames += planned
-        return Job(ids, self.dataset.labels[ids], requests, frames)
+        videos = [
+            self._plan_video(b, sample, self._eval_indices(sample, data.test_clips), geometry)
+            for b, sample in enumerate(ids.tolist())
+        ]
+        return _joined(ids, epochs, self.dataset.labels[ids], videos)
 
     def _eval_indices(self, sample: int, num_clips: int) -> np.ndarray:
         data = self.config.data
@@ -183,8 +218,8 @@ class Planner:
 
     def _plan_video(
         self, b: int, sample: int, indices: np.ndarray, geometry: Callable[[int, int], Geometry]
-    ) -> tuple[tuple[int, np.ndarray], list[Frame]]:
-        """The distinct frames of `indices` (clips x T, clip-major) and where each one's crops go.
+    ) -> PlannedVideo:
+        """The distinct frames of `indices` (clips x T, clip-major), where each one's crops go, and their sizes.
 
         View v of crop c of clip k is k * crops + c.
         """
@@ -195,9 +230,10 @@ class Planner:
         distinct = np.array(sorted(places), np.int64)
         by_size: dict[tuple[int, int], Geometry] = {}
         frames = []
-        for frame, size in zip(distinct.tolist(), self.dataset.frame_sizes(sample, distinct), strict=True):
+        sizes = self.dataset.frame_sizes(sample, distinct)
+        for frame, size in zip(distinct.tolist(), sizes, strict=True):
             if size not in by_size:
-                by_size[size] = geometry(*size)
+                by_size[size] = self._checked_geometry(sample, frame, size, geometry)
             plan = by_size[size]
             targets = tuple(
                 (b, position // segments * len(plan.crops) + c, position % segments, crop)
@@ -205,4 +241,28 @@ class Planner:
                 for c, crop in enumerate(plan.crops)
             )
             frames.append(Frame(plan, targets))
-        return (sample, distinct), frames
+        return (sample, distinct), frames, sizes
+
+    def _checked_geometry(
+        self, sample: int, frame: int, size: tuple[int, int], geometry: Callable[[int, int], Geometry]
+    ) -> Geometry:
+        height, width = size
+        complaint = f"of which 1 to {MAX_FRAME_PIXELS} can be used"
+        if 0 < height * width <= MAX_FRAME_PIXELS:
+            planned = geometry(height, width)
+            if planned.height * planned.width <= MAX_FRAME_PIXELS:
+                return planned
+            complaint = f"{planned.width}x{planned.height} when scaled, more than {MAX_FRAME_PIXELS}"
+        raise SampleError(
+            f"{self.dataset.describe(sample)}: frame {frame} is {width}x{height} pixels by the index, {complaint}; "
+            "check the data set with tools/check_shards.py, and rebuild it with smaller frames or without the video"
+        )
+
+
+def _joined(ids: np.ndarray, epochs: np.ndarray, labels: np.ndarray, videos: list[PlannedVideo]) -> Job:
+    requests, frames, sizes = [], [], []
+    for request, planned, sizes_of_video in videos:
+        requests.append(request)
+        frames += planned
+        sizes += sizes_of_video
+    return Job(ids, epochs, labels, requests, frames, sizes)

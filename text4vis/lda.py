@@ -9,7 +9,6 @@ N videos, T frames, C classes, D embedding width.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -18,7 +17,6 @@ import torch
 from sklearn.covariance import ledoit_wolf
 from torch import Tensor
 from torch.nn.functional import normalize
-from tqdm import tqdm
 
 from shards.plan import few_shot_subset
 from text4vis import distributed
@@ -27,6 +25,7 @@ from text4vis.config import Config, ConfigError
 from text4vis.jobs import Planner
 from text4vis.model import VideoClip, build_model
 from text4vis.pipeline import Loader, open_split
+from text4vis.progress import track
 from text4vis.tensors import fingerprint
 
 
@@ -50,7 +49,9 @@ def lda_classifier(config: Config, class_names: Sequence[str]) -> Tensor:
                 f"{where}: holds no video of class {absent[0]!r} ({len(absent)} of {len(class_names)} have none); add "
                 "some, take the class off data.label_list, or use another classifier"
             )
-        single = replace(config, data=replace(config.data, test_clips=1, test_crops=1))  # type: ignore[type-var]
+        # The result is kept: it must not depend on which of the videos could be used today.
+        data = replace(config.data, test_clips=1, test_crops=1, on_error="fail")  # type: ignore[type-var]
+        single = replace(config, data=data)  # type: ignore[type-var]
         model = _frozen_clip(config)
         recipe = {
             "kind": "lda",
@@ -109,9 +110,9 @@ def _frozen_clip(config: Config) -> VideoClip:
 def _embed(model: VideoClip, loader: Loader) -> np.ndarray:
     """This rank's videos (N, D) float32, unit length, in the loader's order."""
     device = distributed.device()
-    quiet = not (distributed.ranks().is_main and sys.stderr.isatty())
+    quiet = not distributed.ranks().is_main
     parts = [np.empty((0, model.embed_dim), np.float32)]
-    for batch in tqdm(loader, "embedding videos for the classifier", unit="batch", disable=quiet, leave=False):
+    for batch in track(loader, "embedding videos for the classifier", unit="batch", quiet=quiet, keep=False):
         videos_ND = model.encode_video(batch.frames[:, 0].to(device, non_blocking=True))
         parts.append(normalize(videos_ND.float(), dim=-1).cpu().numpy())
     return np.concatenate(parts)

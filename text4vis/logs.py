@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
+from shards.address import redact_text, shown
 from text4vis import distributed
 
 logger = logging.getLogger("text4vis")
@@ -70,11 +71,18 @@ class Metrics:
 
 
 def _step_of(line: str) -> float:
-    """The step of a record; infinite for the half line that a killed job leaves."""
+    """The step of a record; infinite for the half line that a killed job leaves, and for any other damage."""
     try:
-        return json.loads(line)["step"]
-    except ValueError:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return float("inf")
+
+
+class _Formatter(logging.Formatter):
+    """Names come from strangers' files and addresses may carry passwords: lines show neither escapes nor secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))
 
 
 def log_to(output: Path | None) -> None:
@@ -85,7 +93,7 @@ def log_to(output: Path | None) -> None:
         output.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(output / "log.txt", encoding="utf-8"))
     for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        handler.setFormatter(_Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
     logger.setLevel(logging.INFO if main else logging.WARNING)
     logger.propagate = False
@@ -100,7 +108,7 @@ def end_log(output: Path, cause: str) -> None:
         if time.monotonic() >= deadline:
             with path.open("a", encoding="utf-8") as file:
                 file.write(
-                    f"{time.strftime('%Y-%m-%d %H:%M:%S')} {END_MARK}{cause}\n".replace("\n", " ").rstrip() + "\n"
+                    f"{time.strftime('%Y-%m-%d %H:%M:%S')} {END_MARK}{redact_text(' '.join(cause.splitlines()))}\n"
                 )
             return
         time.sleep(0.2)

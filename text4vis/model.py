@@ -129,7 +129,7 @@ class VideoClip(nn.Module):
         scale, shift = _pixel_constants(self.mean, self.std, frames_BTCHW.device)
         pixels = frames_BTCHW.flatten(0, 1).float() * scale + shift
         embeddings = self.visual(pixels.to(next(self.visual.parameters()).dtype))
-        return embeddings.unflatten(0, (len(frames_BTCHW), -1))
+        return embeddings.unflatten(0, (frames_BTCHW.shape[0], -1))
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Texts (C, D) float32 on the CPU, not normalised, without gradient. Raises ValueError if one is too long."""

@@ -1,16 +1,88 @@
-"""Pictures for people: what the model saw and what it thought. Imports nothing of text4vis but types."""
+"""Pictures for people: what the model saw and what it thought. Imports nothing of text4vis but types.
+
+Names come from data, so they are shown by `plain`: nothing in them is a command to whoever shows them.
+
+T frames of a clip, S their side in pixels, C classes.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import matplotlib as mpl
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
 
-from text4vis.predictor import Prediction, Timeline
+if TYPE_CHECKING:
+    from text4vis.predictor import Prediction, Timeline
 
 _LINES = ("#2f6fab", "#d1662f", "#4b8f5b", "#8a5fa8", "#b08b2e")
 _INK, _QUIET, _BAR, _BAR_REST = "#22262b", "#6b7280", "#2f6fab", "#b9cbe0"
+CAPTION_PIXELS, GAP_PIXELS = 28, 2  # of `contact_sheet`: above a clip, and between frames
+MOST_CLASSES = 24  # of a confusion matrix that can still be read
+
+
+def plain(text: str, limit: int = 60) -> str:
+    """The text on one line, without control characters, and not longer than `limit` characters."""
+    line = "".join(character if character.isprintable() else " " for character in text)
+    return line if len(line) <= limit else f"{line[: limit - 1]}\u2026"
+
+
+def contact_sheet(clips: Sequence[tuple[np.ndarray, str]]) -> np.ndarray:
+    """One picture (H, W, 3) uint8 of clips (T, S, S, 3) uint8 with their captions: a row each, pixel for pixel.
+
+    Frame t of row r begins at (CAPTION_PIXELS + r * (CAPTION_PIXELS + S), t * (S + GAP_PIXELS)).
+    """
+    font = ImageFont.truetype(str(Path(mpl.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), 15)
+    num_frames, side = clips[0][0].shape[:2]
+    width = num_frames * (side + GAP_PIXELS) - GAP_PIXELS
+    width = max(width, *(int(font.getlength(caption)) + 12 for _, caption in clips))
+    sheet = Image.new("RGB", (width, len(clips) * (CAPTION_PIXELS + side)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, (frames_TSS3, caption) in enumerate(clips):
+        top = row * (CAPTION_PIXELS + side)
+        draw.text((4, top + CAPTION_PIXELS // 2), caption, _INK, font, anchor="lm")
+        for t, frame in enumerate(frames_TSS3):
+            sheet.paste(Image.fromarray(frame), (t * (side + GAP_PIXELS), top + CAPTION_PIXELS))
+    return np.asarray(sheet)
+
+
+def most_confused(confusion_CC: np.ndarray, count: int = MOST_CLASSES) -> np.ndarray:
+    """Ascending ids of the classes in the largest counts off the diagonal, `count` of them or all."""
+    wrong_CC = confusion_CC - np.diag(np.diag(confusion_CC))
+    pairs = np.column_stack(np.unravel_index(np.argsort(-wrong_CC, axis=None, kind="stable"), wrong_CC.shape))
+    return np.sort(np.array(list(dict.fromkeys(pairs.ravel().tolist()))[:count], int))
+
+
+def draw_confusion(confusion_CC: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
+    """The counts (true class, predicted class) as a picture (H, W, 3) uint8: of many classes the most confused ones."""
+    shown = most_confused(confusion_CC)
+    counts = confusion_CC[np.ix_(shown, shown)]
+    shares = counts / np.maximum(confusion_CC.sum(axis=1), 1)[shown, None]
+    side = 2.5 + 0.42 * len(shown)
+    figure = Figure(figsize=(side + 1, side), dpi=110, facecolor="white", layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for row, column in zip(*np.nonzero(counts), strict=True):
+        ink = "white" if shares[row, column] > 0.5 else _INK
+        axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=8, color=ink)
+    names = [plain(class_names[label], 28) for label in shown]
+    axes.set_yticks(range(len(shown)), names, fontsize=8, color=_INK, parse_math=False)
+    axes.set_xticks(range(len(shown)), names, fontsize=8, color=_INK, parse_math=False, rotation=90)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel("predicted", color=_QUIET)
+    axes.set_ylabel("true", color=_QUIET)
+    some = len(shown) < len(confusion_CC)
+    which = f"the {len(shown)} of {len(confusion_CC)} classes confused most" if some else f"{len(shown)} classes"
+    axes.set_title(f"videos of {which}", fontsize=11, color=_INK)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.array(canvas.buffer_rgba())[..., :3]
 
 
 def save_prediction(prediction: Prediction, title: str, path: str | Path) -> None:
@@ -22,7 +94,7 @@ def save_prediction(prediction: Prediction, title: str, path: str | Path) -> Non
     bars = 0.34 * num_classes + 0.45
     figure = Figure(figsize=(width, 1.75 * rows + bars + 0.5), dpi=120, facecolor="white", layout="constrained")
     top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.75 * rows, bars)).flat
-    top.suptitle(title, color=_INK, fontsize=12, parse_math=False)
+    top.suptitle(plain(title, 120), color=_INK, fontsize=12, parse_math=False)
     for axes, frame, index in zip(
         top.subplots(rows, columns, squeeze=False).flat, prediction.frames, prediction.indices, strict=False
     ):
@@ -31,7 +103,7 @@ def save_prediction(prediction: Prediction, title: str, path: str | Path) -> Non
     for axes in top.axes:
         axes.set_axis_off()
     axes = bottom.subplots()
-    names = [name for name, _ in prediction.top]
+    names = [plain(name) for name, _ in prediction.top]
     shares = [100 * probability for _, probability in prediction.top]
     axes.barh(range(num_classes), shares, color=[_BAR] + [_BAR_REST] * (num_classes - 1), height=0.7)
     for row, share in enumerate(shares):
@@ -52,7 +124,7 @@ def save_timeline(timeline: Timeline, title: str, path: str | Path) -> None:
     best_C = np.argsort(-timeline.scores_WC.max(axis=0), kind="stable")[: len(_LINES)]
     figure = Figure(figsize=(12, 5), dpi=120, facecolor="white", layout="constrained")
     top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.75, 3.25)).flat
-    top.suptitle(title, color=_INK, fontsize=12, parse_math=False)
+    top.suptitle(plain(title, 120), color=_INK, fontsize=12, parse_math=False)
     for axes, window in zip(top.subplots(1, len(shown), squeeze=False).flat, shown, strict=True):
         axes.imshow(timeline.thumbnails[window])
         axes.set_title(f"{middles_W[window]:.1f} s", fontsize=8, color=_QUIET)
@@ -61,7 +133,7 @@ def save_timeline(timeline: Timeline, title: str, path: str | Path) -> None:
     edges = np.append(timeline.seconds_W2[:, 0], timeline.seconds_W2[-1, 1])
     for colour, label in zip(_LINES, best_C, strict=False):
         axes.stairs(100 * timeline.scores_WC[:, label], edges, baseline=None, color=colour, linewidth=2)
-    names = [timeline.class_names[label] for label in best_C]
+    names = [plain(timeline.class_names[label]) for label in best_C]
     legend = axes.legend(names, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, labelcolor=_INK)
     for text in legend.get_texts():
         text.set_parse_math(False)

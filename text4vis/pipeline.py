@@ -30,15 +30,20 @@ from PIL import Image
 
 from shards.address import scheme_of
 from shards.annotations import parse_labels
-from shards.format import ShardError
+from shards.format import SampleError
+from shards.images import ImageProbe
 from shards.reader import ShardDataset, open_dataset
 from shards.video import VideoError, decode_frames
 from text4vis import pixels
 from text4vis.augmentation import Crop, Geometry
+from text4vis.bad_videos import BadVideos
 from text4vis.config import Config, ConfigError
 from text4vis.distributed import cores_per_rank
 from text4vis.jobs import Frame, Job, Planner
 from text4vis.prefetch import Prefetcher, pipelined
+
+# A plan and the bytes it asks for, video by video.
+Loaded = tuple[Job, list[list[bytes]]]
 
 REMOTE_IO_THREADS = 16
 
@@ -125,6 +130,7 @@ class Loader:
         self.epoch_samples = self.planner.epoch_samples
         self.num_threads = config.data.workers or cores_per_rank()
         self.device = _decode_device(config)
+        self.bad = BadVideos(dataset, self.planner.videos, config.data.max_bad_share)
         self._running: weakref.WeakSet[Prefetcher[Batch]] = weakref.WeakSet()
 
     def __iter__(self) -> Prefetcher[Batch]:
@@ -140,17 +146,55 @@ class Loader:
             return
         with ThreadPoolExecutor(1, "read") as reads, ThreadPoolExecutor(self.num_threads, "finish") as threads:
 
-            def start_reading(job: Job) -> tuple[Job, Future[list[list[bytes]]]]:
-                return job, reads.submit(self.dataset.read_many, job.requests)
+            def make_decoder() -> Any:
+                return _GpuDecoder(self) if self.device.type == "cuda" else _CpuDecoder(self, threads)
 
-            def finish_reading(started: tuple[Job, Future[list[list[bytes]]]]) -> tuple[Job, list[list[bytes]]]:
-                return started[0], started[1].result()
+            repair = _Repair(self, make_decoder) if self.config.data.on_error == "skip" else None
 
-            decoder: Any = _GpuDecoder(self) if self.device.type == "cuda" else _CpuDecoder(self, threads)
-            finisher = _Finisher(self, threads)
-            read = pipelined(self.jobs(), start_reading, finish_reading, depth=2)
-            decoded = pipelined(read, decoder.start, decoder.finish, depth=1)
-            yield from pipelined(decoded, finisher.start, finisher.finish, depth=2)
+            def start_reading(batch: tuple[np.ndarray, np.ndarray]) -> tuple[Any, Future[Loaded]]:
+                return batch, reads.submit(self.load, *batch)
+
+            def finish_reading(started: tuple[Any, Future[Loaded]]) -> Loaded:
+                try:
+                    return started[1].result()
+                except SampleError:
+                    if repair is None:
+                        raise
+                return repair(*started[0])
+
+            decoding, finisher = _Decoding(make_decoder, repair), _Finisher(self, threads)
+            loaded = pipelined(self.planner.batches(self.consumed), start_reading, finish_reading, depth=2)
+            decoded = pipelined(loaded, decoding.start, decoding.finish, depth=1)
+            batches = pipelined(decoded, finisher.start, finisher.finish, depth=2)
+            yield from (batch for batch in batches if len(batch.ids))
+
+    def load(self, ids: np.ndarray, epochs: np.ndarray) -> Loaded:
+        """The plan of a batch and its bytes, looked at before they are decoded: a decoder that is given an image of
+        another size than planned cuts the wrong part. Raises SampleError."""
+        job = self.planner.job(ids, epochs)
+        by_video = self.dataset.read_many(job.requests)
+        sizes = iter(job.sizes)
+        for (sample, numbers), files in zip(job.requests, by_video, strict=True):
+            planned = list(itertools.islice(sizes, len(numbers)))
+            if self.dataset.content(sample) == "frames":
+                self._check_headers(sample, numbers, planned, files)
+        return job, by_video
+
+    def _check_headers(
+        self, sample: int, numbers: np.ndarray, planned: list[tuple[int, int]], files: list[bytes]
+    ) -> None:
+        probe = ImageProbe()
+        for number, (height, width), data in zip(numbers.tolist(), planned, files, strict=True):
+            try:
+                info = probe(data)
+            except ValueError as error:
+                raise SampleError(_undecodable(self.dataset, sample, error, number)) from None
+            if (info.height, info.width) != (height, width):
+                raise SampleError(
+                    f"{self.dataset.describe(sample)}: frame {number} is {info.width}x{info.height} pixels, the index "
+                    f"says {width}x{height}; the index is damaged or of other data: check both with "
+                    "tools/check_shards.py, then copy the data set again or rebuild it"
+                )
 
     def close(self) -> None:
         """Stops the threads of all passes and closes the data set."""
@@ -253,7 +297,7 @@ def _pipeline(graph: Callable[[], Any], device_id: int | None, num_threads: int,
 
 
 @dataclass(frozen=True)
-class _Decoding:
+class _Run:
     """A batch on its way through a decoder. encoded: the stored frames' bytes; videos: what decodes stored videos."""
 
     job: Job
@@ -270,8 +314,8 @@ class _CpuDecoder:
             device_id=None, num_threads=loader.num_threads, batch_size=loader.planner.max_frames, resize=None
         )
 
-    def start(self, read: tuple[Job, list[list[bytes]]]) -> _Decoding:
-        job, by_video = read
+    def start(self, loaded: Loaded) -> _Run:
+        job, by_video = loaded
         encoded, regions, videos = [], [], {}
         frames = iter(job.frames)
         for b, ((sample, numbers), files) in enumerate(zip(job.requests, by_video, strict=True)):
@@ -284,9 +328,9 @@ class _CpuDecoder:
         if encoded:
             _feed(self._graph, encoded, regions)
             self._graph.schedule_run()
-        return _Decoding(job, encoded, videos)
+        return _Run(job, encoded, videos)
 
-    def finish(self, started: _Decoding) -> tuple[Job, list[np.ndarray]]:
+    def finish(self, started: _Run) -> tuple[Job, list[np.ndarray]]:
         """The job and its F images (H, W, 3) uint8, each the region that was planned."""
         job = started.job
         stored = iter(_outputs(self._graph, self._dataset, started) if started.encoded else ())
@@ -297,11 +341,13 @@ class _CpuDecoder:
                 continue
             try:
                 whole = started.videos[b].result()
-            except VideoError as error:
-                raise ShardError(
-                    f"{self._dataset.describe(sample)}: does not decode ({error}); rebuild the data set without it"
-                ) from error
-            for image in whole:
+            except (VideoError, IndexError) as error:  # the file may hold fewer frames than the index says
+                raise SampleError(_undecodable(self._dataset, sample, error)) from error
+            for number, image in zip(numbers.tolist(), whole, strict=True):
+                height, width = job.sizes[len(images)]
+                if image.shape[:2] != (height, width):
+                    reason = f"{image.shape[1]}x{image.shape[0]} pixels, the index says {width}x{height}"
+                    raise SampleError(_undecodable(self._dataset, sample, reason, number))
                 top, left, height, width = job.frames[len(images)].geometry.region
                 images.append(image[top : top + height, left : left + width])
         return job, images
@@ -321,8 +367,8 @@ class _GpuDecoder:
         self._images = image_graph(**options, batch_size=loader.planner.max_frames)
         self._videos = video_graph(**options, batch_size=loader.batch_size)
 
-    def start(self, read: tuple[Job, list[list[bytes]]]) -> tuple[_Decoding, list[bytes]]:
-        job, by_video = read
+    def start(self, loaded: Loaded) -> tuple[_Run, list[bytes]]:
+        job, by_video = loaded
         encoded, stored, videos, wanted, first_frames = [], [], [], [], []
         frames = iter(job.frames)
         for (sample, numbers), files in zip(job.requests, by_video, strict=True):
@@ -341,13 +387,13 @@ class _GpuDecoder:
             regions = [g.region for g in first_frames]
             _feed(self._videos, videos, regions, [g.decoded_size for g in first_frames], wanted)
             self._videos.schedule_run()
-        return _Decoding(job, encoded, {}), videos
+        return _Run(job, encoded, {}), videos
 
-    def finish(self, started: tuple[_Decoding, list[bytes]]) -> tuple[Job, list[torch.Tensor]]:
-        decoding, videos = started
-        job = decoding.job
-        stored = iter(_outputs(self._images, self._dataset, decoding) if decoding.encoded else ())
-        sequences = iter(_outputs(self._videos, self._dataset, decoding) if videos else ())
+    def finish(self, started: tuple[_Run, list[bytes]]) -> tuple[Job, list[torch.Tensor]]:
+        run, videos = started
+        job = run.job
+        stored = iter(_outputs(self._images, self._dataset, run) if run.encoded else ())
+        sequences = iter(_outputs(self._videos, self._dataset, run) if videos else ())
         images: list[torch.Tensor] = []
         for sample, numbers in job.requests:
             if self._dataset.content(sample) == "video":
@@ -374,33 +420,115 @@ def _feed(
         graph.feed_input("frames", frames)
 
 
-def _outputs(graph: Any, dataset: ShardDataset, decoding: _Decoding) -> list[Any]:
+def _outputs(graph: Any, dataset: ShardDataset, run: _Run) -> list[Any]:
     """The next run's outputs, one by one, without copies: each holds on to DALI's memory."""
     try:
         (images,) = graph.share_outputs()
     except RuntimeError as error:
-        raise _explain(dataset, decoding, error) from error
+        raise _explain(dataset, run, error) from error
     graph.release_outputs()
     return list(images)
 
 
-def _explain(dataset: ShardDataset, decoding: _Decoding, error: RuntimeError) -> Exception:
+def _explain(dataset: ShardDataset, run: _Run, error: RuntimeError) -> Exception:
     """DALI reports a batch; find the frame that does not decode."""
     names = [
         (sample, frame)
-        for sample, frames in decoding.job.requests
+        for sample, frames in run.job.requests
         if dataset.content(sample) == "frames"
         for frame in frames.tolist()
     ]
-    for (sample, frame), data in zip(names, decoding.encoded, strict=True):
+    for (sample, frame), data in zip(names, run.encoded, strict=True):
         try:
             Image.open(io.BytesIO(data)).load()
         except Exception as reason:
-            return ShardError(
-                f"{dataset.describe(sample)}: frame {frame} does not decode ({reason}); find all such frames "
-                "with tools/check_shards.py --deep, then rebuild the data set without them"
-            )
+            return SampleError(_undecodable(dataset, sample, reason, frame))
     return error
+
+
+def _undecodable(dataset: ShardDataset, sample: int, reason: object, frame: int | None = None) -> str:
+    what = "" if frame is None else f"frame {frame} "
+    return (
+        f"{dataset.describe(sample)}: {what}does not decode ({reason}); find all such videos with "
+        "tools/check_shards.py --deep, then rebuild the data set without them"
+    )
+
+
+class _Repair:
+    """`data.on_error: skip`: a batch that failed, anew and without the videos that are at fault. Slow, and rare.
+
+    Each video is tried by itself, with the reader and the decoder of the loader. Which frames it is tried with depends
+    on (seed, epoch, video) alone, so its place in the stream is filled alike by whichever rank meets it.
+    """
+
+    def __init__(self, loader: Loader, make_decoder: Callable[[], Any]) -> None:
+        self._loader, self._make_decoder = loader, make_decoder
+        self._decoder: Any = None
+
+    def __call__(self, ids: np.ndarray, epochs: np.ndarray) -> Loaded:
+        """The plan and bytes of the batch with substitutes in training, of what is left of it in evaluation.
+
+        Raises ShardError past `data.max_bad_share`.
+        """
+        self._decoder = self._make_decoder()
+        kept: list[tuple[int, int]] = []
+        by_video: list[list[bytes]] = []
+        for sample, epoch in zip(ids.tolist(), epochs.tolist(), strict=True):
+            for candidate in itertools.chain([sample], self._loader.planner.substitutes(sample, epoch)):
+                files = self._try(candidate, epoch)
+                if files is not None:
+                    kept.append((candidate, epoch))
+                    by_video.append(files)
+                    break
+        kept_ids, kept_epochs = np.array(kept, np.int64).reshape(-1, 2).T.copy()
+        return self._loader.planner.job(kept_ids, kept_epochs), by_video
+
+    def _try(self, sample: int, epoch: int) -> list[bytes] | None:
+        """The bytes of a video that reads and decodes; None, and a record, if it does not."""
+        try:
+            job, (files,) = self._loader.load(np.array([sample]), np.array([epoch]))
+            self._decoder.finish(self._decoder.start((job, [files])))
+            return files
+        except SampleError as error:
+            reason = str(error)
+        except RuntimeError as error:
+            if "memory" in str(error).lower():
+                raise
+            # DALI's report holds the traceback of the graph's definition, then what it met.
+            met = str(error).rpartition("encountered:")[2].partition("Current pipeline")[0]
+            reason = _undecodable(self._loader.dataset, sample, " ".join(met.split()))
+        self._decoder = self._make_decoder()  # a DALI pipeline is of no use once a run of it has failed
+        self._loader.bad.add(sample, reason)
+        return None
+
+
+class _Decoding:
+    """The step that decodes, and what becomes of a batch that does not decode: an error, or its repair."""
+
+    def __init__(self, make_decoder: Callable[[], Any], repair: _Repair | None) -> None:
+        self._make_decoder, self._repair = make_decoder, repair
+        self._decoder = make_decoder()
+
+    def start(self, loaded: Loaded) -> tuple[Loaded, Any, Any]:
+        decoder = self._decoder
+        try:
+            return loaded, decoder, decoder.start(loaded)
+        except RuntimeError as error:  # the run before this one has failed, and tells so when it is finished
+            return loaded, decoder, error
+
+    def finish(self, started: tuple[Loaded, Any, Any]) -> tuple[Job, list[Any]]:
+        (job, _), decoder, run = started
+        try:
+            if isinstance(run, RuntimeError):
+                raise run
+            return decoder.finish(run)
+        except (SampleError, RuntimeError):
+            if self._repair is None:
+                raise
+        if self._decoder is decoder:
+            self._decoder = self._make_decoder()
+        again = self._make_decoder()  # the other one has the next batch under way
+        return again.finish(again.start(self._repair(job.ids, job.epochs)))
 
 
 class _Memory:

@@ -35,6 +35,7 @@ from text4vis.jobs import Frame
 from text4vis.model import VideoClip
 from text4vis.pipeline import place
 from text4vis.protocols import class_scores
+from text4vis.runs import check_same_classes
 from text4vis.sampling import test_indices
 from text4vis.weights import EXPORT_FILE, load_export
 
@@ -84,9 +85,22 @@ def open_run(path: Path) -> Trained:
     state = checkpoint.read_state(checkpoint.find(path))
     config = config_from_dict(state.config, str(path))
     model = checkpoint.load_model(path, config)
+    if model.classifier is None:
+        check_same_classes(state, config, path)
     classes_CD = build_classifier(config, model, state.class_names)
-    card = {"step": state.step, "data_fingerprint": state.data_fingerprint, **state.figures}
+    card = {
+        "step": state.step,
+        "videos seen": state.consumed,
+        "global_batch": state.global_batch,
+        "data_fingerprint": state.data_fingerprint,
+        "figures": state.figures,
+    }
     return Trained(model, config, state.class_names, classes_CD, card)
+
+
+def takes_labels(config: Config) -> bool:
+    """Whether a model of this configuration can be asked for classes that it was not trained on."""
+    return config.network.classifier == "text" and not config.network.classifier_trainable
 
 
 class Predictor:
@@ -211,8 +225,8 @@ class Predictor:
         return indices, self._prepare(images)
 
     def _embed_labels(self, names: list[str]) -> torch.Tensor:
-        kind = self.config.network.classifier
-        if kind != "text" or self.config.network.classifier_trainable:
+        if not takes_labels(self.config):
+            kind = self.config.network.classifier
             raise PredictionError(
                 f"labels: this model was trained with {'a trainable' if kind == 'text' else 'the'} classifier {kind}, "
                 f"so it knows its own classes only ({', '.join(self.class_names[:3])} ...); leave the labels out, or "

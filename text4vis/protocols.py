@@ -80,21 +80,25 @@ def figures(
 
     embeddings_NVD: unnormalised, with V = clips * crops of `views` (default: one). class_splits: class ids by name of
     split. `half_classes` is None below four classes or where a half has no videos, `map` where a score is not a number.
+    A video without numbers for scores is never right: `not_finite` counts such videos, their probabilities are None.
     """
     views = views or Views()
     scores_NC = class_scores(embeddings_NVD, class_embeddings_CD)
+    num_classes = len(class_names)
+    finite_N = np.isfinite(scores_NC).all(axis=1)
     predicted_N = scores_NC.argmax(axis=1)
-    confusion_CC = metrics.confusion_matrix(predicted_N, labels_N, len(class_names))
-    halves = metrics.half_class_splits(len(class_names)) if len(class_names) >= MIN_HALVED_CLASSES else []
-    finite = not np.isnan(scores_NC).any()
+    answers_N = np.where(finite_N, predicted_N, num_classes)  # one more column: no class at all
+    answers_CX = metrics.confusion_matrix(answers_N, labels_N, num_classes + 1)[:num_classes]
+    halves = metrics.half_class_splits(num_classes) if num_classes >= MIN_HALVED_CLASSES else []
     own_N = np.take_along_axis(scores_NC, labels_N[:, None], axis=1)[:, 0]
     return {
         "videos": len(labels_N),
-        "classes": len(class_names),
+        "classes": num_classes,
         **_accuracy(scores_NC, labels_N),
-        "mean_class_accuracy": metrics.mean_class_accuracy(confusion_CC),
-        "map": metrics.mean_average_precision(scores_NC, labels_N) if finite else None,
-        "chance": 100 / len(class_names),
+        "mean_class_accuracy": metrics.mean_class_accuracy(answers_CX),
+        "map": metrics.mean_average_precision(scores_NC, labels_N) if finite_N.all() else None,
+        "not_finite": int((~finite_N).sum()),
+        "chance": 100 / num_classes,
         "by_views": [
             {
                 "clips": clips,
@@ -108,9 +112,9 @@ def figures(
         "class_splits": _over_splits(scores_NC, labels_N, class_splits or {}),
         "per_class": [
             {"class": name, "videos": int(row.sum()), "correct": int(row[c])}
-            for c, (name, row) in enumerate(zip(class_names, confusion_CC, strict=True))
+            for c, (name, row) in enumerate(zip(class_names, answers_CX, strict=True))
         ],
-        "confusion": confusion_CC.tolist(),
+        "confusion": answers_CX[:, :num_classes].tolist(),
         "predictions": {
             "labels": labels_N.tolist(),
             "predicted": predicted_N.tolist(),

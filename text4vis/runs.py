@@ -12,6 +12,7 @@ from typing import Any
 
 from text4vis import checkpoint
 from text4vis.checkpoint import CheckpointError, State
+from text4vis.classifier import file_digest
 from text4vis.config import Config, ConfigError
 
 logger = logging.getLogger("text4vis")
@@ -21,9 +22,9 @@ logger = logging.getLogger("text4vis")
 FREE_ON_RESUME = (
     "logging.", "data.train", "data.val", "data.workers", "data.io_threads", "data.prefetch", "data.decode",
     "data.cache_", "data.verify", "data.on_error", "data.max_bad_share", "data.class_splits", "data.batch_size",
-    "solver.grad_accumulation_steps", "solver.global_batch", "solver.on_nonfinite", "engine.num_threads", "engine.zero_stage", "engine.offload",
-    "engine.activation_checkpointing", "engine.compile", "engine.world_size", "engine.wall_minutes",
-    "engine.silence_seconds",
+    "solver.grad_accumulation_steps", "solver.global_batch", "solver.on_nonfinite", "engine.num_threads",
+    "engine.zero_stage", "engine.offload", "engine.activation_checkpointing", "engine.compile", "engine.world_size",
+    "engine.wall_minutes", "engine.silence_seconds",
 )  # fmt: skip
 
 
@@ -80,6 +81,7 @@ def check_same_run(found: State, config: Config, data_fingerprint: str, folder: 
             f"{folder}: was trained on other data (fingerprint {found.data_fingerprint[:12]}, data.train has "
             f"{data_fingerprint[:12]}); give the original shards or another --output"
         )
+    check_same_classes(found, config, folder)
     if config.solver.global_batch not in (None, found.global_batch):
         raise CheckpointError(
             f"{folder}: was trained with a global batch of {found.global_batch}, solver.global_batch is "
@@ -92,6 +94,15 @@ def check_same_run(found: State, config: Config, data_fingerprint: str, folder: 
         values = ", ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed)
         raise CheckpointError(
             f"{folder}: the configuration differs ({values}); undo the change or give another --output"
+        )
+
+
+def check_same_classes(found: State, config: Config, folder: Path) -> None:
+    """Raises CheckpointError where the file of the class embeddings has other bytes than when the run began."""
+    if found.classifier_file and found.classifier_file != file_digest(config.network):
+        raise CheckpointError(
+            f"{folder}: was trained with other class embeddings than {config.network.classifier_file} "
+            "(network.classifier_file) holds now; give it the first ones again"
         )
 
 

@@ -78,6 +78,12 @@ class SentenceEncoder:
             self.model = AutoModel.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
             raise ConfigError(f"{KEY}: {folder}: not a usable text model ({' '.join(str(error).split())})") from None
+        if self._tokenizer.pad_token is None:  # decoders have none; what pads is masked, so any token will do
+            self._tokenizer.pad_token = self._tokenizer.eos_token or self._tokenizer.unk_token
+        if self._tokenizer.pad_token is None:
+            raise ConfigError(
+                f"{KEY}: {folder}: its tokenizer has none to pad with; give it a `pad_token` in tokenizer_config.json"
+            )
         self.model = self.model.float().eval().requires_grad_(False)
         self.width = int(self.model.config.hidden_size)
 

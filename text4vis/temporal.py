@@ -212,6 +212,6 @@ class JointTower(nn.Module):
         patches_NPW = self.conv1(pixels_NCHW).flatten(2).transpose(1, 2) + self.positional_embedding[1:]
         patches_BTPW = patches_NPW.unflatten(0, (-1, len(self.time_embedding))) + self.time_embedding[:, None]
         class_W = self.class_embedding + self.positional_embedding[0]
-        tokens_BLW = torch.cat([class_W.expand(len(patches_BTPW), 1, -1), patches_BTPW.flatten(1, 2)], dim=1)
+        tokens_BLW = torch.cat([class_W.expand(patches_BTPW.shape[0], 1, -1), patches_BTPW.flatten(1, 2)], dim=1)
         tokens_BLW = self.transformer(self.ln_pre(self.patch_dropout(tokens_BLW)))
         return self.ln_post(tokens_BLW[:, 0]) @ self.proj

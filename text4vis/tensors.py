@@ -44,10 +44,24 @@ def read_weights(path: Path, key: str) -> State:
         content = read_torch_file(path, key)
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not is_state(content):
         raise ConfigError(f"{key}: {path} is not a dictionary of named tensors")
     state = {name.removeprefix("module."): tensor for name, tensor in content.items()}
     return {name: tensor for name, tensor in state.items() if name not in OPENAI_EXTRAS}
+
+
+def is_state(content: Any) -> bool:
+    """Whether this is a dictionary of names and tensors that are what they seem: dense, on the CPU, in memory."""
+    return isinstance(content, dict) and all(isinstance(name, str) and is_plain(content[name]) for name in content)
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is a dense tensor with all its elements in memory: none that grows when it is copied."""
+    return (
+        isinstance(value, Tensor)
+        and (value.layout, value.device.type, value.is_quantized) == (torch.strided, "cpu", False)
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+    )
 
 
 def read_torch_file(path: Path, key: str) -> Any:
@@ -56,9 +70,12 @@ def read_torch_file(path: Path, key: str) -> Any:
     `key` is named in errors. Raises ConfigError.
     """
     try:
+        _refuse_bomb(path, key)
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ConfigError(f"{key}: no such file: {path}") from None
+    except ConfigError:
+        raise
     except Exception as error:  # a damaged file fails in any way
         if "Weights only load failed" in str(error):
             reason = "holds more than tensors and numbers, and pickled code is never run; save its state dict alone"
@@ -67,11 +84,26 @@ def read_torch_file(path: Path, key: str) -> Any:
         raise ConfigError(f"{key}: {path} {reason}") from None
 
 
+def _refuse_bomb(path: Path, key: str) -> None:
+    """torch writes nothing compressed, so the parts of an archive are no larger than it is. Raises ConfigError."""
+    if zipfile.is_zipfile(path):
+        size = sum(part.file_size for part in _parts(path))
+        if size > path.stat().st_size:
+            raise ConfigError(
+                f"{key}: {path} would grow to {size} bytes when unpacked; no torch file does: save it again"
+            )
+
+
 def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
+    try:
+        return zipfile.is_zipfile(path) and any(part.filename.endswith("/constants.pkl") for part in _parts(path))
+    except Exception:  # a damaged archive fails in any way; `read_torch_file` says so
         return False
+
+
+def _parts(path: Path) -> list[zipfile.ZipInfo]:
     with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+        return archive.infolist()
 
 
 def _openai_archive(path: Path, key: str) -> State:

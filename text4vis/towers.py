@@ -228,7 +228,7 @@ def _from_json(path: Path, network: NetworkConfig) -> _Source:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"network.arch: no such file: {path}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"network.arch: {path} is not a JSON file ({error})") from None
     config = content.get("model_cfg", content) if isinstance(content, dict) else {}
     absent = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]

@@ -1,5 +1,6 @@
 """Trains a video recogniser.
 
+Examples:
     deepspeed text4vis/train.py --config configs/demo.yaml --output runs/demo
     deepspeed --hostfile hosts text4vis/train.py --config C.yaml --output OUT --resume auto
 
@@ -20,6 +21,7 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
+from shards.address import shown
 from shards.format import ShardError
 from text4vis import distributed
 from text4vis.checkpoint import CheckpointError
@@ -47,8 +49,7 @@ def train(arguments: argparse.Namespace, config: Config, output: Path, stop: Sto
     from text4vis.trainer import Trainer
 
     log_to(None if arguments.dry_run else output)
-    is_interactive = distributed.ranks().is_main and sys.stderr.isatty()
-    trainer = Trainer(config, output, stop, arguments.resume, progress=is_interactive)
+    trainer = Trainer(config, output, stop, arguments.resume)
     if arguments.dry_run:
         trainer.dry_run()
     else:
@@ -79,7 +80,7 @@ def main() -> int:
     except (ConfigError, ShardError, CheckpointError, NonFiniteError, OSError) as error:
         watch.fail(str(error))
     except Exception as error:
-        traceback.print_exc()
+        print(shown(traceback.format_exc()), file=sys.stderr)
         watch.fail(f"{type(error).__name__}: {error}", sure=not distributed.is_consequence(error))
     watch.close()
     distributed.stop()
@@ -98,7 +99,7 @@ def end(output: Path, cause: str) -> None:
 
 
 def fail(reason: str) -> int:
-    print(f"train: error: {reason}", file=sys.stderr)
+    print(f"train: error: {shown(reason)}", file=sys.stderr)
     return 1
 
 

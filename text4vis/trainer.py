@@ -11,17 +11,19 @@ import math
 import socket
 import time
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from shards.plan import mix64
 from text4vis import checkpoint, distributed, engine
+from text4vis.bad_videos import SkippedList
 from text4vis.checkpoint import CheckpointError, State
-from text4vis.classifier import build_classifier, training_classes
+from text4vis.classifier import build_classifier, file_digest, training_classes
 from text4vis.config import Config, ConfigError
-from text4vis.evaluation import evaluate, weights_fingerprint
+from text4vis.evaluation import evaluate, join_bad_videos, weights_fingerprint
 from text4vis.logs import Meter, Metrics, gpu_utilisation, memory_bytes, table
 from text4vis.losses import Objective
 from text4vis.model import build_model
@@ -30,6 +32,9 @@ from text4vis.pipeline import Batch, Loader, build_loader, class_names
 from text4vis.protocols import write_report
 from text4vis.runs import check_same_run, cut_global_batch, find_start
 from text4vis.stop import NonFiniteError, Stopped, StopRequest
+
+if TYPE_CHECKING:
+    from text4vis.story import Story
 
 logger = logging.getLogger("text4vis")
 
@@ -52,10 +57,8 @@ class Trainer:
     stop: requests to stop early, from the moment it was made. Raises ConfigError, CheckpointError or ShardError.
     """
 
-    def __init__(
-        self, config: Config, output: Path, stop: StopRequest, resume: str = "auto", *, progress: bool = False
-    ) -> None:
-        self.given_config, self.output, self.progress, self.stop = config, output, progress, stop
+    def __init__(self, config: Config, output: Path, stop: StopRequest, resume: str = "auto") -> None:
+        self.given_config, self.output, self.stop = config, output, stop
         self.ranks = distributed.ranks()
         _check_world_size(config, self.ranks.world_size)
         self.start_from = distributed.from_main(lambda: find_start(output, resume))
@@ -79,6 +82,8 @@ class Trainer:
         self.objective = Objective(self.config, training_classes(config, model, self.class_names).to(self.device))
         self.engine = self._start_engine(model)
         self.metrics: Metrics | None = None
+        self.skipped_list: SkippedList | None = None
+        self.story: Story | None = None
         self.saved_at = time.monotonic()
         stop.limit(config.engine.wall_minutes)
 
@@ -104,6 +109,8 @@ class Trainer:
                 self.save()
             if orders.stop:
                 raise self.stopped(orders.stop)
+        if self.story is not None:
+            self.story.end(self.state.step)
         self.close()
         return self.state.figures
 
@@ -126,6 +133,8 @@ class Trainer:
             waiting = time.perf_counter()
             batch = next(batches)
             meter.wait_seconds += time.perf_counter() - waiting
+            if self.story is not None and micro_step == 0 and self.state.step == self.state.evaluated_step:
+                self.story.training_clips(batch, self.state.consumed, self.state.step + 1)
             self.backward(batch, seen)
             if micro_step == steps - 1:
                 agreement = distributed.start_max([self.stop.code, self.wants_save()])
@@ -230,6 +239,7 @@ class Trainer:
         wait_seconds, memory, computing = distributed.sum_over_ranks(
             [meter.wait_seconds, memory_bytes(), gpu_utilisation() or 0.0]
         )
+        self.list_skipped(self.train_loader)
         groups = self.engine.basic_optimizer.param_groups
         grad_norm = self.engine.get_global_grad_norm()
         record = {
@@ -240,6 +250,7 @@ class Trainer:
             "logit_scale": float(engine.whole(self.engine, self.engine.module.logit_scale).float().exp()),
             "grad_norm": None if grad_norm is None else float(grad_norm),
             "skipped_steps": self.state.step - self.state.updates,
+            "bad_videos": len(self.train_loader.bad),
             "videos_per_second": meter.steps * self.global_batch / seconds,
             "step_seconds": seconds / meter.steps,
             "data_wait_share": wait_seconds / self.ranks.world_size / seconds,
@@ -249,32 +260,46 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.write("train", record)
         logger.info(
-            "step %d/%d  epoch %.2f  loss %.4f  lr %.2e  %.1f videos/s  %.3f s/step  waiting for data %.0f %%",
+            "step %d/%d  epoch %.2f  loss %.4f  lr %.2e  %.1f videos/s  %.3f s/step  waiting for data %.0f %%  %s left",
             self.state.step, self.num_steps, self.epoch, loss, groups[-1]["lr"],
             record["videos_per_second"], record["step_seconds"], 100 * record["data_wait_share"],
+            timedelta(seconds=round((self.num_steps - self.state.step) * record["step_seconds"])),
         )  # fmt: skip
+
+    def list_skipped(self, loader: Loader) -> None:
+        """Writes down the videos that ranks have skipped. Raises ShardError past data.max_bad_share. Collective."""
+        if self.config.data.on_error == "skip":
+            join_bad_videos(loader.bad)
+        if self.skipped_list is not None:
+            self.skipped_list.add(loader.split, loader.bad.entries())
 
     def evaluate_and_save(self) -> dict[str, Any]:
         """Evaluates, writes report.json, the best weights when they are better, and a checkpoint.
 
         Asked to stop meanwhile, it saves at once and raises Stopped; the run then goes on with this evaluation.
         """
+        classes_CD = self.class_embeddings()
         result = evaluate(
-            self.engine.module, self.class_embeddings(), self.class_names, self.val_loader,
+            self.engine.module, classes_CD, self.class_names, self.val_loader,
             weights=weights_fingerprint(checkpoint.gather_weights(self.engine)),
-            before_batch=self.save_and_stop_if_asked, progress=self.progress,
+            before_batch=self.save_and_stop_if_asked,
         )  # fmt: skip
         (top1,) = distributed.sum_over_ranks([result["top1"] if result else 0.0])
         figures: dict[str, Any] = {}
         if result:
-            figures = {key: result[key] for key in ("top1", "top5", "mean_class_accuracy", "videos")}
+            figures = {key: result[key] for key in ("top1", "top5", "mean_class_accuracy", "videos", "missing")}
+            record = {"step": self.state.step, "epoch": round(self.epoch, 4), **figures}
+            record["best_top1"] = max(result["top1"], self.state.best_top1)
             if self.metrics is not None:
-                self.metrics.write("val", {"step": self.state.step, "epoch": round(self.epoch, 4), **figures})
+                self.metrics.write("val", record)
+            if self.story is not None:
+                self.story.evaluation(result | record, classes_CD, self.val_loader)
             write_report(self.output / "report.json", {"step": self.state.step, **result})
             logger.info(
                 "evaluation after epoch %.2f: top-1 %.2f %%  top-5 %.2f %%  of %d videos",
                 self.epoch, result["top1"], result["top5"], result["videos"],
             )  # fmt: skip
+        self.list_skipped(self.val_loader)
         is_best = top1 > self.state.best_top1
         best_top1 = max(top1, self.state.best_top1)
         self.state = replace(self.state, evaluated_step=self.state.step, best_top1=best_top1, figures=figures)
@@ -322,6 +347,11 @@ class Trainer:
             few_shot_list = self.train_loader.planner.few_shot_list()
             (self.output / FEW_SHOT_LIST).write_text(few_shot_list, encoding="utf-8")
         self.metrics = Metrics(self.output, self.state.step)
+        self.skipped_list = SkippedList(self.output)
+        if self.config.logging.pictures:
+            from text4vis.story import Story
+
+            self.story = Story(self.metrics.board, self.config, self.class_names, self.state.step)
 
     def close(self) -> None:
         self.train_loader.close()
@@ -340,6 +370,7 @@ class Trainer:
             data_fingerprint=self.train_loader.dataset.fingerprint,
             config=config.to_dict(),
             class_names=self.class_names,
+            classifier_file=file_digest(config.network),
         )
 
     def _joined_state(self, config: Config, found: State) -> State:

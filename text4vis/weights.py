@@ -29,12 +29,13 @@ from torch import Tensor
 
 from text4vis.config import ConfigError, NetworkConfig
 from text4vis.model import VideoClip, build_model
-from text4vis.tensors import State, load_strictly, read_torch_file, read_weights
+from text4vis.tensors import State, is_state, load_strictly, read_torch_file, read_weights
 
 logger = logging.getLogger("text4vis")
 
 EXPORT_FORMAT = "text4vis-export-1"
 EXPORT_FILE = "export.json"
+MAX_SEGMENTS = 10_000  # no model sees so many frames at once
 CLIP_FILE = "clip.json"
 
 
@@ -152,8 +153,10 @@ def _hints(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
 def read_text4vis(path: Path, key: str = "checkpoint") -> Parts:
     """The parts of a `.pt` file of the original project. `key` is named in errors. Raises ConfigError."""
     checkpoint = read_torch_file(path, key)
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model_state_dict"), dict):
-        raise ConfigError(f"{key}: {path} is not one of Text4Vis's: it has no `model_state_dict`")
+    if not isinstance(checkpoint, dict) or not is_state(checkpoint.get("model_state_dict")):
+        raise ConfigError(f"{key}: {path} is not one of Text4Vis's: it has no `model_state_dict` of named tensors")
+    if not is_state(checkpoint.get("fusion_model_state_dict") or {}):
+        raise ConfigError(f"{key}: {path}: its `fusion_model_state_dict` is no dictionary of named tensors")
 
     def without_prefix(state: Mapping[str, Tensor]) -> State:
         return {name.removeprefix("module."): tensor for name, tensor in state.items()}
@@ -268,13 +271,19 @@ def _read_index(folder: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"{folder}: not an export (no {EXPORT_FILE}); make one with tools/export.py") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not readable ({error})") from None
     if not isinstance(content, dict) or content.get("format") != EXPORT_FORMAT:
         raise ConfigError(f"{path}: not of format {EXPORT_FORMAT}; export the model again")
     absent = {"network", "num_segments", "class_names", "card", "config"} - content.keys()
     if absent:
         raise ConfigError(f"{path}: lacks {', '.join(sorted(absent))}; export the model again")
+    names, segments = content["class_names"], content["num_segments"]
+    sections = all(isinstance(content[key], dict) for key in ("network", "card", "config"))
+    if not (sections and isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ConfigError(f"{path}: network, card, config or class_names are of another kind; export the model again")
+    if type(segments) is not int or not 0 < segments <= MAX_SEGMENTS:
+        raise ConfigError(f"{path}: num_segments is {segments!r}; export the model again")
     return content
 
 

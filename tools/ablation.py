@@ -1,5 +1,6 @@
 """What the classifier and the temporal head are worth: the table of the README, on the demo's drawings.
 
+Examples:
     python tools/demo.py --output demo          # makes the data
     python tools/ablation.py --data demo/shards --output runs/ablation
 
@@ -22,10 +23,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
+from shards.address import shown
 from text4vis.comparison import read_report, summarise
 from text4vis.config import ConfigError
+from text4vis.progress import Progress
 from text4vis.stages import Stage, StageError, perform, with_set
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,11 +83,15 @@ def parse_arguments() -> argparse.Namespace:
 
 def train_all(cells: Sequence[Cell], data: Path, output: Path, jobs: int) -> None:
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
-    progress = tqdm(total=len(cells), unit="run", disable=not sys.stderr.isatty())
+    progress = Progress(total=len(cells), unit="run")
+
+    def say(line: str) -> None:
+        with progress.aside():
+            print(line)
 
     def one(cell: Cell) -> None:
         stage = cell.stage(data, output, threads)
-        perform(stage, output, lambda line: progress.write(line, sys.stdout), log=output / f"{cell.name}.log")
+        perform(stage, output, say, log=output / f"{cell.name}.log")
         progress.update()
 
     with progress, ThreadPoolExecutor(jobs) as pool:
@@ -141,7 +146,7 @@ def main() -> int:
     try:
         run(parse_arguments())
     except (StageError, ConfigError, OSError) as error:
-        print(f"ablation: error: {error}", file=sys.stderr)
+        print(f"ablation: error: {shown(error)}", file=sys.stderr)
         return 1
     return 0
 

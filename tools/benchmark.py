@@ -2,6 +2,13 @@
 
 Contenders take turns (A B C, A B C, …); the table shows medians and their spread. Meant for a machine that does nothing
 else. What it needs it makes below --work and finds again; docs/performance.md explains every line.
+
+Examples:
+    python tools/benchmark.py all --json figures.json
+    python tools/benchmark.py loader --clips videos --videos 60 --runs 3
+    python tools/benchmark.py step --model configs/models/demo-clip.json --step-videos 8
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -18,6 +25,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from shards.address import shown
 from shards.format import ShardError
 from text4vis.benchmarks.data import Workload, make_workload, open_workload
 from text4vis.benchmarks.figures import Figure, Processes, machine
@@ -25,8 +33,12 @@ from text4vis.benchmarks.suites import SUITES, Plan
 from text4vis.config import ConfigError
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Every default, and the description as it is written."""
+
+
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("benchmark", choices=(*SUITES, "all"), help="what to measure")
     add("--json", type=Path, metavar="FILE", help="write all figures and the machine's description here")
@@ -143,7 +155,7 @@ if __name__ == "__main__":
     try:
         main()
     except (ShardError, ConfigError, OSError, subprocess.CalledProcessError) as error:
-        print(f"benchmark: error: {error}", file=sys.stderr)
+        print(f"benchmark: error: {shown(error)}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("benchmark: stopped", file=sys.stderr)

@@ -1,5 +1,6 @@
 """Builds the class embeddings that a recipe asks for, and shows which classes they tell apart worst.
 
+Examples:
     python tools/build_classifier.py --config configs/demo.yaml --output classes.safetensors
     python tools/build_classifier.py --config C.yaml --set network.classifier=lda --output lda.safetensors
 
@@ -20,6 +21,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from shards.address import shown
 from shards.annotations import parse_labels
 from shards.format import ShardError
 from text4vis.classifier import Pair, build_classifier, confusable_pairs, save_classifier
@@ -95,7 +97,7 @@ def main() -> int:
     try:
         run(arguments)
     except (ConfigError, ShardError, OSError) as error:
-        print(f"build_classifier: error: {error}", file=sys.stderr)
+        print(f"build_classifier: error: {shown(error)}", file=sys.stderr)
         return 1
     return 0
 

@@ -1,4 +1,13 @@
-"""Packs videos into WebDataset tar shards with an index. After an interruption, run it again: it goes on."""
+"""Packs videos into WebDataset tar shards with an index. After an interruption, run it again: it goes on.
+
+Examples:
+    python tools/build_shards.py --annotations train.txt --root frames --labels labels.csv --output shards/train
+    python tools/build_shards.py --annotations train.txt --root videos --labels labels.csv --output shards/train \\
+        --short-side 256 --max-frames 64 --on-error skip
+    python tools/build_shards.py --annotations more.txt --root videos --labels labels.csv --output shards/train --append
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +17,11 @@ import sys
 import time
 from pathlib import Path
 
-from tqdm import tqdm
-
+from shards.address import shown
 from shards.annotations import parse_annotations, parse_labels
 from shards.format import MANIFEST, ShardError
 from shards.writer import build_shards
+from text4vis.progress import Progress
 
 _UNITS = {"": 1, "B": 1, **{f"{letter}B": 1000**power for power, letter in enumerate("KMGT", start=1)}}
 _UNITS |= {f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", start=1)}
@@ -32,26 +41,32 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--annotations", required=True, metavar="LIST", help="lines of `folder frames label` or `video.mp4 label`")
     add("--root", required=True, metavar="DIR", help="folder that the paths of the list begin in")
     add("--labels", required=True, metavar="CSV", help="class list with the header `id,name`")
     add("--output", required=True, metavar="DIR", help="folder of the data set")
-    add("--image-template", default="img_{:05d}.jpg", metavar="NAME", help="file name of a frame by its number")
-    add("--shard-bytes", type=parse_bytes, default="1GB", metavar="SIZE", help="close a shard when it has reached this")
+    add("--image-template", default="img_{:05d}.jpg", metavar="NAME", help="file name of a frame (img_{:05d}.jpg)")
+    add(
+        "--shard-bytes",
+        type=parse_bytes,
+        default="1GB",
+        metavar="SIZE",
+        help="close a shard that has reached this (1GB)",
+    )
     add("--max-frames", type=int, metavar="K", help="thin longer videos to K frames, uniformly")
     add("--short-side", type=int, metavar="PX", help="re-encode: scale the shorter side down to PX")
     add("--quality", type=int, metavar="Q", help="re-encode: JPEG quality, 90 if only the size is given")
-    add("--seed", type=int, default=0, metavar="S", help="of the order of the videos")
+    add("--seed", type=int, default=0, metavar="S", help="of the order of the videos (0)")
     add("--workers", type=int, metavar="N", help="threads; by default one a core")
-    add("--on-error", choices=("fail", "skip"), default="fail", help="what to do about a video that cannot be read")
+    add("--on-error", choices=("fail", "skip"), default="fail", help="about a video that cannot be read (fail)")
     add("--append", action="store_true", help="add the videos to the finished data set in --output, as new shards")
     add(
         "--store",
         choices=("frames", "video"),
         default="frames",
-        help="JPEG frames, or the encoded video files as they are",
+        help="JPEG frames, or the encoded video files as they are (frames)",
     )
     add("--fps", type=float, metavar="N", help="resample video files to N frames a second")
     return parser.parse_args()
@@ -64,13 +79,12 @@ def main() -> None:
     options = {name: value for name, value in vars(arguments).items() if name not in ("annotations", "labels")}
     started = time.perf_counter()
     videos = size = 0
-    with tqdm(total=len(annotations), unit="video", disable=not sys.stderr.isatty()) as bar:
+    with Progress(total=len(annotations)) as bar:
 
         def advance(num_videos: int, _num_frames: int, num_bytes: int) -> None:
             nonlocal videos, size
             videos, size = videos + num_videos, size + num_bytes
-            bar.update(num_videos)
-            bar.set_postfix_str(f"{size / 1e6:.0f} MB", refresh=False)
+            bar.update(num_videos, f"{size / 1e6:.0f} MB")
 
         manifest = build_shards(
             annotations, labels=labels, progress=advance, list_name=arguments.annotations, **options
@@ -97,7 +111,7 @@ if __name__ == "__main__":
     try:
         main()
     except (ShardError, OSError, ValueError) as error:
-        print(f"build_shards: error: {error}", file=sys.stderr)
+        print(f"build_shards: error: {shown(error)}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("build_shards: stopped; run the same command again to go on", file=sys.stderr)

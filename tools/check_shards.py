@@ -1,4 +1,11 @@
-"""Proves data sets of shards sound and tells what they hold. Exit code: 0 sound, 1 unsound, 2 wrong usage."""
+"""Proves data sets of shards sound and tells what they hold.
+
+Examples:
+    python tools/check_shards.py shards/train shards/val
+    python tools/check_shards.py shards/val --deep --labels labels.csv --json report.json
+
+Exit codes: 0 sound, 1 unsound, 2 wrong usage.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +17,18 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 
+from shards.address import shown
 from shards.annotations import parse_labels
 from shards.checker import VIDEOS_PER_RANK, Report, check_datasets
 from shards.format import ShardError
+from text4vis.progress import Progress
 
 _SHOWN_LINES = 20
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("datasets", nargs="+", metavar="DIR", help="data sets; no video may be in two of them")
     parser.add_argument("--deep", action="store_true", help="decode every frame too")
     parser.add_argument("--labels", metavar="CSV", help="class list that the data sets must have")
@@ -72,9 +80,9 @@ def main() -> int:
     try:
         labels = parse_labels(arguments.labels) if arguments.labels else None
     except ShardError as error:
-        print(f"check_shards: error: {error}", file=sys.stderr)
+        print(f"check_shards: error: {shown(error)}", file=sys.stderr)
         return 2
-    with tqdm(unit="video", disable=not sys.stderr.isatty()) as bar:
+    with Progress() as bar:
         report = check_datasets(
             arguments.datasets, labels=labels, deep=arguments.deep, workers=arguments.workers, progress=bar.update
         )
@@ -96,5 +104,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except OSError as error:
-        print(f"check_shards: error: {error}", file=sys.stderr)
+        print(f"check_shards: error: {shown(error)}", file=sys.stderr)
         sys.exit(1)

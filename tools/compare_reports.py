@@ -1,5 +1,6 @@
 """Compares two reports of text4vis/evaluate.py, or gives mean and deviation over several.
 
+Examples:
     python tools/compare_reports.py before.json after.json
     python tools/compare_reports.py --mean split1.json split2.json split3.json
 
@@ -23,6 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from shards.address import shown
 from text4vis.comparison import ClassFigure, Comparison, Setting, compare, read_report, summarise
 from text4vis.config import ConfigError
 
@@ -115,7 +117,7 @@ def main() -> int:
     try:
         return run(arguments)
     except (ConfigError, OSError) as error:
-        print(f"compare_reports: error: {error}", file=sys.stderr)
+        print(f"compare_reports: error: {shown(error)}", file=sys.stderr)
         return 1
 
 

@@ -1,5 +1,6 @@
 """The whole of Text4Vis on drawn people, from nothing to a picture: what `make demo` runs.
 
+Examples:
     python tools/demo.py --output demo
 
 Each stage is one of the ordinary commands, shown before it runs. A finished stage is skipped the next time.
@@ -17,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from shards.address import shown
 from text4vis.stages import Stage, StageError, perform, with_set
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,7 +105,7 @@ def main() -> int:
         try:
             seconds[name] = perform(stage, folder)
         except StageError as error:
-            print(f"demo: error: {error}", file=sys.stderr)
+            print(f"demo: error: {shown(error)}", file=sys.stderr)
             return 1
     console.print(summary(folder, seconds))
     return 0

@@ -4,7 +4,7 @@ Opens the data sets and makes a batch, builds the model, looks for room on the d
 and compares versions and files. Trains nothing and writes nothing. Then `train.py --dry-run` tries a step.
 Exit code: 0 no problems (warnings are allowed), 1 problems, 2 wrong usage.
 
-examples:
+Examples:
   python tools/doctor.py
   python tools/doctor.py --config configs/demo.yaml --set data.train=demo/shards/train --set data.val=demo/shards/val
   python tools/doctor.py --config configs/demo.yaml --hostfile hosts --output runs/demo

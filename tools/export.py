@@ -1,6 +1,11 @@
-"""Exports a trained model: one folder with weights (safetensors), configuration and classes, for tools/predict.py.
+"""Exports a trained model: one folder with weights (safetensors), configuration, classes and a model card.
 
+Examples:
     python tools/export.py runs/demo --output exported
+    python tools/export.py runs/demo --output exported --onnx       # and a graph that runs without torch
+
+text4vis.load and tools/predict.py open the folder; docs/deployment.md tells what is in it. The model card quotes the
+run's last evaluation, or the --report of text4vis/evaluate.py that is given.
 
 CHECKPOINT: a run's folder (its best weights) or one of its checkpoints. A .pt file of the original project needs
 --config and --labels beside it. Exit codes: 0 done, 1 failed, 2 wrong usage.
@@ -12,14 +17,16 @@ import argparse
 import sys
 from pathlib import Path
 
+from shards.address import shown
 from shards.annotations import parse_labels
 from shards.format import ShardError
 from text4vis import checkpoint
 from text4vis.checkpoint import CheckpointError
 from text4vis.classifier import build_classifier
 from text4vis.config import ConfigError, load_config
+from text4vis.export import export, last_report
+from text4vis.onnx_graph import require_packages
 from text4vis.predictor import Trained, open_run
-from text4vis.weights import export_model
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -30,6 +37,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", required=True, type=Path, help="folder to write")
     parser.add_argument("--config", type=Path, help="recipe of a .pt file")
     parser.add_argument("--labels", type=Path, help="class names (CSV `id,name`) of a .pt file")
+    parser.add_argument("--report", type=Path, help="evaluation for the model card; default: the run's last one")
+    parser.add_argument("--onnx", action="store_true", help="also write model.onnx (pip install 'text4vis[onnx]')")
     arguments = parser.parse_args()
     if arguments.checkpoint.is_file() != bool(arguments.config and arguments.labels):
         parser.error("--config and --labels go with a .pt file, and with nothing else")
@@ -37,6 +46,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if arguments.onnx:
+        require_packages()
+    report = arguments.report
     if arguments.checkpoint.is_file():
         config, names = load_config(arguments.config), parse_labels(arguments.labels)
         model = checkpoint.load_model(arguments.checkpoint, config)
@@ -44,16 +56,14 @@ def run(arguments: argparse.Namespace) -> None:
         trained = Trained(model, config, names, build_classifier(config, model, names), card)
     else:
         trained = open_run(arguments.checkpoint)
-    export_model(
-        arguments.output,
-        trained.model,
-        trained.config.network,
-        trained.config.to_dict(),
-        trained.class_names,
-        trained.class_embeddings_CD,
-        trained.card,
-    )
+        report = report or last_report(arguments.checkpoint)
+    graph = export(arguments.output, trained, report=report, onnx=arguments.onnx)
     print(f"exported {len(trained.class_names)} classes to {arguments.output}")
+    if graph is not None:
+        compared = "not compared with PyTorch: onnxruntime is not installed"
+        if graph.difference is not None:
+            compared = f"its logits differ by at most {graph.difference:.1g} from PyTorch's"
+        print(f"{graph.path}: {graph.bytes / 1e6:.1f} MB, {compared}")
 
 
 def main() -> int:
@@ -61,7 +71,7 @@ def main() -> int:
     try:
         run(arguments)
     except (ConfigError, ShardError, CheckpointError, OSError) as error:
-        print(f"export: error: {error}", file=sys.stderr)
+        print(f"export: error: {shown(error)}", file=sys.stderr)
         return 1
     return 0
 

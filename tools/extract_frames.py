@@ -1,4 +1,11 @@
-"""Decodes videos into folders of JPEG frames and writes OUT/annotations.txt. After an interruption, run it again."""
+"""Decodes videos into folders of JPEG frames and writes OUT/annotations.txt. After an interruption, run it again.
+
+Examples:
+    python tools/extract_frames.py --videos train.txt --root videos --output frames
+    python tools/extract_frames.py --videos train.txt --root videos --output frames --fps 10 --short-side 0
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +14,23 @@ import sys
 import time
 from pathlib import Path
 
-from tqdm import tqdm
-
+from shards.address import shown
 from shards.annotations import parse_annotations
 from shards.extraction import ANNOTATIONS, extract_frames
 from shards.format import ShardError
+from text4vis.progress import Progress
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--videos", required=True, metavar="LIST", help="lines of `video.mp4 label`")
     add("--root", required=True, metavar="DIR", help="folder that the paths of the list begin in")
     add("--output", required=True, metavar="DIR", help="folder for the frame folders and annotations.txt")
-    add("--short-side", type=int, default=256, metavar="PX", help="scale the shorter side down to PX; 0 keeps the size")
+    add("--short-side", type=int, default=256, metavar="PX", help="scale the shorter side down to PX (256); 0: keep it")
     add("--fps", type=float, metavar="N", help="take N frames a second instead of all")
-    add("--quality", type=int, default=90, metavar="Q", help="JPEG quality")
-    add("--image-template", default="img_{:05d}.jpg", metavar="NAME", help="file name of a frame by its number")
+    add("--quality", type=int, default=90, metavar="Q", help="JPEG quality (90)")
+    add("--image-template", default="img_{:05d}.jpg", metavar="NAME", help="file name of a frame (img_{:05d}.jpg)")
     add("--workers", type=int, metavar="N", help="threads; by default one a core")
     return parser.parse_args()
 
@@ -32,7 +39,7 @@ def main() -> None:
     arguments = parse_arguments()
     videos = parse_annotations(arguments.videos)
     started = time.perf_counter()
-    with tqdm(total=len(videos), unit="video", disable=not sys.stderr.isatty()) as bar:
+    with Progress(total=len(videos)) as bar:
 
         def advance(num_videos: int, _num_frames: int) -> None:
             bar.update(num_videos)
@@ -60,7 +67,7 @@ if __name__ == "__main__":
     try:
         main()
     except (ShardError, OSError, ValueError) as error:
-        print(f"extract_frames: error: {error}", file=sys.stderr)
+        print(f"extract_frames: error: {shown(error)}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("extract_frames: stopped; run the same command again to go on", file=sys.stderr)

@@ -1,11 +1,13 @@
 """Make the demo's data set: short videos of little people acting, as folders of JPEG frames.
 
-    python tools/make_demo_data.py --output DIR
+Examples:
+    python tools/make_demo_data.py --output data
+    python tools/make_demo_data.py --output small --train-videos 40 --val-videos 20 --unseen-videos 14
 
-DIR then looks like any data set of frame folders:
+The folder then looks like any data set of frame folders:
 
     frames/train/<video>/img_00001.jpg …    also val/ and unseen/
-    train.txt, val.txt, unseen.txt          lines `path frames label`, path relative to DIR/frames
+    train.txt, val.txt, unseen.txt          lines `path frames label`, path relative to frames/
     labels.csv, unseen_labels.csv           id,name; the unseen classes have ids of their own
 
 The unseen classes are new combinations of words that the training classes use ("raising" + "the left arm"). Left and
@@ -23,10 +25,10 @@ from typing import Any
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
 from text4vis.demo import ACTIONS, UNSEEN_ACTIONS, Action
 from text4vis.demo_scene import render_video
+from text4vis.progress import track
 
 SPLITS = {"train": ACTIONS, "val": ACTIONS, "unseen": UNSEEN_ACTIONS}
 IMAGE_TEMPLATE = "img_{:05d}.jpg"
@@ -42,13 +44,13 @@ def count(text: str) -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to fill")
-    parser.add_argument("--train-videos", type=count, default=1400)
-    parser.add_argument("--val-videos", type=count, default=320)
-    parser.add_argument("--unseen-videos", type=count, default=161)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=count, default=2, help="processes that draw")
+    parser.add_argument("--train-videos", type=count, default=1400, help="videos to train with (1400)")
+    parser.add_argument("--val-videos", type=count, default=320, help="of the same classes, to validate (320)")
+    parser.add_argument("--unseen-videos", type=count, default=161, help="of classes never trained on (161)")
+    parser.add_argument("--seed", type=int, default=0, help="of all videos (0)")
+    parser.add_argument("--workers", type=count, default=2, help="processes that draw (2)")
     return parser.parse_args()
 
 
@@ -85,7 +87,7 @@ def make_data(output: Path, videos: dict[str, int], seed: int, workers: int) -> 
     draw = partial(make_video, frames_dir=output / "frames", seed=seed)
     with ProcessPoolExecutor(workers) as executor:
         drawn = executor.map(draw, tasks, chunksize=8)
-        lines = list(tqdm(drawn, total=len(tasks), desc="drawing", unit="video"))
+        lines = list(track(drawn, "drawing", total=len(tasks)))
     for split in videos:
         of_split = [line for line, task in zip(lines, tasks, strict=True) if task[0] == split]
         (output / f"{split}.txt").write_text("\n".join(of_split) + "\n")

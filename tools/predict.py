@@ -1,5 +1,6 @@
 """Recognises actions in videos with a trained model.
 
+Examples:
     python tools/predict.py clip.mp4 --model exported
     python tools/predict.py clip.mp4 frames/clip2 --model runs/own --labels 'surfing,skiing' --top 2 --picture seen.png
     python tools/predict.py videos 'more/*.mp4' https://host/x.mp4 --model exported --json all.json --csv all.csv
@@ -26,16 +27,16 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from tqdm import tqdm
 
 import text4vis
-from shards.address import redact, scheme_of
+from shards.address import redact, scheme_of, shown
 from shards.annotations import is_video_file, parse_labels
 from shards.format import ShardError
 from text4vis.checkpoint import CheckpointError
 from text4vis.config import ConfigError
 from text4vis.pictures import save_prediction, save_timeline
 from text4vis.predictor import FRAME_SUFFIXES, PredictionError, Predictor, Timeline
+from text4vis.progress import Progress
 
 Row = dict[str, Any]  # {"video", "top": [{"class", "probability"}]}, with "start" and "end" of a window; or an "error"
 
@@ -173,10 +174,12 @@ def run(arguments: argparse.Namespace) -> int:
     recogniser = text4vis.load(arguments.model)
     console = Console()
     rows: list[Row] = []
-    quiet = len(videos) == 1 or not sys.stderr.isatty()
-    for of_one in tqdm(recognise(recogniser, videos, arguments), total=len(videos), unit="video", disable=quiet):
-        rows += of_one
-        show(of_one, console)
+    with Progress(total=len(videos), quiet=len(videos) == 1) as progress:
+        for of_one in recognise(recogniser, videos, arguments):
+            rows += of_one
+            with progress.aside():
+                show(of_one, console)
+            progress.update()
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     if arguments.csv:
@@ -192,7 +195,7 @@ def main() -> int:
     try:
         return run(arguments)
     except (CheckpointError, ConfigError, ShardError, PredictionError, OSError) as error:
-        print(f"predict: error: {error}", file=sys.stderr)
+        print(f"predict: error: {shown(error)}", file=sys.stderr)
         return 1
 
 

@@ -1,7 +1,9 @@
 """Your own videos to shards: makes class names and a split, then packs them. Run it again after an interruption.
 
-    python tools/prepare_videos.py videos --output data             videos/surfing/a.mp4, videos/skiing/b.mp4, …
-    python tools/prepare_videos.py videos --table videos.csv --output data          path,label[,split]
+Examples:
+    python tools/prepare_videos.py videos --output data                      # videos/surfing/a.mp4, videos/skiing/b.mp4
+    python tools/prepare_videos.py videos --table videos.csv --output data   # lines `path,label[,split]`
+    python tools/prepare_videos.py videos --output data --lists-only
 
 Writes data/labels.csv, data/train.txt and data/val.txt, and from them data/shards/train and data/shards/val. The lists
 are yours to edit: with --lists-only nothing is packed yet, and lists that are there already are used as they are.
@@ -14,12 +16,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tqdm import tqdm
-
+from shards.address import shown
 from shards.annotations import parse_annotations, parse_labels
 from shards.folders import LABELS, SPLITS, read_table, scan_folders, split_videos, write_lists
 from shards.format import ShardError
 from shards.writer import build_shards
+from text4vis.progress import Progress
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -39,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _advance(bar: tqdm) -> Callable[[int, int, int], None]:
+def _advance(bar: Progress) -> Callable[[int, int, int], None]:
     def advance(videos: int, _frames: int, _bytes: int) -> None:
         bar.update(videos)
 
@@ -66,7 +68,7 @@ def main() -> None:
     labels = parse_labels(output / LABELS)
     for split, file in SPLITS.items():
         annotations = parse_annotations(output / file, len(labels), labels_file=output / LABELS)
-        with tqdm(total=len(annotations), desc=split, unit="video", disable=not sys.stderr.isatty()) as bar:
+        with Progress(split, len(annotations)) as bar:
             manifest = build_shards(
                 annotations,
                 root=arguments.videos,
@@ -90,7 +92,7 @@ if __name__ == "__main__":
     try:
         main()
     except (ShardError, OSError, ValueError) as error:
-        print(f"prepare_videos: error: {error}", file=sys.stderr)
+        print(f"prepare_videos: error: {shown(error)}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("prepare_videos: stopped; run the same command again to go on", file=sys.stderr)

@@ -1,6 +1,8 @@
 """Pre-train the demo's small CLIP contrastively on rendered frame-caption pairs.
 
+Examples:
     python tools/pretrain_demo_clip.py --output configs/models
+    python tools/pretrain_demo_clip.py --output quick --steps 20 --frames 2000
 
 It reads the architecture (open_clip's JSON format) from `--config`, and writes three files that belong together:
 `demo-clip.json`, `demo-clip-bpe.txt.gz` (the first merges of CLIP's own vocabulary, as many as `vocab_size` allows) and
@@ -40,11 +42,11 @@ from open_clip.model import CLIP
 from open_clip.tokenizer import SimpleTokenizer, default_bpe
 from open_clip.transformer import VisionTransformer
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from text4vis.demo import ACTIONS, FRAME_HEIGHT, UNSEEN_ACTIONS, Action
 from text4vis.demo_captions import FRAMES_PER_SCENE, Example, render_examples, sample_caption
 from text4vis.demo_scene import render_video
+from text4vis.progress import Progress, track
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "models" / "demo-clip.json"
 BASE_VOCABULARY = 512 + 2  # bytes, bytes that end a word, and the two special tokens
@@ -55,17 +57,17 @@ SCENES_PER_TASK = 64
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--output", type=Path, required=True, help="folder for the JSON, the vocabulary and the weights"
     )
     parser.add_argument("--config", type=Path, default=CONFIG, help="architecture in open_clip's JSON format")
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=1500, help="batches (1500)")
+    parser.add_argument("--batch-size", type=int, default=64, help="frames in a batch (64)")
     parser.add_argument("--frames", type=int, default=24_000, help="rendered frames to draw the batches from")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--joint-weight", type=float, default=20.0, help="weight of the joints' squared error")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of frames and order (0)")
     parser.add_argument("--workers", type=int, default=2, help="processes that render")
     return parser.parse_args()
 
@@ -95,7 +97,7 @@ def render_pool(frames: int, seed: int, workers: int) -> list[Example]:
     tasks = range(math.ceil(frames / (SCENES_PER_TASK * FRAMES_PER_SCENE)))
     with ProcessPoolExecutor(workers) as executor:
         rendered = executor.map(partial(render_task, seed=seed), tasks)
-        return [example for part in tqdm(rendered, total=len(tasks), desc="rendering") for example in part]
+        return [example for part in track(rendered, "rendering", total=len(tasks), unit="task") for example in part]
 
 
 def random_crop(rng: np.random.Generator, example: Example, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -153,28 +155,28 @@ def train(model: CLIP, tokenizer: SimpleTokenizer, pool: list[Example], args: ar
     size = model.visual.image_size[0]
     order = np.concatenate([rng.permutation(len(pool)) for _ in range(1 + args.steps * args.batch_size // len(pool))])
     model.train()
-    progress = tqdm(range(args.steps), desc="training")
-    for step in progress:
-        for group in (group for optimiser in optimisers for group in optimiser.param_groups):
-            group["lr"] = args.lr * min((step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * step / args.steps))
-        examples = [pool[index] for index in order[step * args.batch_size : (step + 1) * args.batch_size]]
-        crops, joints = zip(*(random_crop(rng, example, size) for example in examples), strict=True)
-        tokens = tokenizer([sample_caption(rng, example.facts) for example in examples])
-        with torch.autocast("cpu", torch.bfloat16):
-            image_features = model.encode_image(to_tensor(crops))
-            text_features = model.encode_text(tokens)
-        images, texts = (F.normalize(features.float(), dim=-1) for features in (image_features, text_features))
-        contrastive = loss_of(images, texts, model.logit_scale.exp())
-        joint_error = F.mse_loss(
-            joint_head(image_features.float()), torch.from_numpy(np.stack(joints)).float().flatten(1)
-        )
-        (contrastive + args.joint_weight * joint_error).backward()
-        for optimiser in optimisers:
-            optimiser.step()
-            optimiser.zero_grad()
-        with torch.no_grad():
-            model.logit_scale.clamp_(0, math.log(100))
-        progress.set_postfix(contrastive=f"{contrastive.item():.2f}", joints=f"{joint_error.item() ** 0.5:.3f}")
+    with Progress("training", args.steps, unit="step") as progress:
+        for step in range(args.steps):
+            for group in (group for optimiser in optimisers for group in optimiser.param_groups):
+                group["lr"] = args.lr * min((step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * step / args.steps))
+            examples = [pool[index] for index in order[step * args.batch_size : (step + 1) * args.batch_size]]
+            crops, joints = zip(*(random_crop(rng, example, size) for example in examples), strict=True)
+            tokens = tokenizer([sample_caption(rng, example.facts) for example in examples])
+            with torch.autocast("cpu", torch.bfloat16):
+                image_features = model.encode_image(to_tensor(crops))
+                text_features = model.encode_text(tokens)
+            images, texts = (F.normalize(features.float(), dim=-1) for features in (image_features, text_features))
+            contrastive = loss_of(images, texts, model.logit_scale.exp())
+            joint_error = F.mse_loss(
+                joint_head(image_features.float()), torch.from_numpy(np.stack(joints)).float().flatten(1)
+            )
+            (contrastive + args.joint_weight * joint_error).backward()
+            for optimiser in optimisers:
+                optimiser.step()
+                optimiser.zero_grad()
+            with torch.no_grad():
+                model.logit_scale.clamp_(0, math.log(100))
+            progress.update(note=f"contrastive {contrastive.item():.2f}, joints {joint_error.item() ** 0.5:.3f}")
 
 
 @torch.no_grad()

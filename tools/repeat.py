@@ -1,5 +1,6 @@
 """Trains one recipe with several seeds and gives mean and deviation of the results.
 
+Examples:
     python tools/repeat.py --config configs/demo.yaml --seeds 1,2,3 --output runs/demo-seeds
     python tools/repeat.py --config C.yaml --seeds 1,2,3 --output runs/4-shot --set data.shot=4 \
         --launcher 'deepspeed --hostfile hosts'
@@ -24,6 +25,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from shards.address import shown
 from text4vis.comparison import read_report, summarise
 from text4vis.config import ConfigError, load_config
 from text4vis.stages import Stage, StageError, perform, with_set
@@ -98,10 +100,10 @@ def main() -> int:
     try:
         run(arguments, arguments.seeds)
     except StageError as error:
-        print(f"repeat: error: {error}", file=sys.stderr)
+        print(f"repeat: error: {shown(error)}", file=sys.stderr)
         return error.code
     except (ConfigError, OSError) as error:
-        print(f"repeat: error: {error}", file=sys.stderr)
+        print(f"repeat: error: {shown(error)}", file=sys.stderr)
         return 1
     return 0
 

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from shards.annotations import VIDEO_EXTENSIONS, Annotation
 from shards.format import (
@@ -40,6 +39,7 @@ from shards.reader import open_dataset
 from shards.video import iter_frames
 from shards.writer import build_shards
 from text4vis.augmentation import scaled_size
+from text4vis.progress import track
 
 SHORT_SIDE = 256
 QUALITY = 90
@@ -105,7 +105,7 @@ def make_workload(work: Path, *, num_videos: int, num_frames: int, clips: Path |
     if not (folder / "shards" / MANIFEST).exists():
         shutil.rmtree(folder, ignore_errors=True)
         sources = map(_clip_frames, files) if files else _photograph_frames(num_frames)
-        base = list(tqdm(sources, "decoding clips", len(files) or _PHOTOGRAPHS, disable=None))
+        base = list(track(sources, "decoding clips", len(files) or _PHOTOGRAPHS))
         annotations = _write_folders(folder / "frames", base, num_videos, num_frames)
         total_bytes = sum(path.stat().st_size for path in (folder / "frames").rglob("*.jpg"))
         build_shards(
@@ -162,7 +162,7 @@ def _photograph_frames(num_frames: int) -> Iterator[list[bytes]]:
 def _write_folders(root: Path, base: Sequence[list[bytes]], num_videos: int, num_frames: int) -> list[Annotation]:
     """Video v shows a part of clip v modulo the number of clips, each time another one."""
     annotations = []
-    for video in tqdm(range(num_videos), "writing frames", disable=None):
+    for video in track(range(num_videos), "writing frames"):
         label, frames = video % len(base), base[video % len(base)]
         start = video // len(base) * 37
         folder = root / f"class_{label}" / f"video_{video:05d}"
@@ -201,7 +201,7 @@ def multiplied(shards: Path, work: Path, *, num_videos: int, num_frames: int) ->
                 "shape": (num_videos * num_frames,),
             },
         )
-        for number in tqdm(range(count), "writing a large index", disable=None):
+        for number in track(range(count), "writing a large index", unit="shard"):
             first, last = int(edges[number]), int(edges[number + 1])
             source = number % len(manifest.shards)
             stored = index.videos[index.videos["shard"] == source]

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tqdm import tqdm
+from text4vis.progress import Progress
 
 Value = TypeVar("Value")
 
@@ -89,12 +89,11 @@ def compared(
 def interleaved(benchmark: str, contenders: Mapping[str, Callable[[], Value]], rounds: int) -> dict[str, list[Value]]:
     """Runs A B C, A B C, …: what the machine does besides meets all of them alike."""
     values: dict[str, list[Value]] = {name: [] for name in contenders}
-    with tqdm(total=rounds * len(contenders), desc=benchmark, disable=None) as bar:
+    with Progress(benchmark, rounds * len(contenders), unit="run") as bar:
         for _ in range(rounds):
             for name, contender in contenders.items():
-                bar.set_postfix_str(name)
                 values[name].append(contender())
-                bar.update()
+                bar.update(note=name)
     return values
 
 

@@ -1,0 +1,19 @@
+"""A short soak: killed and stopped jobs of one to three ranks, a flaky store, damaged videos. See tests/soak.py."""
+
+import pytest
+from soak import Soak
+
+SETTINGS = ("solver.global_batch=6", "solver.epochs=6", "data.batch_size=2", "engine.zero_stage=1")
+
+
+@pytest.mark.slow
+def test_nothing_is_lost_while_everything_fails(project, tmp_path):
+    soak = Soak(
+        project.config, project.shards, project.shards, tmp_path, ranks=(1, 2, 3), seconds=(0.2, 1), seed=3,
+        settings=(*SETTINGS, "logging.save_steps=3"), damaged_share=0.08,
+    )  # fmt: skip
+    assert soak.run(minutes=0) == 1
+    assert soak.counts["jobs"] > 2 and soak.counts["killed"] and soak.counts["faults of the store"]
+    steps, as_planned = soak.samples_as_planned(0)
+    assert steps == 26 and as_planned
+    assert soak.skipped(0) == set(soak.damaged)

@@ -1,0 +1,109 @@
+"""The model card of an export: Markdown with a YAML header, as model hubs read it. Pure text.
+
+What comes from files (class names, templates, names of data sets) is shown as it is and never read as Markdown or HTML.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
+
+import yaml
+
+WEIGHT_SUFFIXES = (".json", ".pt", ".pth", ".bin", ".safetensors")
+
+
+def escape(value: Any) -> str:
+    """A value as text of one line, without meaning in Markdown or HTML."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return re.sub(r"([\\`*_\[\]<>|~&$])", r"\\\1", " ".join(text.split()))
+
+
+def file_name(value: Any) -> Any:
+    """A path's last part, which is all that others need to know; anything else as it is."""
+    is_path = isinstance(value, str) and (PurePath(value).is_absolute() or value.endswith(WEIGHT_SUFFIXES))
+    return PurePath(value).name if is_path else value
+
+
+def model_card(
+    title: str,
+    class_names: Sequence[str],
+    *,
+    facts: Mapping[str, Any],
+    training: Mapping[str, Any],
+    preprocessing: Mapping[str, Any],
+    figures: Mapping[str, Any],
+    evaluation: Mapping[str, Any] | None,
+    onnx: Mapping[str, Any] | None,
+    takes_labels: bool,
+) -> str:
+    """The page. Mappings hold JSON values; inner mappings are shown with dotted keys.
+
+    facts: what the model is. training: settings. figures: those that the run had when it saved the weights. evaluation:
+    protocol card and figures of a report; `of these weights` says whether it is. takes_labels: whether other class
+    names than its own make sense.
+    """
+    header = {
+        "library_name": "text4vis",
+        "pipeline_tag": "video-classification",
+        "tags": ["video-classification", "clip", "text4vis", *(["onnx"] if onnx else [])],
+        "model_name": title,
+    }
+    usage = 'recogniser = text4vis.load(".")  # this folder\nprint(recogniser.predict("clip.mp4").top)\n'
+    if takes_labels:
+        usage += 'print(recogniser.predict("clip.mp4", labels=["surfing", "skiing"]).top)  # any other classes\n'
+    parts = [
+        f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n",
+        f"# {escape(title)}\n",
+        "Recognises actions in videos: CLIP's vision tower sees the sampled frames, a temporal head fuses them, and "
+        "the class whose embedding has the largest cosine with the video wins.\n",
+        _table(facts),
+        "## Use\n",
+        f"```python\nimport text4vis\n\n{usage}```\n",
+    ]
+    if onnx:
+        parts += [
+            "Without torch, with `pip install av numpy onnxruntime pillow`:\n",
+            "```\npython predict_onnx.py model.onnx clip.mp4\n```\n",
+            "`model.onnx` takes `frames` (videos, views, frames, 3, height, width) uint8 RGB, and if other classes are "
+            "wanted `classes` (classes, width) float32. It gives `embeddings` and `logits`, whose softmax is the "
+            "probabilities.\n",
+            _table(onnx),
+        ]
+    parts += ["## What it sees\n", _table(preprocessing), "Pixels are normalised inside the model.\n"]
+    parts += ["## Training\n", _table(training) if training else "Not recorded.\n", "## Evaluation\n"]
+    if figures:
+        parts += ["When these weights were saved:\n", _table(figures)]
+    if evaluation:
+        whose = "these weights" if evaluation["of these weights"] else "**other weights** than these"
+        parts += [f"A report on {whose}, and what it was measured with:\n", _table(evaluation)]
+    else:
+        parts += ["No report is at hand; `text4vis/evaluate.py --report` writes one.\n"]
+    parts += [
+        "## Limits\n",
+        "- It always names one of its classes, also for a video that shows none of them.\n"
+        "- It looks at one clip of a few frames. Long videos are scanned in windows (`recogniser.scan`).\n"
+        + ("" if takes_labels else "- Its class embeddings are not text, so it knows no classes but its own.\n")
+        + "- The figures above hold for the data, views and classes that are named with them, and nothing else was "
+        "measured. What CLIP's training data lacks or distorts is in this model too.\n",
+        f"## Classes ({len(class_names)})\n",
+        _table({str(number): name for number, name in enumerate(class_names)}),
+    ]
+    return "\n".join(parts)
+
+
+def _table(values: Mapping[str, Any]) -> str:
+    rows = [f"| {escape(key)} | {escape(value)} |\n" for key, value in flatten(values)]
+    return "".join(["| | |\n|---|---|\n", *rows])
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Dotted keys and their values; keys without a value are left out."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        elif value is not None:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,76 @@
+"""Recognises the action in a video with an exported ONNX graph. Needs av, numpy, onnxruntime and pillow, no torch.
+
+    python predict_onnx.py model.onnx clip.mp4
+
+tools/export.py --onnx writes a copy of this file, which imports nothing of text4vis, into the export's folder.
+"""
+
+import json
+import sys
+from typing import Any
+
+import av
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+
+def load(path: str) -> tuple[Any, dict[str, Any]]:
+    """The session and what the graph says of itself: `class_names` and `preprocessing`."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # it warns that the input `classes` has a default
+    session = onnxruntime.InferenceSession(path, options, providers=onnxruntime.get_available_providers())
+    return session, json.loads(session.get_modelmeta().custom_metadata_map["text4vis"])
+
+
+def frame_numbers(num_frames: int, rule: dict[str, Any]) -> list[int]:
+    """The first frame of each of T equal segments, or T frames at equal steps in a window in the middle."""
+    segments, window = rule["num_segments"], rule["dense_window"]
+    if window is None:
+        return [int(num_frames / segments * i) for i in range(segments)]
+    start = max(0, num_frames - window) // 2
+    return [(start + i * (window // segments)) % num_frames for i in range(segments)]
+
+
+def scale_and_crop(image: Image.Image, rule: dict[str, Any]) -> np.ndarray:
+    """(3, S, S) uint8: the short side to `scale_size`, bicubic, then the square in the centre."""
+    width, height = image.size
+    short, side = rule["scale_size"], rule["input_size"]
+    size = (int(short * width / height), short) if height <= width else (short, int(short * height / width))
+    image = image.resize(size, Image.Resampling.BICUBIC)
+    left, top = round((size[0] - side) / 2), round((size[1] - side) / 2)
+    return np.asarray(image.crop((left, top, left + side, top + side))).transpose(2, 0, 1)
+
+
+def read_frames(path: str, rule: dict[str, Any]) -> np.ndarray:
+    """(T, 3, S, S) uint8 RGB. Frames are counted as the decoder gives them out."""
+    with av.open(path) as container:
+        wanted = frame_numbers(sum(1 for _ in container.decode(video=0)), rule)
+    found = {}
+    with av.open(path) as container:
+        for number, frame in enumerate(container.decode(video=0)):
+            if number in wanted:
+                image = Image.fromarray(frame.to_ndarray(format="rgb24"))
+                found[number] = scale_and_crop(image.rotate(frame.rotation, expand=True), rule)
+    return np.stack([found[number] for number in wanted])
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)
+
+
+def main() -> None:
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
+    session, facts = load(sys.argv[1])
+    for path in sys.argv[2:]:
+        frames = read_frames(path, facts["preprocessing"])[None, None]  # one video, one view
+        (logits,) = session.run(["logits"], {"frames": frames})
+        scores = softmax(logits[0])
+        for number in np.argsort(-scores)[:5]:
+            print(f"{path}\t{facts['class_names'][number]}\t{scores[number]:.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Compares training runs on one page of HTML that opens anywhere: it needs no network, no server and no other file.
+
+Examples:
+    python tools/report.py runs/own
+    python tools/report.py runs/before runs/after runs/other --output compared.html
+
+Shows, for run folders (or single reports of text4vis/evaluate.py --report): the figures and what differs from the
+first run, the curves of metrics.jsonl, the classes that gained and lost, the surest right and wrong predictions with
+the frames that the model saw, the protocol cards side by side, and the settings that differ. Start it in the folder in
+which the runs were trained: their configurations name the shards from there, and the frames are read from these.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from shards.address import printable
+from text4vis.config import ConfigError
+from text4vis.progress import track
+from text4vis.report import read_examples, read_runs, render
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, or report; the first: reference")
+    parser.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE", help="default: %(default)s")
+    parser.add_argument(
+        "--examples",
+        type=int,
+        default=3,
+        metavar="N",
+        help="surest right and surest wrong predictions of each run to show (default: %(default)s); 0: none",
+    )
+    arguments = parser.parse_args()
+    if arguments.examples < 0:
+        parser.error(f"--examples: expected 0 or more, got {arguments.examples}")
+    return arguments
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    try:
+        runs = read_runs(arguments.runs)
+        found = read_examples(runs, arguments.examples) if arguments.examples else ()
+        page = render(runs, list(track(found, "reading frames", len(runs), unit="run", keep=False)))
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(page, encoding="utf-8")
+    except (ConfigError, OSError) as error:
+        print(f"report: error: {printable(str(error))}", file=sys.stderr)
+        return 1
+    print(f"{arguments.output}: {len(runs)} {'run' if len(runs) == 1 else 'runs'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
