@@ -108,14 +108,12 @@ class Soak:
         return self.work / f"ledger-{run}"
 
     def run(self, minutes: float) -> int:
-        """Trains, one run after another, until the time is up and a run is done. Returns how many are."""
+        """Trains, one run after another, until the time is up and a run is done. Returns how many are done."""
         deadline, done = time.monotonic() + 60 * minutes, 0
         with serve(self.work / "store") as store:
             store.fault = self._fault
             while time.monotonic() < deadline or not done:
-                while not self._job(done, store):
-                    pass
-                done += 1
+                done += self._job(done, store)
         return done
 
     def _fault(self, path: str, count: int):

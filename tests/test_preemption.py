@@ -99,7 +99,7 @@ def test_two_jobs_never_write_one_run(project, tmp_path):
     the first."""
     output = tmp_path / "run"
     processes = project.start_with(output, "--slow 0.2", "solver.epochs=1")
-    wait_for(lambda: (output / "metrics.jsonl").exists(), processes)
+    wait_for((output / "metrics.jsonl").exists, processes)
     before = (output / "log.txt").read_text()
     for code, said in finish(start(TRAIN, *project.arguments(output, "solver.epochs=1"), ranks=2)):
         assert code == 1 and f"{output}: another job is writing this run (process " in said.splitlines()[-1]

@@ -9,7 +9,7 @@ SETTINGS = ("solver.global_batch=6", "solver.epochs=6", "data.batch_size=2", "en
 @pytest.mark.slow
 def test_nothing_is_lost_while_everything_fails(project, tmp_path):
     soak = Soak(
-        project.config, project.shards, project.shards, tmp_path, ranks=(1, 2, 3), seconds=(0.2, 1), seed=3,
+        project.config, project.shards, project.shards, tmp_path, ranks=(1, 2, 3), seconds=(1, 4), seed=3,
         settings=(*SETTINGS, "logging.save_steps=3"), damaged_share=0.08,
     )  # fmt: skip
     assert soak.run(minutes=0) == 1

@@ -42,11 +42,12 @@ class StopRequest:
     def limit(self, wall_minutes: float | None) -> None:
         """Counts from the start of this process."""
         if wall_minutes is not None:
-            self._deadline = psutil.Process().create_time() + 60 * wall_minutes
+            running = time.time() - psutil.Process().create_time()
+            self._deadline = time.monotonic() - running + 60 * wall_minutes  # a clock that is set moves no deadline
 
     @property
     def code(self) -> int:
-        if time.time() > self._deadline:
+        if time.monotonic() > self._deadline:
             self._ask(3)
         return self._code
 

@@ -27,6 +27,7 @@ from text4vis import distributed
 BEAT_SECONDS = 1.0
 CONSEQUENCE_SECONDS = 3.0  # how long a failed collective waits for its cause to show
 _JOIN_SECONDS = 10.0
+SILENCE = "host or network lost, or the process stopped"
 
 
 @dataclass(eq=False)
@@ -140,7 +141,7 @@ class Watch:
                     return
             now = time.monotonic()
             if now - main.heard > self._silence:
-                self._on_end(f"rank 0 has been silent for {self._silence:.0f} s: host or network lost")
+                self._on_end(f"rank 0 has been silent for {self._silence:.0f} s: {SILENCE}")
                 return
             if self._reported and not told:
                 told = True
@@ -206,7 +207,7 @@ class _Chair:
         if self._cause is None:
             silent = next((peer for peer in self._present if now - peer.heard > self._silence), None)
             if silent is not None:
-                self._cause = f"{silent.who} has been silent for {self._silence:.0f} s: host or network lost"
+                self._cause = f"{silent.who} has been silent for {self._silence:.0f} s: {SILENCE}"
             elif self._doubtful is not None and now - self._doubtful[1] > CONSEQUENCE_SECONDS:
                 self._cause = self._doubtful[0]
         return self._cause
