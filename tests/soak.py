@@ -3,7 +3,7 @@
     python tests/soak.py --train demo/shards/train --val demo/shards/val --config configs/demo.yaml --minutes 60
 
 The shards are copied and frames of some videos damaged (`data.on_error: skip`), and served by a store that now and then
-answers with an error, half a body, silence or late. Jobs of one, two and three ranks in turn train from it; a rank of
+answers with an error, half a body, silence or late. Jobs of one, two and four ranks in turn train from it; a rank of
 each is killed, or the job asked to stop, at a random moment. A run that is done is followed by one with the next seed.
 
 Said at the end, and an exit code of 1 if any of the first three is not as promised:
@@ -204,7 +204,7 @@ def main() -> int:
     parser.add_argument("--train", type=Path, required=True, help="a folder of shards; copied")
     parser.add_argument("--val", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 2, 3])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 2, 4])
     parser.add_argument("--seconds", type=float, nargs=2, default=(60, 240), help="a job's life")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     parser.add_argument("--seed", type=int, default=0)

@@ -117,3 +117,21 @@ def test_the_conversions_of_published_lists(tmp_path):
     (tmp_path / "activity_net.v1-3.min.json").write_text(json.dumps({"database": videos}))
     run_block(activitynet, tmp_path)
     assert labels("val.txt", "activitynet200") == {"v_x1.mp4": "playing flute"}
+
+
+def test_the_tests_that_reliability_names_exist():
+    """`test_file::test_name`, and further names of the same file after it."""
+    named, file = set(), ""
+    for word in re.findall(r"`([^`]+)`", (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")):
+        if word.startswith("tests/"):
+            assert (ROOT / word).is_file(), word
+        elif word.startswith("test_"):
+            file = word.partition("::")[0] if "::" in word else file
+            named.add((file, word.rpartition("::")[2]))
+    assert len(named) > 50
+    missing = [
+        (file, name)
+        for file, name in sorted(named)
+        if f"def {name}(" not in (ROOT / "tests" / f"{file}.py").read_text()
+    ]
+    assert not missing

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 
 from text4vis import checkpoint, distributed
 from text4vis import engine as engines
-from text4vis.benchmarks.figures import Figure, against, compared, interleaved, run_fresh
+from text4vis.benchmarks.figures import Figure, against, compared, forks, interleaved, run_fresh
 from text4vis.config import Config, ConfigError, config_from_dict
 from text4vis.logs import Meter
 from text4vis.losses import cross_entropy
@@ -251,8 +251,10 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     everywhere = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_PORT": port}
-    results = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(_run_rank, (everywhere, results, function, arguments), nprocs=world_size)
+    results = forks().SimpleQueue()
+    mp.start_processes(
+        _run_rank, (everywhere, results, function, arguments), nprocs=world_size, start_method="forkserver"
+    )
     return [value for _, value in sorted((results.get() for _ in range(world_size)), key=lambda pair: pair[0])]
 
 
@@ -299,7 +301,7 @@ def resume(setup: EngineSetup, work: Path, rounds: int) -> list[Figure]:
     shutil.rmtree(output, ignore_errors=True)
 
     def run() -> Resuming:
-        return run_fresh(resuming, setup, output, time.monotonic())
+        return run_fresh(resuming, setup, output, time.monotonic(), imported=False)
 
     run()  # the run that the others go on with
     taken = interleaved("resume", {"resume": run}, rounds)["resume"]
