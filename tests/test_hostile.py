@@ -124,7 +124,7 @@ def test_headers_that_promise_too_much_are_refused_before_memory_is_taken(tmp_pa
 @pytest.mark.parametrize("text", [
     "a: &a [x, x]\nb: &b [*a, *a]\nseed: [*b, *b]\n", "a: &a {x: 1}\n<<: *a\n", "[" * 5000, "seed: 2001-99-99\n",
     "seed: !!timestamp x\n", "seed: !!bool x\n", "seed: 1" + "1" * 5000, "seed: !!python/name:os.system\n",
-    "seed: !!python/object/new:os.system [x]\n", "? [a]\n: b\n",
+    "seed: !!int \n", "seed: !!python/object/new:os.system [x]\n", "? [a]\n: b\n",
 ])  # fmt: skip
 def test_yaml_is_plain_values_only(tmp_path, text):
     recipe = tmp_path / "c.yaml"

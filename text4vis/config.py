@@ -449,7 +449,7 @@ def _parse_yaml(text: str) -> Any:
         raise ValueError(_yaml_reason(error)) from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         # What looks like a date or a number and is none, or is tagged as one, fails within the parser.
         raise ValueError(f"a value is not what it looks like or is tagged as: {error}") from None
 

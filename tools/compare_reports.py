@@ -45,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def show(found: Comparison, names: tuple[str, str], top: int, console: Console) -> None:
     if found.protocol:
-        console.print("[bold red]NOT COMPARABLE[/]: the figures do not measure the same thing")
+        console.print("NOT COMPARABLE: the figures do not measure the same thing", style="bold red")
         console.print(_settings(found.protocol, names))
     table = Table("", *(f"{letter}: {name}" for letter, name in zip("AB", names, strict=True)), "B - A")
     for column in table.columns[1:]:
@@ -95,7 +95,7 @@ def _show_mean(means: dict[str, tuple[float, float]], count: int, console: Conso
 
 def run(arguments: argparse.Namespace) -> int:
     reports = [read_report(path) for path in arguments.reports]
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 120)
     content: dict[str, Any]
     if arguments.mean:
         means = summarise(reports)

@@ -75,7 +75,7 @@ def show(reports: Mapping[int, Any], means: Mapping[str, tuple[float, float]]) -
         table.add_row(str(seed), *(f"{report[key]:.2f}" for key in SHOWN))
     table.add_section()
     table.add_row("mean ± deviation", *("{:.2f} ± {:.2f}".format(*means[key]) for key in SHOWN))
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 def run(arguments: argparse.Namespace, seeds: Sequence[int]) -> None:
