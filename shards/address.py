@@ -129,7 +129,10 @@ def redact(address: str) -> str:
         return printable(address)
     host, slash, path = re.split(r"[?#]", address[match.end() :], maxsplit=1)[0].partition("/")
     # Once more for an address within the path.
-    return printable(re.sub("(?<=://)[^/]*@", "", f"{match[0]}{host.rpartition('@')[2]}{slash}{path}"))
+    user, _, server = host.rpartition("@")
+    if match[1].lower() in ("abfs", "abfss") and ":" not in user:  # Azure's container@account
+        server = host
+    return printable(match[0] + server + re.sub("(?<=://)[^/]*@", "", f"{slash}{path}"))
 
 
 def redact_text(text: str) -> str:

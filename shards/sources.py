@@ -206,7 +206,7 @@ def _read_frame(folder: int, name: str, frame: str, num_frames: int) -> bytes:
         return _read_unchanged(frame, folder)
     except FileNotFoundError:
         reason = f"no such frame, though the list gives {name!r} {num_frames} frames"
-        fix = "correct the count, check --image-template, or leave out such videos with --on-error skip"
+        fix = "give --image-template as the frames are named, correct the count, or use --on-error skip"
     except OSError as error:
         reason, fix = error.strerror or str(error), "make the file readable"
     except ValueError as error:

@@ -14,6 +14,5 @@ def test_nothing_is_lost_while_everything_fails(project, tmp_path):
     )  # fmt: skip
     assert soak.run(minutes=0) == 1
     assert soak.counts["jobs"] > 2 and soak.counts["killed"] and soak.counts["faults of the store"]
-    steps, as_planned = soak.samples_as_planned(0)
-    assert steps == 26 and as_planned
-    assert soak.skipped(0) == set(soak.damaged)
+    assert soak.samples_as_planned(0) == (26, True, True)
+    assert soak.skipped(0) and soak.skipped(0) <= set(soak.damaged)

@@ -29,11 +29,12 @@ Entry = dict[str, Any]
 class BadVideos:
     """Bad videos of one split that this process knows of. videos: ids (N,) of all that the split goes over.
 
-    Filled by the loader's thread while others read.
+    Filled by the loader's thread while others read. endless: the split's stream never ends, so that too many are an
+    error as soon as they are found; else when they are joined, on all ranks alike.
     """
 
-    def __init__(self, dataset: ShardDataset, videos: np.ndarray, most_share: float) -> None:
-        self._dataset, self._num_videos, self._most_share = dataset, len(videos), most_share
+    def __init__(self, dataset: ShardDataset, videos: np.ndarray, most_share: float, *, endless: bool) -> None:
+        self._dataset, self._num_videos, self._most_share, self._endless = dataset, len(videos), most_share, endless
         self._entries: dict[int, Entry] = {}
         self._told = 0
 
@@ -41,14 +42,25 @@ class BadVideos:
         return len(self._entries)
 
     def add(self, sample: int, reason: str) -> None:
-        """Takes note of a video, once. Raises ShardError when they are more than `data.max_bad_share` allows."""
+        """Takes note of a video, once. Raises ShardError, if `endless`, as `join` does."""
         name, address = printable(self._dataset.name(sample)), self._dataset.place(sample)
-        self.join([{"id": sample, "name": name, "address": address, "reason": printable(reason)}])
+        entry = {"id": sample, "name": name, "address": address, "reason": printable(reason)}
+        self._entries.setdefault(sample, entry)
+        if self._endless:
+            self._check()
 
     def join(self, entries: Iterable[Entry]) -> None:
-        """Takes note of what others have found. Raises ShardError as `add` does."""
+        """Takes note of what others have found. Raises ShardError when there are more than may be skipped."""
         for entry in entries:
             self._entries.setdefault(entry["id"], entry)
+        self._check()
+
+    def clear(self) -> None:
+        """Forgets all: the next pass finds out anew."""
+        self._entries.clear()
+        self._told = 0
+
+    def _check(self) -> None:
         if len(self) > self._most_share * self._num_videos:
             first = " ".join(f"({n}) {entry['reason']}" for n, entry in enumerate(self.entries()[:MOST_NAMED], start=1))
             raise ShardError(
@@ -75,16 +87,26 @@ class SkippedList:
         text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
         whole, _, half = text.rpartition("\n")
         if half:  # what a killed job leaves
-            self._path.write_text(f"{whole}\n" if whole else "", encoding="utf-8")
-        self._entries: list[Entry] = [json.loads(line) for line in whole.split("\n") if line]
+            partial = self._path.with_name(f".{SKIPPED_LIST}.partial")
+            partial.write_text(f"{whole}\n" if whole else "", encoding="utf-8")
+            partial.replace(self._path)
+        self._known: set[tuple[str, int, str]] = set()
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                entry = json.loads(line)
+                self._known.add((entry["split"], entry["id"], entry["name"]))
+            except (ValueError, TypeError, KeyError):
+                raise ShardError(
+                    f"{self._path}, line {number}: damaged; delete the line, it only lists a video"
+                ) from None
 
     def add(self, split: str, entries: Iterable[Entry]) -> None:
         """Writes and logs those that are not in the list yet."""
-        known = {(entry["split"], entry["id"], entry["name"]) for entry in self._entries}
-        new = [{"split": split, **entry} for entry in entries if (split, entry["id"], entry["name"]) not in known]
-        for entry in new:
+        new = {(split, entry["id"], entry["name"]): {"split": split, **entry} for entry in entries}
+        new = {key: entry for key, entry in new.items() if key not in self._known}
+        for entry in new.values():
             logger.warning("skipped, data.%s: %s", split, entry["reason"])
         if new:
-            self._entries += new
+            self._known |= new.keys()
             with self._path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in new)
+                file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in new.values())

@@ -117,9 +117,11 @@ def load(engine: Any, folder: Path, state: State) -> None:
     restore_loss_scaler(engine, state.loss_scaler)
 
 
-def check_room(engine: Any, output: Path, keep: int) -> None:
-    """Raises CheckpointError when the disk has no room for `keep` checkpoints, the best, and one unfinished."""
-    weights, moments = state_bytes(engine)
+def check_room(output: Path, keep: int, weights: int, moments: int) -> None:
+    """Raises CheckpointError when the disk has no room for `keep` checkpoints, the best, and one unfinished.
+
+    weights, moments: their bytes in fp32.
+    """
     missing = max(0, keep - len(_complete(output))) + 1
     has_best = (output / "checkpoints" / "best").exists()
     _require_room(output, missing * (weights + moments) + (0 if has_best else weights), f"{missing} more checkpoints")

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +26,6 @@ from text4vis.probe import SHARED_MEMORY, probe
 
 FINE, WARNING, PROBLEM = "fine", "warning", "PROBLEM"
 LAUNCHERS_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")
-BYTES_A_PARAMETER = 12  # of a checkpoint: fp32 weight and two moments
 _GB = 1e9
 
 
@@ -153,8 +151,13 @@ def _data(config: Config) -> Iterator[Finding]:
                 names = class_names(config, loader.dataset)
                 classes[split] = names
                 count = len(loader.dataset)
-        except (ConfigError, ShardError, OSError) as error:
-            yield Finding(subject, PROBLEM, str(error), "tools/check_shards.py tells more about a data set")
+        except (ConfigError, ShardError, OSError, RuntimeError) as error:  # the last: what DALI and CUDA raise
+            yield Finding(
+                subject,
+                PROBLEM,
+                str(error),
+                "build it (docs/data-sets.md), correct the path or $DATA, or look into it with tools/check_shards.py",
+            )
             continue
         shape = "x".join(str(size) for size in batch.frames.shape)
         yield Finding(subject, FINE, f"{count:,} videos of {len(names)} classes; a batch of {shape} was made")
@@ -172,15 +175,14 @@ def _data(config: Config) -> Iterator[Finding]:
 
 def _model_and_output(config: Config, output: Path) -> Iterator[Finding]:
     """Builds the model, so that missing weights show, and looks for room for its checkpoints."""
-    from text4vis.checkpoint import CheckpointError, read_state
+    from text4vis.checkpoint import CheckpointError, check_room, read_state
     from text4vis.model import build_model
     from text4vis.runs import find_start
 
-    size = 0
+    parameters = 0
     try:
         model = build_model(config.network, config.data.num_segments, image_size=config.data.input_size)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        size = BYTES_A_PARAMETER * parameters
         yield Finding("network", FINE, f"{config.network.arch}: {parameters / 1e6:,.1f} million parameters")
     except (ConfigError, OSError) as error:
         yield Finding("network", PROBLEM, str(error), "give network.pretrained a local file where there is no internet")
@@ -188,12 +190,11 @@ def _model_and_output(config: Config, output: Path) -> Iterator[Finding]:
     if not os.access(folder, os.W_OK):
         yield Finding("output", PROBLEM, f"{folder} cannot be written", "give another --output")
         return
-    free, wanted = shutil.disk_usage(folder).free, size * (config.logging.keep_checkpoints + 2)
-    room = f"{free / _GB:,.1f} GB free in {folder}, the run's checkpoints take up to {wanted / _GB:,.1f} GB"
-    if free < wanted:
-        yield Finding("output", PROBLEM, room, "free space, lower logging.keep_checkpoints or give another --output")
-    else:
-        yield Finding("output", FINE, room)
+    try:
+        check_room(output, config.logging.keep_checkpoints, 4 * parameters, 8 * parameters)
+        yield Finding("output", FINE, f"room for the run's checkpoints in {folder}")
+    except CheckpointError as error:
+        yield Finding("output", PROBLEM, str(error), "free some space")
     try:
         start = find_start(output, "auto")
         if start is not None:
@@ -215,7 +216,7 @@ def parse_hostfile(path: Path) -> dict[str, int]:
         words = line.partition("#")[0].strip()
         if not words:
             continue
-        match = re.fullmatch(r"(\S+)\s+slots=(\d+)", words)
+        match = re.fullmatch(r"([^\s-]\S*)\s+slots=(\d+)", words)
         if match is None or match[1] in slots or not int(match[2]):
             raise ConfigError(f"{path}, line {number}: expected `host slots=N`, each host once, got {line!r}")
         slots[match[1]] = int(match[2])
@@ -283,7 +284,7 @@ def _local_paths(config: Config, config_path: str | None, output: Path) -> Itera
 def _ask(host: str, paths: Sequence[str]) -> tuple[dict[str, Any] | None, str]:
     """The host's probe, or why there is none."""
     remote = shlex.join(["cd", str(Path.cwd())]) + " && " + shlex.join([sys.executable, "-m", "text4vis.probe", *paths])
-    command = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", host, remote]
+    command = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "--", host, remote]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     except subprocess.TimeoutExpired:

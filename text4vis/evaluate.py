@@ -181,7 +181,8 @@ def show(report: dict[str, Any]) -> None:
         console.print(f"counted as wrong: {report['not_finite']} videos whose scores are not finite numbers")
     precision = "" if report["map"] is None else f"mAP {report['map']:.2f} %, "
     console.print(
-        f"mean class accuracy {report['mean_class_accuracy']:.2f} %, {precision}chance {report['chance']:.2f} %"
+        f"mean class accuracy {report['mean_class_accuracy']:.2f} %, {precision}"
+        f"chance of top-1 {report['chance']:.2f} %"
     )
 
 

@@ -76,6 +76,7 @@ def embed_videos(
     is missing or one is counted twice. before_batch: called before each pass, on all ranks alike; what it raises ends
     the evaluation.
     """
+    loader.bad.clear()  # what an earlier pass could not read may be read now
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device

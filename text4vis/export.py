@@ -20,7 +20,7 @@ from text4vis.model_card import file_name, model_card
 from text4vis.onnx_graph import OPSET, OnnxFile, remove_onnx, require_packages, write_onnx
 from text4vis.predictor import Trained, takes_labels
 from text4vis.sampling import DENSE_WINDOW
-from text4vis.weights import export_model
+from text4vis.weights import EXPORT_FILE, Parts, export_model
 
 CARD_FILE = "README.md"
 ONNX_FILE = "model.onnx"
@@ -32,7 +32,7 @@ TRAINING_KEYS = (
     "solver.optim", "solver.lr", "solver.clip_ratio", "solver.weight_decay", "solver.loss_type", "solver.smoothing",
     "solver.mixup", "solver.cutmix", "data.augmentation", "data.shot", "engine.precision",
 )  # fmt: skip
-TABLES = ("per_class", "confusion", "predictions", "by_views", "half_classes", "class_splits")
+TABLES = ("per_class", "confusion", "predictions", "by_views", "half_classes", "class_splits", "skipped")
 
 
 def export(folder: Path, trained: Trained, *, report: Path | None = None, onnx: bool = False) -> OnnxFile | None:
@@ -44,6 +44,7 @@ def export(folder: Path, trained: Trained, *, report: Path | None = None, onnx: 
     evaluation = None if report is None else quote_report(report, trained)
     rule = preprocessing(config)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / EXPORT_FILE).unlink(missing_ok=True)  # without it the folder is no export; it is written last
     remove_onnx(folder / ONNX_FILE)
     (folder / ONNX_PROGRAM).unlink(missing_ok=True)
     graph, graph_facts = None, None
@@ -111,7 +112,9 @@ def _what_it_is(trained: Trained) -> dict[str, Any]:
         "architecture": file_name(network.arch),
         "temporal head": network.sim_header,
         "temporal modelling in the tower": network.tm or ("joint_st" if network.joint_st else "none"),
-        "parameters of the visual side": sum(tensor.numel() for tensor in trained.model.parameters()),
+        "parameters of the visual side": sum(
+            tensor.numel() for tensor in Parts.of(trained.model.state_dict()).video.values()
+        ),
         "frames a video": config.data.num_segments,
         "embedding width": trained.model.embed_dim,
         "weights": "float32",

@@ -112,8 +112,9 @@ def write_onnx(path: Path, model: VideoClip, classes_CD: Tensor, facts: Mapping[
     written = sum(file.stat().st_size for file in _files(path) if file.exists())
     difference = _difference(path, recogniser, classes_CD)
     if difference is not None and not difference < TOLERANCE:
+        remove_onnx(path)
         raise ConfigError(
-            f"--onnx: {path} computes logits that differ by {difference:.3g} from PyTorch's (at most {TOLERANCE}); "
+            f"--onnx: the graph computes logits that differ by {difference:.3g} from PyTorch's (at most {TOLERANCE}); "
             "another version of torch or onnxscript may convert it rightly"
         )
     return OnnxFile(path, written, difference)

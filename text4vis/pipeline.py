@@ -130,7 +130,7 @@ class Loader:
         self.epoch_samples = self.planner.epoch_samples
         self.num_threads = config.data.workers or cores_per_rank()
         self.device = _decode_device(config)
-        self.bad = BadVideos(dataset, self.planner.videos, config.data.max_bad_share)
+        self.bad = BadVideos(dataset, self.planner.videos, config.data.max_bad_share, endless=split == "train")
         self._running: weakref.WeakSet[Prefetcher[Batch]] = weakref.WeakSet()
 
     def __iter__(self) -> Prefetcher[Batch]:
@@ -492,10 +492,10 @@ class _Repair:
         except SampleError as error:
             reason = str(error)
         except RuntimeError as error:
-            if "memory" in str(error).lower():
-                raise
             # DALI's report holds the traceback of the graph's definition, then what it met.
             met = str(error).rpartition("encountered:")[2].partition("Current pipeline")[0]
+            if "memory" in met.lower():
+                raise
             reason = _undecodable(self._loader.dataset, sample, " ".join(met.split()))
         self._decoder = self._make_decoder()  # a DALI pipeline is of no use once a run of it has failed
         self._loader.bad.add(sample, reason)

@@ -281,7 +281,9 @@ def _fetched(address: str) -> Iterator[Path]:
         try:
             fsspec.filesystem(scheme_of(address)).get_file(address, str(copy))
         except Exception as error:  # every kind of file system has its own
-            reason = redact_text(str(error)) or type(error).__name__
+            reason = redact_text(str(error))
+            if reason in ("", redact(address)):  # a server's 404 is no more than the address
+                reason = "not found" if isinstance(error, FileNotFoundError) else type(error).__name__
             raise PredictionError(f"{redact(address)}: cannot be fetched ({reason})") from None
         try:
             yield copy

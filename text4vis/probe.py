@@ -30,7 +30,7 @@ SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 _IMPORTS = """
 import importlib, json, sys
 for name, module in json.loads(sys.argv[1]).items():
-    print("import:" + json.dumps([name, "ends the process"]), flush=True)
+    print("import:" + json.dumps([name, "hangs, or ends the process"]), flush=True)
     try:
         importlib.import_module(module)
         reason = ""
@@ -93,7 +93,10 @@ def _broken(versions: dict[str, str]) -> dict[str, str]:
 def _output(program: str, *arguments: str) -> list[str]:
     """Lines that a Python program printed."""
     command = [sys.executable, "-c", program, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300).stdout.splitlines()
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300).stdout.splitlines()
+    except subprocess.TimeoutExpired as error:
+        return (error.stdout or b"").decode(errors="replace").splitlines()
 
 
 def _driver() -> str | None:

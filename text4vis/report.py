@@ -202,6 +202,7 @@ def _evaluated(run: Run) -> dict[str, Any]:
     values["data"] |= {
         "dense": views.get("sampling") == "dense",
         "on_error": "fail",
+        "decode": "auto",
         "cache_dir": None,
         "cache_bytes": 0,
     }

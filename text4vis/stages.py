@@ -5,6 +5,7 @@ For the tools that string the project's own programs together.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 import subprocess
@@ -12,6 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from shards.address import shown
 
 
 class StageError(Exception):
@@ -41,21 +44,23 @@ def perform(stage: Stage, folder: Path, show: Callable[[str], None] = print, *, 
     Raises StageError.
     """
     done = folder / "stages" / f"{stage.name}.json"
+    # Not the words themselves: an address among them may hold a password.
+    digest = hashlib.sha256(json.dumps([stage.commands, stage.settings]).encode()).hexdigest()
     if done.exists():
         record = json.loads(done.read_text(encoding="utf-8"))
-        if (record["commands"], record.get("settings", "")) == (stage.commands, stage.settings):
+        if record.get("sha256") == digest:
             show(f"{stage.name}: done before, {record['seconds']:.0f} s")
             return float(record["seconds"])
     started = time.perf_counter()
     for command in stage.commands:
-        show(f"{stage.name}: {shlex.join(command)}")
+        show(shown(f"{stage.name}: {shlex.join(command)}"))
         code = _run(command, log)
         if code:
             where = f"see {log}" if log else "its output is above"
             raise StageError(f"stage {stage.name} failed with exit code {code}; {where}", code)
     seconds = time.perf_counter() - started
     done.parent.mkdir(parents=True, exist_ok=True)
-    record = {"commands": stage.commands, "settings": stage.settings, "seconds": seconds}
+    record = {"sha256": digest, "seconds": seconds}
     done.write_text(json.dumps(record), encoding="utf-8")
     return seconds
 

@@ -1,10 +1,11 @@
 """Recognises the action in a video with an exported ONNX graph. Needs av, numpy, onnxruntime and pillow, no torch.
 
-    python predict_onnx.py model.onnx clip.mp4
+    python predict_onnx.py model.onnx clip.mp4 [more.mp4 …]
 
-tools/export.py --onnx writes a copy of this file, which imports nothing of text4vis, into the export's folder.
+Prints video, class and probability of the five likeliest classes. Stands alone: copy it where it is needed.
 """
 
+import argparse
 import json
 import sys
 from typing import Any
@@ -60,17 +61,30 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return powers / powers.sum(axis=-1, keepdims=True)
 
 
-def main() -> None:
-    if len(sys.argv) < 3:
-        sys.exit(__doc__)
-    session, facts = load(sys.argv[1])
-    for path in sys.argv[2:]:
-        frames = read_frames(path, facts["preprocessing"])[None, None]  # one video, one view
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="the graph, model.onnx")
+    parser.add_argument("videos", nargs="+", metavar="video")
+    arguments = parser.parse_args()
+    try:
+        session, facts = load(arguments.model)
+    except Exception as error:  # onnxruntime's errors have no class of their own in common
+        print(f"error: {arguments.model}: not a graph that tools/export.py --onnx wrote ({error})", file=sys.stderr)
+        return 1
+    code = 0
+    for path in arguments.videos:
+        try:
+            frames = read_frames(path, facts["preprocessing"])[None, None]  # one video, one view
+        except (av.FFmpegError, OSError, IndexError, KeyError, ValueError) as error:
+            print(f"error: {path}: no video that can be read ({error})", file=sys.stderr)
+            code = 1
+            continue
         (logits,) = session.run(["logits"], {"frames": frames})
         scores = softmax(logits[0])
         for number in np.argsort(-scores)[:5]:
             print(f"{path}\t{facts['class_names'][number]}\t{scores[number]:.4f}")
+    return code
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

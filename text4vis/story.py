@@ -73,6 +73,7 @@ class Story:
         count = self._config.logging.pictures
         clips = [(_shown(frames), name) for frames, name in zip(frames_BTCHW[:count], names, strict=False)]
         self._board.add_image("train/clips", contact_sheet(clips), step, dataformats="HWC")
+        self._flush()
 
     def evaluation(self, report: Mapping[str, Any], class_embeddings_CD: torch.Tensor, loader: Loader) -> None:
         """An evaluation as pictures and a table. report: with `step` and `best_top1`; loader: of `data.val`, for the

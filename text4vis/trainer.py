@@ -10,6 +10,7 @@ import logging
 import math
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from shards.format import ShardError
 from shards.plan import mix64
 from text4vis import checkpoint, distributed, engine
 from text4vis.bad_videos import SkippedList
@@ -109,8 +111,7 @@ class Trainer:
                 self.save()
             if orders.stop:
                 raise self.stopped(orders.stop)
-        if self.story is not None:
-            self.story.end(self.state.step)
+        self.tell(lambda story: story.end(self.state.step))
         self.close()
         return self.state.figures
 
@@ -133,8 +134,10 @@ class Trainer:
             waiting = time.perf_counter()
             batch = next(batches)
             meter.wait_seconds += time.perf_counter() - waiting
-            if self.story is not None and micro_step == 0 and self.state.step == self.state.evaluated_step:
-                self.story.training_clips(batch, self.state.consumed, self.state.step + 1)
+            if micro_step == 0 and self.state.step == self.state.evaluated_step:
+                self.tell(
+                    lambda story, *clips: story.training_clips(*clips), batch, self.state.consumed, self.state.step + 1
+                )
             self.backward(batch, seen)
             if micro_step == steps - 1:
                 agreement = distributed.start_max([self.stop.code, self.wants_save()])
@@ -213,6 +216,7 @@ class Trainer:
         return orders.save or (every is not None and self.state.step % every == 0)
 
     def save(self) -> None:
+        self.list_skipped(self.train_loader)  # what a resumed run has behind it is not met again
         checkpoint.save(self.engine, self.output, self.state, keep=self.config.logging.keep_checkpoints)
         self.saved_at = time.monotonic()
         if self.ranks.is_main:
@@ -273,6 +277,15 @@ class Trainer:
         if self.skipped_list is not None:
             self.skipped_list.add(loader.split, loader.bad.entries())
 
+    def tell(self, part: Callable[..., None], *arguments: Any) -> None:
+        """A part of the run's story in pictures, on the rank that has one. What it cannot do ends no job."""
+        if self.story is None:
+            return
+        try:
+            part(self.story, *arguments)
+        except (ShardError, OSError) as error:
+            logger.warning("TensorBoard: pictures of step %d left out: %s", self.state.step, error)
+
     def evaluate_and_save(self) -> dict[str, Any]:
         """Evaluates, writes report.json, the best weights when they are better, and a checkpoint.
 
@@ -292,9 +305,8 @@ class Trainer:
             record["best_top1"] = max(result["top1"], self.state.best_top1)
             if self.metrics is not None:
                 self.metrics.write("val", record)
-            if self.story is not None:
-                self.story.evaluation(result | record, classes_CD, self.val_loader)
             write_report(self.output / "report.json", {"step": self.state.step, **result})
+            self.tell(lambda story: story.evaluation(result | record, classes_CD, self.val_loader))
             logger.info(
                 "evaluation after epoch %.2f: top-1 %.2f %%  top-5 %.2f %%  of %d videos",
                 self.epoch, result["top1"], result["top5"], result["videos"],
@@ -338,7 +350,7 @@ class Trainer:
         settings = self.settings()
         if not self.ranks.is_main:
             return
-        checkpoint.check_room(self.engine, self.output, self.config.logging.keep_checkpoints)
+        checkpoint.check_room(self.output, self.config.logging.keep_checkpoints, *engine.state_bytes(self.engine))
         if self.start_from is not None:
             logger.info("resumed from %s at step %d", self.start_from, self.state.step)
         logger.info("%s", table("settings", settings))

@@ -44,7 +44,7 @@ def main() -> int:
         console.print(shown(f"{finding.subject}: {finding.said}"))
         if finding.fix:
             console.print(f"{'':8}-> {finding.fix}")
-    console.print(f"\n{counts[PROBLEM]} problems, {counts[WARNING]} warnings")
+    console.print(f"\nproblems: {counts[PROBLEM]}, warnings: {counts[WARNING]}")
     return 1 if counts[PROBLEM] else 0
 
 

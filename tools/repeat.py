@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace, seeds: Sequence[int]) -> None:
     means = summarise(list(reports.values()))
     summary = {
         "config": arguments.config,
-        "set": arguments.set,
+        "set": [shown(setting) for setting in arguments.set],
         "runs": [{"seed": seed, **{key: report[key] for key in SHOWN}} for seed, report in reports.items()],
         "mean": {key: mean for key, (mean, _) in means.items()},
         "std": {key: deviation for key, (_, deviation) in means.items()},
