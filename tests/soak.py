@@ -43,8 +43,8 @@ from shards.reader import open_dataset
 from text4vis.config import load_config
 from text4vis.pipeline import build_loader
 
-SECONDS_TO_WARM_UP = 30
-SECONDS_FOR_A_SLOPE = 45
+SECONDS_TO_WARM_UP = 150  # until buffers and the allocator's pools have the size they keep
+SECONDS_FOR_A_SLOPE = 120
 RESUME_ME = 75
 MOST_GROWTH = {"resident": ("MB", 5.0), "files": ("open files", 0.5)}  # a minute, in the median process
 
@@ -213,7 +213,7 @@ def main() -> int:
     parser.add_argument("--val", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 2, 4])
-    parser.add_argument("--seconds", type=float, nargs=2, default=(60, 240), help="a job's life")
+    parser.add_argument("--seconds", type=float, nargs=2, default=(60, 600), help="a job's life")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
