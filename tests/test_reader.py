@@ -164,11 +164,9 @@ def test_joined_data_sets(tmp_path):
 
 def test_class_lists_must_agree(tmp_path):
     make_dataset(tmp_path / "a")
-    make_dataset(tmp_path / "b", classes=["climbing", "driving\x1b[31m", "fencing"])
+    make_dataset(tmp_path / "b", classes=["climbing", "driving", "fencing"])
     make_dataset(tmp_path / "c", classes=["climbing"])
-    with pytest.raises(
-        ShardError, match=r"a and .*b have different class lists \(class 1 is 'diving' and 'driving\\\\x1b"
-    ):
+    with pytest.raises(ShardError, match=r"a and .*b have different class lists \(class 1 is 'diving' and 'driving'"):
         open_dataset([str(tmp_path / "a"), str(tmp_path / "b")])
     with pytest.raises(ShardError, match="3 and 1 classes"):
         open_dataset([str(tmp_path / "a"), str(tmp_path / "c")])
