@@ -128,11 +128,11 @@ def redact(address: str) -> str:
     if match is None:
         return printable(address)
     host, slash, path = re.split(r"[?#]", address[match.end() :], maxsplit=1)[0].partition("/")
-    # Once more for an address within the path.
     user, _, server = host.rpartition("@")
     if match[1].lower() in ("abfs", "abfss") and ":" not in user:  # Azure's container@account
         server = host
-    return printable(match[0] + server + re.sub("(?<=://)[^/]*@", "", f"{slash}{path}"))
+    # Once more for an address within the address.
+    return printable(match[0] + re.sub("(?<=://)[^/]*@", "", server + slash + path))
 
 
 def redact_text(text: str) -> str:

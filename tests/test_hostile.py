@@ -281,3 +281,15 @@ def test_no_output_of_a_run_holds_a_credential(project, tmp_path):
     contents = {str(path): path.read_bytes() for path in files} | {"output": said.encode()}
     contents |= {f"{name} unpacked": gzip.decompress(data) for name, data in contents.items() if name.endswith(".gz")}
     assert [name for name, data in contents.items() if b"planted" in data or b"planted" in name.encode()] == []
+
+
+@pytest.mark.parametrize(
+    ("address", "as_shown"),
+    [
+        ("abfss://frames@account.dfs.core.windows.net/k400", "abfss://frames@account.dfs.core.windows.net/k400"),
+        ("abfs://me:secret@account/k400?sig=secret", "abfs://account/k400"),
+        ("s3://me@bucket/k400", "s3://bucket/k400"),
+    ],
+)
+def test_a_container_is_part_of_an_address_and_no_user(address, as_shown):
+    assert redact_text(address) == as_shown
