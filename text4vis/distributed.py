@@ -133,7 +133,15 @@ def start() -> Ranks:
     else:
         # A shared-memory all-reduce that the engine would compile on the first start (needs g++, takes a minute).
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    try:
+        deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ["MASTER_PORT"]
+        raise OSError(
+            f"port {port} is in use, perhaps by another training: deepspeed --master_port <another> …"
+        ) from None
     return place
 
 
