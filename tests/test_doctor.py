@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -174,6 +175,16 @@ def test_the_probe_tells_what_does_not_import(tmp_path, monkeypatch):
     assert broken == {
         "pillow": "OSError: libx.so: cannot open", "pyyaml": "hangs, or ends the process", "no-such": "not installed"
     }  # fmt: skip
+
+
+def test_the_probe_outlives_a_library_that_hangs(monkeypatch):
+    from text4vis import probe
+
+    def hang(*_, **__):
+        raise subprocess.TimeoutExpired("python", 300, output=b'import:["numpy", "hangs, or ends the process"]\n')
+
+    monkeypatch.setattr(probe.subprocess, "run", hang)
+    assert probe._broken({"numpy": "2.0"}) == {"numpy": "hangs, or ends the process"}
 
 
 def test_the_probe_is_json(monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 
 import pytest
 import torch
@@ -155,6 +156,17 @@ def test_srun_and_mpirun_start_the_same_job(project, tmp_path):
         assert [code for code, _ in results] == [0, 0], results
     project.train(tmp_path / "plain", *settings)
     assert losses(tmp_path / "srun") == losses(tmp_path / "mpirun") == losses(tmp_path / "plain")
+
+
+@pytest.mark.slow
+def test_a_port_that_is_taken_is_named(project, tmp_path):
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        place = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        ((code, said),) = finish([start_rank(TRAIN, *project.arguments(tmp_path / "run"), variables=place)])
+    assert code == 1 and f"port {port} is in use" in said and "--master_port" in said and "Traceback" not in said
 
 
 @pytest.mark.slow

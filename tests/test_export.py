@@ -210,6 +210,15 @@ def test_large_weights_lie_in_a_file_of_their_own(tmp_path, monkeypatch):
     assert data.stat().st_size > sum(p.numel() for p in trained.model.parameters() if p.numel() > 1000) * 4 * 0.9
 
 
+def test_a_graph_that_computes_something_else_does_not_stay(exported, tmp_path, monkeypatch):
+    trained, _ = exported
+    export(tmp_path, trained)
+    monkeypatch.setattr(onnx_graph, "_difference", lambda *_: 0.5)
+    with pytest.raises(ConfigError, match=r"logits that differ by 0\.5"):
+        export(tmp_path, trained, onnx=True)
+    assert not list(tmp_path.glob("*onnx*")) and not (tmp_path / "export.json").exists()
+
+
 def test_what_stands_in_the_way_is_named(exported, tmp_path, monkeypatch):
     trained, _ = exported
     classes_CD = trained.class_embeddings_CD

@@ -26,7 +26,7 @@ from shards.reader import open_dataset
 from shards.writer import build_shards
 from text4vis.bad_videos import BadVideos, SkippedList
 from text4vis.classifier import build_classifier
-from text4vis.config import Config, ConfigError, DataConfig, config_from_dict
+from text4vis.config import Config, ConfigError, DataConfig, config_from_dict, load_config
 from text4vis.evaluation import embed_videos, evaluate
 from text4vis.model import build_model
 from text4vis.pipeline import build_loader
@@ -374,19 +374,29 @@ def test_ranks_without_a_sound_video_hang_nobody(sound, tmp_path):
 def test_two_ranks_train_past_a_bad_video_and_go_on(tmp_path):
     """Same batches on one rank and on two with a restart between; every skipped video is listed once, and counted."""
     project = Project(tmp_path / "project")
-    damage(project.shards, 7, "a flipped bit", frames=[0, 1, 2])
-    skip = ("data.on_error=skip", "data.max_bad_share=0.2", "solver.epochs=2", "logging.save_steps=3")
+    config = load_config(project.config)
+    with build_loader(config, "train") as loader:
+        bad = int(next(loader.planner.batches())[0][0])  # the stream's first, long behind where the job is stopped
+        damage(project.shards, bad, "a flipped bit", frames=range(loader.dataset.num_frames[bad]))
+    skip = (
+        "data.on_error=skip",
+        "data.max_bad_share=0.2",
+        "solver.epochs=2",
+        "logging.save_steps=3",
+        "logging.print_freq=100",
+    )
     project.train_with(tmp_path / "alone", f"--ledger {tmp_path / 'one'}", *skip, "data.batch_size=4", ranks=1)
     stopped = project.train_with(tmp_path / "run", f"--ledger {tmp_path / 'two'} --signal 5:SIGTERM", *skip)
     assert [code for code, _ in stopped] == [75, 75]
+    assert json.loads((tmp_path / "run" / "skipped.jsonl").read_text())["id"] == bad  # no step was logged yet
     results = project.train_with(tmp_path / "run", f"--ledger {tmp_path / 'two'}", *skip)
     assert [code for code, _ in results] == [0, 0], results
     assert ledger(tmp_path / "one") == ledger(tmp_path / "two")
-    assert 7 not in {i for ids in ledger(tmp_path / "two").values() for i in ids}
+    assert bad not in {i for ids in ledger(tmp_path / "two").values() for i in ids}
     listed = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
-    assert sorted((entry["split"], entry["id"]) for entry in listed) == [("train", 7), ("val", 7)]
+    assert sorted((entry["split"], entry["id"]) for entry in listed) == [("train", bad), ("val", bad)]
     assert records(tmp_path / "run")[-2]["bad_videos"] == 1 and records(tmp_path / "run")[-1]["missing"] == 1
-    assert json.loads((tmp_path / "run" / "report.json").read_text())["skipped"][0]["id"] == 7
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["skipped"][0]["id"] == bad
     assert (tmp_path / "run" / "log.txt").read_text().count("skipped, data.train: ") == 1
     strict = project.train_with(tmp_path / "strict", "", "data.on_error=skip", "data.max_bad_share=0.01")
     assert [code for code, _ in strict] == [1, 1]

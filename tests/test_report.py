@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from shards.address import redact_text
 from text4vis.comparison import compare
 from text4vis.config import ConfigError, load_config
 from text4vis.curves import BOTTOM, HEIGHT, LEFT, MOST_POINTS, RIGHT, TOO_LARGE, TOP, WIDTH, charts
@@ -106,6 +107,17 @@ def test_the_page_shows_the_numbers_of_the_files(browser, page, runs):
     assert dict(rows)["top1"] == [[f"{top1[0]:.2f}"], [f"{top1[1]:.2f}", f"{top1[1] - top1[0]:+.2f}"]]
     exact = browser.execute_script("return [...document.querySelectorAll('.big data')].map(one => one.value)")
     assert [float(value) for value in exact] == top1
+
+    confused = browser.execute_script(
+        "return [...document.querySelectorAll('.confused')].map(table => [...table.querySelectorAll('tbody tr')]"
+        ".map(row => [...row.cells].map(cell => cell.textContent)))"
+    )
+    for table, report in zip(confused, reports, strict=True):
+        times = [
+            [count for said, count in enumerate(row) if said != true] for true, row in enumerate(report["confusion"])
+        ]
+        assert [int(row[2]) for row in table] == sorted((n for row in times for n in row if n), reverse=True)[:10]
+        assert {row[0] for row in table} <= {redact_text(row["class"]) for row in report["per_class"]}
 
     changes = compare(*reports).classes
     gains = [f"{one.difference:+.2f}" for one in changes if one.difference > 0]

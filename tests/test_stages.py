@@ -3,10 +3,13 @@
 import importlib.util
 import itertools
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from launch import ROOT, program
 
@@ -45,6 +48,32 @@ def test_what_is_done_is_not_done_again(tmp_path):
     for settings, expected in (("lr: 1", "xxxx"), ("lr: 1", "xxxx"), ("lr: 2", "xxxxx")):
         perform(Stage("one", [appending(trace)], settings), tmp_path, shown.append, log=tmp_path / "log")
         assert trace.read_text() == expected
+
+
+def test_what_is_kept_and_shown_holds_no_password(tmp_path):
+    shown = []
+    command = [sys.executable, "-c", "", "data.train=https://me:planted@h/x?token=planted"]
+    perform(Stage("one", [command]), tmp_path, shown.append)
+    assert "https://h/x" in shown[0] and "planted" not in shown[0]
+    assert "planted" not in (tmp_path / "stages" / "one.json").read_text()
+
+
+def test_sigterm_reaches_what_was_started(tmp_path):
+    """The command and its children end, and this process with the signal's exit code."""
+    child = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    command = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    stage = f"Stage('one', [[sys.executable, '-c', {command!r}]])"
+    program = f"import sys, pathlib; from text4vis.stages import *; perform({stage}, pathlib.Path({str(tmp_path)!r}))"
+    process = subprocess.Popen([sys.executable, "-c", program])
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    grandchild = psutil.Process(int((tmp_path / "pid").read_text()))
+    process.terminate()
+    assert process.wait(30) == 128 + signal.SIGTERM
+    grandchild.wait(30)
+    assert not (tmp_path / "stages").exists()
 
 
 def test_a_failure_ends_the_stage_and_is_not_remembered(tmp_path):

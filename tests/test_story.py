@@ -3,6 +3,7 @@
 import html
 import io
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,6 +27,19 @@ from text4vis.protocols import figures
 from text4vis.story import Story, class_table, extremes
 
 NAMES = ["class 0", "class 1", "class 2"]
+
+
+def test_what_cannot_be_pictured_ends_no_job(monkeypatch):
+    from text4vis import trainer
+
+    said = []
+    monkeypatch.setattr(trainer.logger, "warning", lambda text, *values: said.append(text % values))
+
+    def broken(story):
+        raise OSError("no space left")
+
+    trainer.Trainer.tell(SimpleNamespace(story=object(), state=SimpleNamespace(step=3)), broken)
+    assert said == ["TensorBoard: pictures of step 3 left out: no space left"]
 
 
 def read(folder, part: str = "") -> EventAccumulator:

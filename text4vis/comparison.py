@@ -85,6 +85,7 @@ class _Report(_Checked):
     half_classes: _Splits | None = None
     class_splits: _Splits | None = None
     per_class: list[_ClassRow]
+    confusion: list[list[NonNegativeInt]] = []
     predictions: _Predictions | None = None
 
 
@@ -145,7 +146,9 @@ class Comparison:
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """Raises ConfigError for a file that is no report of an evaluation, or one that cannot be calculated with."""
+    """A report of an evaluation, or of the last one of a run's folder. Raises ConfigError for a file that is none, or
+    that cannot be calculated with."""
+    path = path / "report.json" if path.is_dir() else path
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -157,6 +160,9 @@ def read_report(path: Path) -> dict[str, Any]:
         too_many = [report.top1_correct > report.videos, *(row.correct > row.videos for row in report.per_class)]
         if any(too_many):
             raise ValueError("more videos are right than there are")
+        sides = {len(report.confusion), *map(len, report.confusion)}
+        if report.confusion and sides != {len(report.per_class)}:
+            raise ValueError("confusion: not a row and a column for each class")
         if one := report.predictions:
             if len({len(one.labels), len(one.predicted), len(one.probability), len(one.label_probability)}) > 1:
                 raise ValueError("predictions: columns of unequal length")

@@ -155,7 +155,7 @@ class DataConfig:
         "place or evaluate without it",
     )
     max_bad_share: Rate = Field(
-        0.01, description="data.on_error skip: largest share of the videos that may be skipped before the job fails"
+        0.01, description="data.on_error skip: largest share of the videos that a job may skip before it fails"
     )
     cache_dir: Str | None = Field(None, description="node-wide folder for remote indexes and shards")
     cache_bytes: Annotated[StrictInt, Field(ge=0)] = Field(

@@ -32,8 +32,11 @@ CURVES = {
     "grad_norm": ("gradient norm", "", 1.0),
     "logit_scale": ("logit scale", "", 1.0),
     "skipped_steps": ("skipped steps", "", 1.0),
+    "bad_videos": ("videos that could not be used", "", 1.0),
+    "missing": ("videos left out of the evaluation", "", 1.0),
 }
-NOT_DRAWN = {"kind", "time", "step", "epoch", "videos"}
+COUNTERS = {"skipped_steps", "bad_videos", "missing"}  # of what goes wrong: not drawn where nothing did
+NOT_DRAWN = {"kind", "time", "step", "epoch", "videos", "best_top1"}
 TOO_LARGE = 1e100  # to be drawn
 MOST_DOTS = 60  # evaluations of a run that get a dot each
 MOST_POINTS = 400  # of a curve; of more, the extremes of each stretch are kept
@@ -71,7 +74,8 @@ def charts(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[Chart]:
     drawn = []
     for key in ordered:
         points = [_points(run, x_key, key) for run in runs]
-        if not all(np.isnan(points_N2[:, 1]).all() for points_N2 in points):
+        values = np.concatenate([points_N2[:, 1] for points_N2 in points])
+        if not np.isnan(values).all() and not (key in COUNTERS and np.nansum(values) == 0):
             title, unit, factor = CURVES.get(key, (key, "", 1.0))
             scaled = [points_N2 * (1.0, factor) for points_N2 in points]
             drawn.append(_chart(title, unit, x_key, scaled, dots=key in evaluated))

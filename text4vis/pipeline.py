@@ -149,6 +149,7 @@ class Loader:
             def make_decoder() -> Any:
                 return _GpuDecoder(self) if self.device.type == "cuda" else _CpuDecoder(self, threads)
 
+            decoder = make_decoder()
             repair = _Repair(self, make_decoder) if self.config.data.on_error == "skip" else None
 
             def start_reading(batch: tuple[np.ndarray, np.ndarray]) -> tuple[Any, Future[Loaded]]:
@@ -162,9 +163,21 @@ class Loader:
                         raise
                 return repair(*started[0])
 
-            decoding, finisher = _Decoding(make_decoder, repair), _Finisher(self, threads)
+            def start_decoding(loaded: Loaded) -> tuple[Job, Any]:
+                return loaded[0], decoder.start(loaded)
+
+            def finish_decoding(started: tuple[Job, Any]) -> tuple[Job, list[Any]]:
+                job, run = started
+                try:
+                    return decoder.finish(run)
+                except (SampleError, RuntimeError):
+                    if repair is None:
+                        raise
+                return repair.decode(repair(job.ids, job.epochs))
+
+            finisher = _Finisher(self, threads)
             loaded = pipelined(self.planner.batches(self.consumed), start_reading, finish_reading, depth=2)
-            decoded = pipelined(loaded, decoding.start, decoding.finish, depth=1)
+            decoded = pipelined(loaded, start_decoding, finish_decoding, depth=1)
             batches = pipelined(decoded, finisher.start, finisher.finish, depth=2)
             yield from (batch for batch in batches if len(batch.ids))
 
@@ -463,14 +476,13 @@ class _Repair:
 
     def __init__(self, loader: Loader, make_decoder: Callable[[], Any]) -> None:
         self._loader, self._make_decoder = loader, make_decoder
-        self._decoder: Any = None
+        self._decoder: Any = None  # of its own, for the loader's has the next batch under way
 
     def __call__(self, ids: np.ndarray, epochs: np.ndarray) -> Loaded:
         """The plan and bytes of the batch with substitutes in training, of what is left of it in evaluation.
 
         Raises ShardError past `data.max_bad_share`.
         """
-        self._decoder = self._make_decoder()
         kept: list[tuple[int, int]] = []
         by_video: list[list[bytes]] = []
         for sample, epoch in zip(ids.tolist(), epochs.tolist(), strict=True):
@@ -483,11 +495,16 @@ class _Repair:
         kept_ids, kept_epochs = np.array(kept, np.int64).reshape(-1, 2).T.copy()
         return self._loader.planner.job(kept_ids, kept_epochs), by_video
 
+    def decode(self, loaded: Loaded) -> tuple[Job, list[Any]]:
+        if self._decoder is None:
+            self._decoder = self._make_decoder()
+        return self._decoder.finish(self._decoder.start(loaded))
+
     def _try(self, sample: int, epoch: int) -> list[bytes] | None:
         """The bytes of a video that reads and decodes; None, and a record, if it does not."""
         try:
             job, (files,) = self._loader.load(np.array([sample]), np.array([epoch]))
-            self._decoder.finish(self._decoder.start((job, [files])))
+            self.decode((job, [files]))
             return files
         except SampleError as error:
             reason = str(error)
@@ -497,38 +514,8 @@ class _Repair:
             if "memory" in met.lower():
                 raise
             reason = _undecodable(self._loader.dataset, sample, " ".join(met.split()))
-        self._decoder = self._make_decoder()  # a DALI pipeline is of no use once a run of it has failed
         self._loader.bad.add(sample, reason)
         return None
-
-
-class _Decoding:
-    """The step that decodes, and what becomes of a batch that does not decode: an error, or its repair."""
-
-    def __init__(self, make_decoder: Callable[[], Any], repair: _Repair | None) -> None:
-        self._make_decoder, self._repair = make_decoder, repair
-        self._decoder = make_decoder()
-
-    def start(self, loaded: Loaded) -> tuple[Loaded, Any, Any]:
-        decoder = self._decoder
-        try:
-            return loaded, decoder, decoder.start(loaded)
-        except RuntimeError as error:  # the run before this one has failed, and tells so when it is finished
-            return loaded, decoder, error
-
-    def finish(self, started: tuple[Loaded, Any, Any]) -> tuple[Job, list[Any]]:
-        (job, _), decoder, run = started
-        try:
-            if isinstance(run, RuntimeError):
-                raise run
-            return decoder.finish(run)
-        except (SampleError, RuntimeError):
-            if self._repair is None:
-                raise
-        if self._decoder is decoder:
-            self._decoder = self._make_decoder()
-        again = self._make_decoder()  # the other one has the next batch under way
-        return again.finish(again.start(self._repair(job.ids, job.epochs)))
 
 
 class _Memory:

@@ -273,6 +273,7 @@ def render(runs: Sequence[Run], examples: Sequence[Examples] = ()) -> str:
         figures=_rows({number: figures_of(report) for number, report in reports.items()}),
         charts=charts([[*run.train, *run.val] for run in runs]),
         classes=_class_rows(reports),
+        confusions={number: _confusions(report) for number, report in reports.items()},
         changes={number: _changes(found) for number, found in comparisons.items()},
         examples=examples,
         cards=_differing({number: _shown(card_of(report)) for number, report in reports.items()}),
@@ -352,6 +353,18 @@ def _class_rows(reports: Mapping[int, Mapping[str, Any]]) -> list[tuple[str, int
                 entry = rows.setdefault(row["class"], (row["class"], row["videos"], {}))
                 entry[2][number] = 100 * row["correct"] / row["videos"]
     return sorted(rows.values(), key=lambda row: next(iter(row[2].values())))
+
+
+def _confusions(report: Mapping[str, Any], count: int = 10) -> list[tuple[str, str, int, int]]:
+    """(class, what it was taken for, how often, videos of the class) of the pairs confused most often."""
+    names, rows = [row["class"] for row in report["per_class"]], report.get("confusion", [])
+    pairs = [
+        (names[true], names[said], number, report["per_class"][true]["videos"])
+        for true, row in enumerate(rows)
+        for said, number in enumerate(row)
+        if number and true != said
+    ]
+    return sorted(pairs, key=lambda pair: -pair[2])[:count]
 
 
 def _changes(found: Comparison, count: int = 10) -> dict[str, list[Any]]:

@@ -8,11 +8,17 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 from shards.address import shown
 
@@ -71,8 +77,24 @@ def with_set(settings: Sequence[str]) -> list[str]:
 
 
 def _run(command: list[str], log: Path | None) -> int:
-    if log is None:
-        return subprocess.run(command, check=False).returncode
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as file:
-        return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+    """Its exit code. SIGTERM to this process reaches the command and all that it has started, then ends this one."""
+    with ExitStack() as stack:
+        output: dict[str, Any] = {}
+        if log is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            output = {"stdout": stack.enter_context(log.open("a", encoding="utf-8")), "stderr": subprocess.STDOUT}
+        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _end))
+        process = subprocess.Popen(command, **output)
+        try:
+            return process.wait()
+        except SystemExit:
+            running = psutil.Process(process.pid)
+            for started in [*running.children(recursive=True), running]:
+                with suppress(psutil.NoSuchProcess):
+                    started.terminate()
+            process.wait()
+            raise
+
+
+def _end(number: int, _: Any) -> None:
+    sys.exit(128 + number)

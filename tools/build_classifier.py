@@ -1,7 +1,7 @@
 """Builds the class embeddings that a recipe asks for, and shows which classes they tell apart worst.
 
 Examples:
-    python tools/build_classifier.py --config configs/demo.yaml --output classes.safetensors
+    python tools/build_classifier.py --config runs/own/config.yaml --output classes.safetensors
     python tools/build_classifier.py --config C.yaml --set network.classifier=lda --output lda.safetensors
 
 The class names are those of data.label_list, or else of the shards of data.train or data.val. Train with the file by

@@ -85,7 +85,8 @@ def main() -> None:
             )
         skipped = f", {len(manifest.skipped)} skipped" if manifest.skipped else ""
         print(f"{output / 'shards' / split}: {manifest.num_videos} videos{skipped}")
-    print(f"next: DATA={output} deepspeed text4vis/train.py --config configs/own.yaml --output runs/own")
+    print(f"next: DATA={output} deepspeed text4vis/train.py --config configs/own.yaml --output runs/own\n"
+          "      (without a GPU or a network: --config configs/own-small.yaml)")  # fmt: skip
 
 
 if __name__ == "__main__":
