@@ -65,6 +65,7 @@ def test_base_files_are_laid_under(recipe, tmp_path):
         ("network.template=a person", "network.template: expected exactly one {} for the class name"),
         ("data.train.x=1", "data.train.x: train is a value ('shards/a'), not a section"),
         ("data.batch_size", "expected section.key=value"),
+        ("." * 2000 + "=1", "sections within sections, more than any recipe has"),
         ("data.train=[a", "the value is not valid YAML"),
         ("network.template=[a {}, b {}]", '; quote a text with braces, e.g. "a video of {}."'),
     ],

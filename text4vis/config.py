@@ -25,6 +25,8 @@ from text4vis.templates import TEMPLATE_SETS, prompts
 
 # Far above any recipe: the largest that ships has 2 kB.
 MAX_YAML_BYTES = 1 << 20
+# Deeper than any key: data.randaug.N has two.
+MAX_SECTIONS = 8
 
 
 class ConfigError(Exception):
@@ -470,6 +472,8 @@ def _leaves(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
     *sections, key = dotted.split(".")
+    if len(sections) > MAX_SECTIONS:
+        raise ConfigError(f"{dotted[:80]!r}: sections within sections, more than any recipe has; keys are section.key")
     for section in sections:
         inner = values.setdefault(section, {})
         if not isinstance(inner, dict):
