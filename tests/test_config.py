@@ -55,6 +55,8 @@ def test_base_files_are_laid_under(recipe, tmp_path):
         ("solver.lr=fast", "solver.lr: expected a number, got 'fast' (from --set)"),
         ("solver.lr=true", "solver.lr: expected a number, got True (from --set)"),
         ("data.bach_size=3", "data.bach_size: unknown key (from --set); did you mean data.batch_size?"),
+        ("data.colour=3", "data.colour: unknown key (from --set); docs/config.md lists all keys"),
+        ("dta.batch_size=3", "dta: unknown key (from --set); did you mean data?"),
         ("lr=3", "lr: unknown key (from --set); did you mean solver.lr?"),
         ("data.batch_size=0", "data.batch_size: input should be greater than or equal to 1, got 0 (from --set)"),
         ("data.batch_size=2.5", "data.batch_size: input should be a valid integer, got 2.5 (from --set)"),

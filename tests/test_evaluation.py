@@ -482,6 +482,9 @@ def test_reports_of_one_protocol_are_compared(reports):
     assert sum(change.videos * change.difference for change in found.classes) / NUM_VIDEOS == pytest.approx(
         by_name["top1"].difference
     )
+    wrong = [report["videos"] - report["top1_correct"] for report in (a, b)]
+    assert [sum(pair.a for pair in found.confused), sum(pair.b for pair in found.confused)] == wrong
+    assert all(0 < max(pair.a, pair.b) <= pair.videos and pair.name != pair.taken_for for pair in found.confused)
     assert (found.significance.only_b - found.significance.only_a) == b["top1_correct"] - a["top1_correct"]
 
 
@@ -542,7 +545,7 @@ def test_the_command_compares_and_its_exit_code_tells(reports, tmp_path):
         return done.returncode, done.stdout + done.stderr
 
     code, output = command(paths[0], paths[1], "--json", tmp_path / "out.json")
-    assert code == 0 and "NOT COMPARABLE" not in output and "McNemar" in output
+    assert code == 0 and "NOT COMPARABLE" not in output and "McNemar" in output and "taken for" in output
     assert json.loads((tmp_path / "out.json").read_text())["comparable"] is True
     code, output = command(paths[0], paths[2])
     assert code == 3 and "NOT COMPARABLE" in output and "a drawing of {}" in output

@@ -125,18 +125,31 @@ class ClassFigure(Figure):
 
 
 @dataclass(frozen=True)
+class Confusion:
+    """How many videos of a class each report takes for another class. videos: of the class in report A."""
+
+    name: str
+    taken_for: str
+    a: int
+    b: int
+    videos: int
+
+
+@dataclass(frozen=True)
 class Comparison:
     """What two reports, A and B, have to say about each other.
 
     protocol: settings that differ so that the figures do not measure the same thing. settings: the others that differ.
-    classes: those that both have, the largest gain first. intervals: (low, high) of the top-1 of A and of B, 95 %
-    (Wilson). significance: of the difference in top-1; None unless both list their predictions for the same videos.
+    classes: those that both have, the largest gain first. confused: pairs of them, the most often confused first.
+    intervals: (low, high) of the top-1 of A and of B, 95 % (Wilson). significance: of the difference in top-1; None
+    unless both list their predictions for the same videos.
     """
 
     figures: list[Figure]
     protocol: list[Setting]
     settings: list[Setting]
     classes: list[ClassFigure]
+    confused: list[Confusion]
     intervals: tuple[tuple[float, float], tuple[float, float]]
     significance: Significance | None
 
@@ -192,6 +205,7 @@ def compare(a: Report, b: Report) -> Comparison:
         protocol=[setting for setting in differing if setting.key in decisive],
         settings=[setting for setting in differing if setting.key not in decisive],
         classes=_classes(a, b),
+        confused=_confused(a, b),
         intervals=(wilson_interval(a["top1_correct"], a["videos"]), wilson_interval(b["top1_correct"], b["videos"])),
         significance=_significance(a, b),
     )
@@ -257,6 +271,29 @@ def _classes(a: Report, b: Report) -> list[ClassFigure]:
             x, y = (100 * one["correct"] / one["videos"] for one in (row, other))
             changes.append(ClassFigure(row["class"], x, y, y - x, row["videos"]))
     return sorted(changes, key=lambda change: -change.difference)
+
+
+def confusions(report: Report) -> list[tuple[str, str, int, int]]:
+    """(class, what it was taken for, how often, videos of the class), the pair that is confused most often first."""
+    rows = report["per_class"]
+    pairs = [
+        (rows[true]["class"], rows[said]["class"], times, rows[true]["videos"])
+        for true, counts in enumerate(report.get("confusion", []))
+        for said, times in enumerate(counts)
+        if times and true != said
+    ]
+    return sorted(pairs, key=lambda pair: -pair[2])
+
+
+def _confused(a: Report, b: Report) -> list[Confusion]:
+    videos = {one.name: one.videos for one in _classes(a, b)}
+    of_a, of_b = ({(name, other): times for name, other, times, _ in confusions(report)} for report in (a, b))
+    pairs = [
+        Confusion(name, other, of_a.get((name, other), 0), of_b.get((name, other), 0), videos[name])
+        for name, other in dict.fromkeys([*of_a, *of_b])
+        if name in videos
+    ]
+    return sorted(pairs, key=lambda pair: -max(pair.a, pair.b))
 
 
 def _significance(a: Report, b: Report) -> Significance | None:

@@ -514,15 +514,17 @@ def _explain(problem: Any, origin: Mapping[str, str], where: str) -> str:
     known = dict(schema())
     # pydantic adds the branch of a union to the location: the key is the longest prefix that is declared
     key = next((".".join(path[:n]) for n in range(len(path), 0, -1) if ".".join(path[:n]) in known), ".".join(path))
-    source = origin.get(key, where)
+    source = next((place for given, place in origin.items() if f"{given}.".startswith(f"{key}.")), where)
     if problem["type"] == "unexpected_keyword_argument":
         if key in RETIRED:
             return f"{key}: not used here (from {source}); {RETIRED[key]}"
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-        if not near:  # the right key in the wrong section, or without one
-            by_name = {name.split(".")[-1]: name for name in known}
-            near = [by_name[name] for name in difflib.get_close_matches(key.split(".")[-1], by_name, n=1, cutoff=0.7)]
-        hint = f"; did you mean {near[0]}?" if near else ""
+        section, _, last = key.rpartition(".")
+        names = [*known, *dict.fromkeys(name.rpartition(".")[0] for name in known if "." in name)]
+        for keys in ([name for name in names if name.rpartition(".")[0] == section], names):  # or in another section
+            by_name = {name.rpartition(".")[2]: name for name in keys}
+            if near := difflib.get_close_matches(last, by_name, n=1, cutoff=0.7):
+                break
+        hint = f"; did you mean {by_name[near[0]]}?" if near else "; docs/config.md lists all keys"
         return f"{key}: unknown key (from {source}){hint}"
     value = problem["input"]
     return f"{key}: {_lower_first(problem['msg'].removeprefix('Value error, '))}, got {value!r} (from {source})"

@@ -28,7 +28,7 @@ from PIL import Image
 
 from shards.address import redact_text
 from shards.format import ShardError
-from text4vis.comparison import Comparison, card_of, compare, figures_of, read_report, wilson_interval
+from text4vis.comparison import Comparison, card_of, compare, confusions, figures_of, read_report, wilson_interval
 from text4vis.config import Config, ConfigError, config_from_dict, load_config, schema
 from text4vis.curves import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, charts
 
@@ -273,7 +273,7 @@ def render(runs: Sequence[Run], examples: Sequence[Examples] = ()) -> str:
         figures=_rows({number: figures_of(report) for number, report in reports.items()}),
         charts=charts([[*run.train, *run.val] for run in runs]),
         classes=_class_rows(reports),
-        confusions={number: _confusions(report) for number, report in reports.items()},
+        confusions={number: confusions(report)[:10] for number, report in reports.items()},
         changes={number: _changes(found) for number, found in comparisons.items()},
         examples=examples,
         cards=_differing({number: _shown(card_of(report)) for number, report in reports.items()}),
@@ -353,18 +353,6 @@ def _class_rows(reports: Mapping[int, Mapping[str, Any]]) -> list[tuple[str, int
                 entry = rows.setdefault(row["class"], (row["class"], row["videos"], {}))
                 entry[2][number] = 100 * row["correct"] / row["videos"]
     return sorted(rows.values(), key=lambda row: next(iter(row[2].values())))
-
-
-def _confusions(report: Mapping[str, Any], count: int = 10) -> list[tuple[str, str, int, int]]:
-    """(class, what it was taken for, how often, videos of the class) of the pairs confused most often."""
-    names, rows = [row["class"] for row in report["per_class"]], report.get("confusion", [])
-    pairs = [
-        (names[true], names[said], number, report["per_class"][true]["videos"])
-        for true, row in enumerate(rows)
-        for said, number in enumerate(row)
-        if number and true != said
-    ]
-    return sorted(pairs, key=lambda pair: -pair[2])[:count]
 
 
 def _changes(found: Comparison, count: int = 10) -> dict[str, list[Any]]:

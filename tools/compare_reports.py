@@ -4,9 +4,10 @@ Examples:
     python tools/compare_reports.py before.json after.json
     python tools/compare_reports.py --mean split1.json split2.json split3.json
 
-Shows the figures side by side, what differs in their protocol cards, the classes that gained and lost most, and whether
-the difference in top-1 may be chance: McNemar's exact test where both reports list their predictions for the same
-videos, and each report's 95 % interval. --mean is for the seeds of a few-shot run or the splits of a protocol.
+Shows the figures side by side, what differs in their protocol cards, the classes that gained and lost most, the pairs
+confused most often, and whether the difference in top-1 may be chance: McNemar's exact test where both reports list
+their predictions for the same videos, and each report's 95 % interval. --mean is for the seeds of a
+few-shot run or the splits of a protocol.
 
 Exit codes: 0 done and comparable, 1 failed, 2 wrong usage, 3 shown, but the two do not measure the same thing: their
 data, classes, classifier, template or views differ.
@@ -25,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shards.address import shown
-from text4vis.comparison import ClassFigure, Comparison, Setting, compare, read_report, summarise
+from text4vis.comparison import ClassFigure, Comparison, Confusion, Setting, compare, read_report, summarise
 from text4vis.config import ConfigError
 
 NOT_COMPARABLE = 3
@@ -35,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("reports", nargs="+", type=Path, metavar="REPORT", help="two reports, A and B, or several")
     parser.add_argument("--mean", action="store_true", help="mean and standard deviation over all reports")
-    parser.add_argument("--top", type=int, default=10, metavar="N", help="classes that gained and lost most to show")
+    parser.add_argument("--top", type=int, default=10, metavar="N", help="rows of each list of classes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the comparison here as JSON")
     arguments = parser.parse_args()
     if not arguments.mean and len(arguments.reports) != 2:
@@ -66,6 +67,8 @@ def show(found: Comparison, names: tuple[str, str], top: int, console: Console) 
     for title, changes in (("gained most", gained), ("lost most", lost)):
         if changes:
             console.print(_classes(title, changes))
+    if found.confused:
+        console.print(_confused(found.confused[:top]))
     if found.settings:
         console.print("what else differs")
         console.print(_settings(found.settings, names))
@@ -83,6 +86,13 @@ def _classes(title: str, changes: list[ClassFigure]) -> Table:
     table = Table(title, "videos", "A %", "B %", "B - A")
     for one in changes:
         table.add_row(one.name, str(one.videos), f"{one.a:.1f}", f"{one.b:.1f}", f"{one.difference:+.1f}")
+    return table
+
+
+def _confused(pairs: list[Confusion]) -> Table:
+    table = Table("most confused", "taken for", "videos", "A", "B")
+    for pair in pairs:
+        table.add_row(pair.name, pair.taken_for, str(pair.videos), str(pair.a), str(pair.b))
     return table
 
 

@@ -104,7 +104,7 @@ def picture_path(path: Path, number: int, count: int) -> Path:
 
 
 def named(top: list[tuple[str, float]]) -> list[Row]:
-    return [{"class": name, "probability": probability} for name, probability in top]
+    return [{"class": name, "probability": round(probability, 6)} for name, probability in top]
 
 
 def recognise(recogniser: Predictor, videos: list[str], arguments: argparse.Namespace) -> Iterator[list[Row]]:
