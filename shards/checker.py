@@ -125,12 +125,19 @@ def _check_folder(path: Path, manifest: Manifest, report: DatasetReport) -> None
 def _check_classes(index: Index, labels: Sequence[str] | None, report: DatasetReport) -> None:
     classes = index.manifest.classes
     if labels is not None and list(labels) != classes:
+        moved = [number for number, name in enumerate(labels) if name in classes and classes.index(name) != number]
+        what = None
         if len(labels) != len(classes):
             what = f"{len(classes)} classes, the class list has {len(labels)}"
+        elif moved:
+            name = labels[moved[0]]
+            what = f"class {classes.index(name)} as {name!r}, in the class list it is {moved[0]}"
+        if what:
+            report.problems.append(f"{index.where}: has {what}; give the class list it was built with, or rebuild")
         else:
-            number = next(number for number, name in enumerate(classes) if name != labels[number])
-            what = f"class {number} as {classes[number]!r}, the class list has {labels[number]!r}"
-        report.problems.append(f"{index.where}: has {what}; give the class list it was built with, or rebuild")
+            new = [f"{old!r} to {name!r}" for old, name in zip(classes, labels, strict=True) if old != name]
+            some = ", ".join(new[:5]) + (", …" if len(new) > 5 else "")
+            report.warnings.append(f"{index.where}: the class list rewords {len(new)} of {len(classes)} names: {some}")
     empty = np.flatnonzero(np.bincount(index.videos["label"], minlength=len(classes)) == 0).tolist()
     if empty:
         names = ", ".join(repr(classes[number]) for number in empty[:5]) + (", …" if len(empty) > 5 else "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -242,10 +243,12 @@ class _Builder:
     def _publish(self) -> Manifest:
         skipped = [entry for shard in self.finished for entry in shard.skipped] + self.skipped
         if not self.finished:
-            first = skipped[0]
+            first = min(skipped, key=lambda entry: entry["line"])
+            kinds = Counter(entry["reason"].replace(entry["name"], "NAME") for entry in skipped).most_common(3)
+            counts = "; ".join(f"{count} x {kind}" for kind, count in kinds)
             raise ShardError(
-                f"{self.list_name}:{first['line']}: none of the {len(skipped)} videos could be stored; this one: "
-                f"{first['reason']}; check --root and --image-template"
+                f"{self.list_name}:{first['line']}: none of the {len(skipped)} videos could be stored, the first is "
+                f"{first['name']!r} ({counts}); check --root and --image-template"
             )
         return publish(
             self.workspace,

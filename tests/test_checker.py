@@ -164,9 +164,15 @@ def test_deep_finds_what_does_not_decode(tmp_path):
 def test_labels_must_be_the_same(data):
     names = ["class 0", "class 1", "class 2"]
     assert check_datasets([data], labels=names).sound
-    for other, words in [(names[:2], "the class list has 2"), (["class 0", "x", "class 2"], "class 1 as 'class 1'")]:
+    in_another_order = ["class 0", "class 2", "class 1"]
+    for other, words in [
+        (names[:2], "the class list has 2"),
+        (in_another_order, "class 2 as 'class 2', in the class list it is 1"),
+    ]:
         report = check_datasets([data], labels=other)
         assert words in report.datasets[0].problems[0]
+    report = check_datasets([data], labels=["class 0", "x", "class 2"])
+    assert report.sound and "rewords 1 of 3 names: 'class 1' to 'x'" in report.datasets[0].warnings[0]
 
 
 def test_leaks_across_data_sets_and_twins_within(tmp_path):

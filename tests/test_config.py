@@ -78,6 +78,13 @@ def test_a_mistake_is_answered_with_key_value_origin_and_fix(recipe, override, m
     assert message in str(error.value)
 
 
+def test_an_empty_value_takes_a_choice_back(recipe):
+    settings = ["data.label_list=names.csv", "network.classifier_file=x.npy"]
+    assert load_config(recipe, settings).data.label_list == "names.csv"
+    config = load_config(recipe, [*settings, "data.label_list=", "network.classifier_file="])
+    assert (config.data.label_list, config.network.classifier_file) == (None, None)
+
+
 def test_the_file_is_named_as_origin(recipe, tmp_path):
     recipe.write_text("data:\n  batch_size: many\n")
     with pytest.raises(ConfigError, match=re.escape(f"got 'many' (from {recipe})")):

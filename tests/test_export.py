@@ -160,9 +160,19 @@ def test_the_card_shows_texts_as_they_are(exported):
         assert f"<td>{text.replace('<', '&lt;').replace('>', '&gt;')}</td>" in html
     assert "<b>" not in html and "<a" not in html and "<em>" not in html
     assert "<td>tiny [x](y)</td>" in html and "<td>views.clips</td>" in html
+    assert "<td>weights before training</td>" in html and "that it was trained on" not in html
     assert "A report on these weights" in html and "/a/" not in html and str(folder.parent) not in page
     card = text4vis.weights.load_export(folder).card
     assert card["evaluation"]["top1"] == 25.0 and card["preprocessing"] == preprocessing(trained.config)
+
+
+def test_the_card_says_when_the_figures_are_of_the_training_data(exported, tmp_path):
+    trained, folder = exported
+    report = json.loads((folder.parent / "report.json").read_text())
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps({**report, "data_fingerprint": "f00d"}))
+    export(tmp_path / "out", replace(trained, card={**trained.card, "data_fingerprint": "f00d"}), report=path)
+    assert "**on the very videos that it was trained on**" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_an_export_again_leaves_nothing_of_the_old_one(exported, tmp_path):

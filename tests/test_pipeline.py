@@ -316,3 +316,8 @@ def test_settings_that_cannot_work_are_refused(shards, data, message):
         pytest.skip("there is a GPU")
     with pytest.raises(ConfigError, match=message):
         build_loader(settings(shards, **data), "train")
+
+
+def test_shards_that_are_not_there_are_named_with_their_key(shards, tmp_path):
+    with pytest.raises(ShardError, match=rf"^data\.train: {tmp_path}/manifest.json: not found; name a folder"):
+        build_loader(settings(shards, train=[str(tmp_path)]), "train")

@@ -11,6 +11,9 @@ from launch import ROOT, finish, free_port, run, start, wait_for
 from project import TRAIN, last_line, losses, records, weights
 from safetensors.torch import load_file
 
+from text4vis.checkpoint import CheckpointError
+from text4vis.runs import claim
+
 RESUME_ME = 75
 
 
@@ -91,6 +94,14 @@ def test_one_ranks_error_ends_the_job_and_is_the_last_line_everywhere(project, t
     assert "rank 2 on host" in last_line(output) and last_line(output).endswith(cause)
     assert all(said.splitlines()[-1].endswith(cause) for _, said in results)
     assert "Traceback" in results[2][1]
+
+
+def test_an_output_that_cannot_be_is_named_with_the_fix(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        CheckpointError, match=r"--output .*file/run: the folder cannot be made \(Not a directory\); name"
+    ):
+        claim(tmp_path / "file" / "run")
 
 
 @pytest.mark.slow

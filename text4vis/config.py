@@ -72,6 +72,8 @@ Float = Annotated[float, BeforeValidator(_number)]
 Int = StrictInt
 Bool = StrictBool
 Str = StrictStr
+# `--set key=` takes a value back that a recipe gives.
+OptionalStr = Annotated[StrictStr | None, BeforeValidator(lambda value: None if value == "" else value)]
 Probability = Annotated[float, Field(ge=0, le=1), BeforeValidator(_number)]
 Rate = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_number)]
 NonNegative = Annotated[float, Field(ge=0), BeforeValidator(_number)]
@@ -96,7 +98,7 @@ class DataConfig:
     dataset: Str = Field("", description="name of the data set, for titles and reports")
     train: Sources = Field((), description="training shards: a folder, an address, or a list of them")
     val: Sources = Field((), description="evaluation shards, like data.train")
-    label_list: Str | None = Field(None, description="CSV `id,name`; default: the class names stored in the shards")
+    label_list: OptionalStr = Field(None, description="CSV `id,name`; default: the class names stored in the shards")
     num_segments: Count = Field(8, description="frames sampled from a video, T")
     dense: Bool = Field(False, description="sample inside a window of 128 frames instead of over the whole video")
     batch_size: Count = Field(32, description="videos per rank and micro batch")
@@ -159,7 +161,7 @@ class DataConfig:
     max_bad_share: Rate = Field(
         0.01, description="data.on_error skip: largest share of the videos that a job may skip before it fails"
     )
-    cache_dir: Str | None = Field(None, description="node-wide folder for remote indexes and shards")
+    cache_dir: OptionalStr = Field(None, description="node-wide folder for remote indexes and shards")
     cache_bytes: Annotated[StrictInt, Field(ge=0)] = Field(
         0, description="keep whole remote shards in cache_dir up to this many bytes; 0: range requests only"
     )
@@ -171,7 +173,7 @@ class NetworkConfig:
     arch: Str = Field(
         "ViT-B/16", description="CLIP or open_clip name, a model JSON, or a weights file in OpenAI's layout"
     )
-    pretrained: Str | None = Field(
+    pretrained: OptionalStr = Field(
         None, description="open_clip tag or weights file; default: `openai` for CLIP's names, the file beside a JSON"
     )
     init: Bool = Field(True, description="start from pre-trained weights; false: random ones")
@@ -196,11 +198,11 @@ class NetworkConfig:
         "a video of a person {}.",
         description="prompt around a class name, a list of prompts (their mean), or a set: actionclip-16, kinetics-28",
     )
-    classifier_file: Str | None = Field(
+    classifier_file: OptionalStr = Field(
         None, description="class embeddings (C, D): .safetensors, .npy or .pt; tools/build_classifier.py writes one"
     )
     lda_videos: Annotated[StrictInt, Field(ge=2)] = Field(60, description="lda: training videos a class, at most")
-    sentence_model: Str | None = Field(None, description="sentence: folder of a Hugging Face text encoder")
+    sentence_model: OptionalStr = Field(None, description="sentence: folder of a Hugging Face text encoder")
     sentence_projection: Bool = Field(
         False, description="sentence: bring its width to CLIP's by a fixed orthogonal projection"
     )
@@ -306,7 +308,7 @@ class Config:
     seed: Annotated[StrictInt, Field(ge=0)] = Field(
         1024, description="of order, sampling, augmentation and initial weights"
     )
-    pretrain: Str | None = Field(
+    pretrain: OptionalStr = Field(
         None, description="start from the weights of a run, checkpoint, export or .pt file, whatever its classes"
     )
     data: DataConfig = Field(default_factory=DataConfig)

@@ -20,6 +20,7 @@ from text4vis.model_card import file_name, model_card
 from text4vis.onnx_graph import OPSET, OnnxFile, remove_onnx, require_packages, write_onnx
 from text4vis.predictor import Trained, takes_labels
 from text4vis.sampling import DENSE_WINDOW
+from text4vis.towers import CLIP_NAMES
 from text4vis.weights import EXPORT_FILE, Parts, export_model
 
 CARD_FILE = "README.md"
@@ -82,14 +83,17 @@ def last_report(path: Path) -> Path | None:
 
 
 def quote_report(path: Path, trained: Trained) -> dict[str, Any]:
-    """The protocol card and the figures of a report, without its tables, and whether it is of the same weights.
+    """The protocol card and the figures of a report, without its tables, whether it is of the same weights, and whether
+    it was measured on the videos that the model was trained on.
 
     Raises ConfigError for a file that is no report.
     """
     report = read_report(path)
     quoted = {key: value for key, value in report.items() if key not in TABLES}
     same = report.get("weights") == weights_fingerprint(trained.model.state_dict())
-    return {"of these weights": same, **quoted, "model": file_name(report.get("model"))}
+    trained_on = report.get("data_fingerprint") == trained.card.get("data_fingerprint", "")
+    quoted["model"] = file_name(report.get("model"))
+    return {"of these weights": same, "of the training data": trained_on, **quoted}
 
 
 def preprocessing(config: Config) -> dict[str, Any]:
@@ -106,10 +110,22 @@ def preprocessing(config: Config) -> dict[str, Any]:
     }
 
 
+def _starting_weights(config: Config) -> str:
+    network = config.network
+    if config.pretrain:
+        return f"{file_name(config.pretrain)} (pretrain)"
+    if not network.init:
+        return "random"
+    if network.pretrained:
+        return f"{file_name(network.pretrained)} (network.pretrained)"
+    return f"OpenAI's CLIP {network.arch}" if network.arch in CLIP_NAMES else f"{file_name(network.arch)}'s own"
+
+
 def _what_it_is(trained: Trained) -> dict[str, Any]:
     config, network = trained.config, trained.config.network
     return {
         "architecture": file_name(network.arch),
+        "weights before training": _starting_weights(config),
         "temporal head": network.sim_header,
         "temporal modelling in the tower": network.tm or ("joint_st" if network.joint_st else "none"),
         "parameters of the visual side": sum(

@@ -43,8 +43,8 @@ def model_card(
     """The page. Mappings hold JSON values; inner mappings are shown with dotted keys.
 
     facts: what the model is. training: settings. figures: those that the run had when it saved the weights. evaluation:
-    protocol card and figures of a report; `of these weights` says whether it is. takes_labels: whether other class
-    names than its own make sense.
+    protocol card and figures of a report; `of these weights` and `of the training data` say whether it is.
+    takes_labels: whether other class names than its own make sense.
     """
     header = {
         "library_name": "text4vis",
@@ -79,6 +79,8 @@ def model_card(
         parts += ["When these weights were saved:\n", _table(figures)]
     if evaluation:
         whose = "these weights" if evaluation["of these weights"] else "**other weights** than these"
+        if evaluation["of the training data"]:
+            whose += ", **on the very videos that it was trained on**: it says nothing about others"
         parts += [f"A report on {whose}, and what it was measured with:\n", _table(evaluation)]
     else:
         parts += ["No report is at hand; `text4vis/evaluate.py --report` writes one.\n"]

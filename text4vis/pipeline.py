@@ -30,7 +30,7 @@ from PIL import Image
 
 from shards.address import scheme_of
 from shards.annotations import parse_labels
-from shards.format import SampleError
+from shards.format import SampleError, ShardError
 from shards.images import ImageProbe
 from shards.reader import ShardDataset, open_dataset
 from shards.video import VideoError, decode_frames
@@ -78,18 +78,21 @@ def build_loader(config: Config, split: str, *, rank: int = 0, world_size: int =
 
 
 def open_split(config: Config, split: str) -> ShardDataset:
-    """The data set behind `data.train` or `data.val`."""
+    """The data set behind `data.train` or `data.val`. Raises ConfigError, ShardError."""
     sources = config.data.train if split == "train" else config.data.val
     if not sources:
         raise ConfigError(f"data.{split}: no shards named; build them with tools/build_shards.py and name the folder")
     is_local = all(scheme_of(source) is None for source in sources)
-    return open_dataset(
-        list(sources),
-        io_threads=config.data.io_threads or (1 if is_local else REMOTE_IO_THREADS),
-        cache_dir=config.data.cache_dir,
-        cache_bytes=config.data.cache_bytes or None,
-        verify=config.data.verify,
-    )
+    try:
+        return open_dataset(
+            list(sources),
+            io_threads=config.data.io_threads or (1 if is_local else REMOTE_IO_THREADS),
+            cache_dir=config.data.cache_dir,
+            cache_bytes=config.data.cache_bytes or None,
+            verify=config.data.verify,
+        )
+    except ShardError as error:
+        raise ShardError(f"data.{split}: {error}") from error
 
 
 def class_names(config: Config, dataset: ShardDataset) -> list[str]:

@@ -32,9 +32,16 @@ def claim(output: Path) -> int | None:
     """Keeps the run's folder for this process as long as it lives. Returns the lock's open file; do not close it.
 
     Two jobs must never write one run: a scheduler that starts a job again before the old one is gone, or ranks that do
-    not know of each other. None where the file system has no locks. Raises CheckpointError: another job holds it.
+    not know of each other. None where the file system has no locks. Raises CheckpointError: another job holds it, or it
+    cannot be made.
     """
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"--output {output}: the folder cannot be made ({error.strerror}); name a folder that you may "
+            "write, below no file"
+        ) from None
     descriptor = os.open(output / ".running", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
