@@ -1,11 +1,13 @@
 """Each thing that would go wrong is found and comes with its fix; where all is well there is no problem."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import open_clip
 import pytest
 from launch import program
 
@@ -161,6 +163,22 @@ def test_what_is_wrong_with_a_job_is_found(project, tmp_path, monkeypatch):
     assert "26 videos are fewer than data.batch_size (30)" in "".join(of_level(findings, WARNING))
     typo = doctor.diagnose(project.config, ["data.bach_size=3"], None, tmp_path / "run")
     assert "did you mean data.batch_size?" in "".join(of_level(typo, PROBLEM))
+
+
+def test_weights_that_cannot_be_fetched_are_one_finding_without_the_downloads_chatter(
+    project, tmp_path, monkeypatch, caplog
+):
+    def fetch(*_, **__):
+        logging.getLogger("huggingface_hub").warning("Retrying in 1s")
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(open_clip, "create_model", fetch)
+    settings = ["network.arch=ViT-B/32", "network.pretrained="]
+    findings = list(doctor.diagnose(project.config, settings, None, tmp_path / "run"))
+    assert "could not be fetched (no network)" in "".join(of_level(findings, PROBLEM))
+    assert "Retrying" not in caplog.text
+    logging.getLogger("huggingface_hub").warning("heard again")
+    assert "heard again" in caplog.text
 
 
 def test_the_probe_tells_what_does_not_import(tmp_path, monkeypatch):

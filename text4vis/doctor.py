@@ -8,6 +8,7 @@ hostfile ───────────────────────�
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shlex
@@ -122,8 +123,9 @@ def _gpus(found: Mapping[str, Any]) -> Iterator[Finding]:
         )  # fmt: skip
     else:
         yield Finding(
-            "GPU", WARNING, "none: everything runs on the CPU", "use a recipe for laptops, e.g. configs/demo.yaml"
-        )
+            "GPU", WARNING, "none: everything runs on the CPU",
+            "nothing to do for small models, such as that of configs/demo.yaml and own-small.yaml",
+        )  # fmt: skip
 
 
 def _engine(config: Config, here: Mapping[str, Any]) -> Iterator[Finding]:
@@ -155,7 +157,7 @@ def _data(config: Config) -> Iterator[Finding]:
             yield Finding(
                 subject,
                 PROBLEM,
-                str(error),
+                str(error).removeprefix(f"{subject}: "),
                 "build it (docs/data-sets.md), correct the path or $DATA, or look into it with tools/check_shards.py",
             )
             continue
@@ -180,12 +182,17 @@ def _model_and_output(config: Config, output: Path) -> Iterator[Finding]:
     from text4vis.runs import find_start
 
     parameters = 0
+    logging.disable()  # a download that is tried again and again says so line by line; what came of it is found below
     try:
         model = build_model(config.network, config.data.num_segments, image_size=config.data.input_size)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        yield Finding("network", FINE, f"{config.network.arch}: {parameters / 1e6:,.1f} million parameters")
+        found = Finding("network", FINE, f"{config.network.arch}: {parameters / 1e6:,.1f} million parameters")
     except (ConfigError, OSError) as error:
-        yield Finding("network", PROBLEM, str(error), "give network.pretrained a local file where there is no internet")
+        fix = "give network.pretrained a local file where there is no internet"
+        found = Finding("network", PROBLEM, str(error), fix)
+    finally:
+        logging.disable(logging.NOTSET)
+    yield found
     folder = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
     if not os.access(folder, os.W_OK):
         yield Finding("output", PROBLEM, f"{folder} cannot be written", "give another --output")
