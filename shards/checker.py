@@ -125,7 +125,8 @@ def _check_folder(path: Path, manifest: Manifest, report: DatasetReport) -> None
 def _check_classes(index: Index, labels: Sequence[str] | None, report: DatasetReport) -> None:
     classes = index.manifest.classes
     if labels is not None and list(labels) != classes:
-        moved = [number for number, name in enumerate(labels) if name in classes and classes.index(name) != number]
+        pairs = enumerate(zip(labels, classes, strict=False))
+        moved = [number for number, (name, stored) in pairs if name != stored and name in classes]
         what = None
         if len(labels) != len(classes):
             what = f"{len(classes)} classes, the class list has {len(labels)}"

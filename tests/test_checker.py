@@ -171,6 +171,8 @@ def test_labels_must_be_the_same(data):
     ]:
         report = check_datasets([data], labels=other)
         assert words in report.datasets[0].problems[0]
+    for other in (["class 0", "x", "class 2"], ["class 0", "x", "x"]):
+        assert check_datasets([data], labels=other).sound
     report = check_datasets([data], labels=["class 0", "x", "class 2"])
     assert report.sound and "rewords 1 of 3 names: 'class 1' to 'x'" in report.datasets[0].warnings[0]
 
