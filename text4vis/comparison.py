@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -287,9 +288,12 @@ def confusions(report: Report) -> list[tuple[str, str, int, int]]:
 
 def _confused(a: Report, b: Report) -> list[Confusion]:
     videos = {one.name: one.videos for one in _classes(a, b)}
-    of_a, of_b = ({(name, other): times for name, other, times, _ in confusions(report)} for report in (a, b))
+    of_a, of_b = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+    for counts, report in ((of_a, a), (of_b, b)):
+        for name, other, times, _ in confusions(report):
+            counts[name, other] += times
     pairs = [
-        Confusion(name, other, of_a.get((name, other), 0), of_b.get((name, other), 0), videos[name])
+        Confusion(name, other, of_a[name, other], of_b[name, other], videos[name])
         for name, other in dict.fromkeys([*of_a, *of_b])
         if name in videos
     ]
