@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from shards.files import sync_folder, write_atomically
 from shards.format import (
     INDEX_ROLES,
     MANIFEST,
@@ -250,27 +251,3 @@ def _write_table(path: Path, dtype: np.dtype, length: int, arrays: Iterable[np.n
         temporary.unlink(missing_ok=True)
         raise
     return size, crc32
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """The file holds all of `data` or is as it was before, whatever happens meanwhile."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Makes renames in a folder survive a power cut."""
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from shards.annotations import Annotation
-from shards.building import write_atomically
+from shards.files import require_folder, write_atomically
 from shards.format import ShardError
 from shards.sources import InputError, SourceOptions, encoded_frames, probe_file, video_positions
 
@@ -46,7 +46,7 @@ def extract_frames(
     folders = _folder_names(videos, list_name)
     if not root.is_dir():
         raise ShardError(f"{root}: no such folder; give the folder that the list's paths begin in as --root")
-    output.mkdir(parents=True, exist_ok=True)
+    require_folder(output)
     report = progress or (lambda videos, frames: None)
 
     def extract(position: int) -> int:

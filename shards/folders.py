@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from shards.annotations import is_video_file
-from shards.building import write_atomically
+from shards.files import require_folder, write_atomically
 from shards.format import ShardError
 from shards.plan import epoch_order
 
@@ -155,7 +155,7 @@ def write_lists(videos: Sequence[Video], output: str | Path) -> dict[str, int]:
             raise ShardError(f"no video is left for {split}; add videos: a class needs two to have one in each split")
     table = io.StringIO(newline="")
     csv.writer(table, lineterminator="\n").writerows([("id", "name"), *enumerate(names)])
-    output.mkdir(parents=True, exist_ok=True)
+    require_folder(output)
     for split, file in SPLITS.items():
         lines = [f"{video.path} {labels.index(video.label)}\n" for video in videos if video.split == split]
         write_atomically(output / file, "".join(lines).encode())

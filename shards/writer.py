@@ -116,8 +116,8 @@ def build_shards(
     except OSError as error:
         # Sources raise InputError: what is left is the output.
         raise ShardError(
-            f"{error.filename or output}: {error.strerror or error}; make room or make the folder writable, then run "
-            "the same command again: finished shards are kept"
+            f"{error.filename or output}: {error.strerror or error}; make room, make the folder writable or name "
+            "another --output, then run the same command again: finished shards are kept"
         ) from error
 
 

@@ -304,7 +304,9 @@ class TestFeatures:
     def test_that_cannot_be_kept_are_refused_before_any_video(self, project, tmp_path, monkeypatch):
         monkeypatch.setattr(evaluation, "embed_videos", lambda *_, **__: pytest.fail("embedded"))
         (tmp_path / "file").touch()
-        with pytest.raises(ConfigError, match=r"--features: .*file cannot be written \(.*\); name another file"):
+        with pytest.raises(
+            OSError, match=r"--features: the folder .*file cannot be written \(.*\); name one that you may write"
+        ):
             project.evaluate(features=tmp_path / "file" / "features.safetensors")
 
     @pytest.mark.parametrize("changes", [{"test_crops": 1}, {"test_clips": 3}, {"dense": True}, {"scale_size": 40}])

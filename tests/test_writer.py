@@ -237,7 +237,7 @@ def test_read_only_output_is_one_clear_line(frame_folders, tmp_path, monkeypatch
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(tmp_path / "data"))
 
     monkeypatch.setattr(Path, "mkdir", read_only)
-    with pytest.raises(ShardError, match=r"data: Read-only file system; make room or make the folder writable"):
+    with pytest.raises(ShardError, match=r"data: Read-only file system; make room, make the folder writable or"):
         build(frame_folders, tmp_path / "data")
 
 

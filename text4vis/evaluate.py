@@ -32,6 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shards.address import shown
+from shards.files import require_file
 from shards.format import ShardError
 from text4vis import checkpoint, distributed
 from text4vis.checkpoint import CheckpointError, load_model
@@ -77,6 +78,8 @@ def run(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.set)
     ranks = distributed.start()
     distributed.use_cores(config.engine.num_threads)
+    if arguments.report:
+        distributed.from_main(lambda: require_file(arguments.report, "--report"))
     with build_loader(config, "val", rank=ranks.rank, world_size=ranks.world_size) as loader:
         names = class_names(config, loader.dataset)
         splits = class_splits(config, names, loader.dataset.labels)
@@ -100,7 +103,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
     if report is None:
         return
-    show(report)  # first, for the file may turn out not to be writable
+    show(report)
     if arguments.report:
         write_report(arguments.report, {"model": str(arguments.model), **report})
 

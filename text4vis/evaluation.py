@@ -12,7 +12,6 @@ import difflib
 import hashlib
 import json
 import logging
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from shards.annotations import parse_labels
+from shards.files import require_file
 from text4vis import distributed
 from text4vis.bad_videos import BadVideos
 from text4vis.config import Config, ConfigError
@@ -120,15 +120,15 @@ def embed_or_read(model: VideoClip, loader: Loader, path: Path, origin: Mapping[
     """As `embed_videos`, but kept in a file: read from it if it is of this `origin`, else made and written to it.
 
     A file of another origin is replaced, and a warning says what differs. Where videos were left out no file is
-    written. Rank 0 alone touches the file. Raises ConfigError, before any video is embedded, for a file that holds
-    something else and a folder that cannot be written. Collective.
+    written. Rank 0 alone touches the file. Before any video is embedded it raises ConfigError for a file that
+    holds something else, OSError for one that cannot be written. Collective.
     """
     kept: list[Embeddings] = []
 
     def look() -> bool:
         kept.extend(_read_features(path, origin))
         if not kept:
-            _require_writable(path.parent)
+            require_file(path, "--features")
         return bool(kept)
 
     if distributed.from_main(look):
@@ -141,14 +141,6 @@ def embed_or_read(model: VideoClip, loader: Loader, path: Path, origin: Mapping[
         save_file(vars(embedded), partial, metadata={FEATURES: json.dumps(origin)})
         partial.replace(path)
     return embedded
-
-
-def _require_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ConfigError(f"--features: {folder} cannot be written ({error.strerror}); name another file") from None
 
 
 def _read_features(path: Path, origin: Mapping[str, Any]) -> list[Embeddings]:

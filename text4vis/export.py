@@ -12,6 +12,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from shards.files import require_folder
 from text4vis.checkpoint import STATE, find
 from text4vis.comparison import read_report
 from text4vis.config import Config
@@ -44,7 +45,7 @@ def export(folder: Path, trained: Trained, *, report: Path | None = None, onnx: 
     model, config, names = trained.model, trained.config, trained.class_names
     evaluation = None if report is None else quote_report(report, trained)
     rule = preprocessing(config)
-    folder.mkdir(parents=True, exist_ok=True)
+    require_folder(folder)
     (folder / EXPORT_FILE).unlink(missing_ok=True)  # without it the folder is no export; it is written last
     remove_onnx(folder / ONNX_FILE)
     (folder / ONNX_PROGRAM).unlink(missing_ok=True)

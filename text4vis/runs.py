@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from shards.files import require_folder
 from text4vis import checkpoint
 from text4vis.checkpoint import CheckpointError, State
 from text4vis.classifier import file_digest
@@ -32,16 +33,10 @@ def claim(output: Path) -> int | None:
     """Keeps the run's folder for this process as long as it lives. Returns the lock's open file; do not close it.
 
     Two jobs must never write one run: a scheduler that starts a job again before the old one is gone, or ranks that do
-    not know of each other. None where the file system has no locks. Raises CheckpointError: another job holds it, or it
-    cannot be made.
+    not know of each other. None where the file system has no locks. Raises CheckpointError when another job holds it,
+    OSError when it cannot be made.
     """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(
-            f"--output {output}: the folder cannot be made ({error.strerror}); name a folder that you may "
-            "write, below no file"
-        ) from None
+    require_folder(output)
     descriptor = os.open(output / ".running", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

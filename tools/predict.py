@@ -31,6 +31,7 @@ from rich.table import Table
 import text4vis
 from shards.address import redact, scheme_of, shown
 from shards.annotations import is_video_file, parse_labels
+from shards.files import require_file
 from shards.format import ShardError
 from text4vis.checkpoint import CheckpointError
 from text4vis.config import ConfigError
@@ -170,6 +171,9 @@ def write_csv(path: Path, rows: list[Row]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    for option in ("picture", "json", "csv"):
+        if path := getattr(arguments, option):
+            require_file(path, f"--{option}")
     videos = find_videos(arguments.videos)
     recogniser = text4vis.load(arguments.model)
     console = Console()

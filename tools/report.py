@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 from shards.address import printable
+from shards.files import require_file
 from text4vis.config import ConfigError
 from text4vis.progress import track
 from text4vis.report import read_examples, read_runs, render
@@ -44,10 +45,10 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     arguments = parse_arguments()
     try:
+        require_file(arguments.output, "--output")
         runs = read_runs(arguments.runs)
         found = read_examples(runs, arguments.examples) if arguments.examples else ()
         page = render(runs, list(track(found, "reading frames", len(runs), unit="run", keep=False)))
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(page, encoding="utf-8")
     except (ConfigError, OSError) as error:
         print(f"report: error: {printable(str(error))}", file=sys.stderr)
