@@ -28,15 +28,13 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-
 from shards.address import shown
 from shards.files import require_file
 from shards.format import ShardError
 from text4vis import checkpoint, distributed
 from text4vis.checkpoint import CheckpointError, load_model
 from text4vis.config import Config, ConfigError, config_from_dict, load_config
+from text4vis.console import console, table
 from text4vis.weights import EXPORT_FILE, read_export_config
 
 if TYPE_CHECKING:
@@ -164,26 +162,24 @@ def check_frames(model: VideoClip, config: Config) -> None:
 
 def show(report: dict[str, Any]) -> None:
     """The main figures, a line for each protocol."""
-    table = Table("", title=report["data"] or None)
-    for column in ("videos", "classes", "top-1 %", "top-5 %"):
-        table.add_column(column, justify="right", no_wrap=True)
+    rows = table(("",), ("videos", "classes", "top-1 %", "top-5 %"), title=report["data"] or None)
     for row in report["by_views"]:
         counts = (str(report[key]) for key in ("videos", "classes"))
-        table.add_row(f"{row['clips']} x {row['crops']} views", *counts, f"{row['top1']:.2f}", f"{row['top5']:.2f}")
+        rows.add_row(f"{row['clips']} x {row['crops']} views", *counts, f"{row['top1']:.2f}", f"{row['top5']:.2f}")
     for key in ("half_classes", "class_splits"):
         if over := report[key]:
             each = over["splits"]
             counts = (f"{sum(split[what] for split in each) / len(each):.0f}" for what in ("videos", "classes"))
             shares = (f"{over[f'{top}_mean']:.2f} ± {over[f'{top}_std']:.2f}" for top in ("top1", "top5"))
-            table.add_row(f"{len(each)} {key.replace('_', ' ')}", *counts, *shares)
-    console = Console(highlight=False, markup=False)
-    console.print(table)
+            rows.add_row(f"{len(each)} {key.replace('_', ' ')}", *counts, *shares)
+    screen = console()
+    screen.print(rows)
     for entry in report["skipped"]:
-        console.print(f"left out: {entry['reason']}")
+        screen.print(f"left out: {entry['reason']}")
     if report["not_finite"]:
-        console.print(f"counted as wrong: {report['not_finite']} videos whose scores are not finite numbers")
+        screen.print(f"counted as wrong: {report['not_finite']} videos whose scores are not finite numbers")
     precision = "" if report["map"] is None else f"mAP {report['map']:.2f} %, "
-    console.print(
+    screen.print(
         f"mean class accuracy {report['mean_class_accuracy']:.2f} %, {precision}"
         f"chance of top-1 {report['chance']:.2f} %"
     )

@@ -21,16 +21,13 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 from shards.address import shown
 from shards.format import ShardError
 from text4vis.benchmarks.data import Workload, make_workload, open_workload
 from text4vis.benchmarks.figures import Figure, Processes, machine
 from text4vis.benchmarks.suites import SUITES, Plan
 from text4vis.config import ConfigError
+from text4vis.console import console, table
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -90,12 +87,9 @@ def workload(arguments: argparse.Namespace) -> Workload:
 
 
 def print_table(figures: list[Figure]) -> None:
-    terminal = sys.stdout.isatty()
-    table = Table(box=box.ROUNDED if terminal else box.MARKDOWN)
-    for name in ("benchmark", "what", "median", "spread", "ratio", "target"):
-        table.add_column(name, justify="right" if name in ("median", "spread", "ratio") else "left")
+    rows = table(("benchmark", "what"), ("median", "spread", "ratio", "target"))
     for figure in figures:
-        table.add_row(
+        rows.add_row(
             figure.benchmark,
             figure.what,
             f"{_number(figure.median)} {figure.unit}",
@@ -103,7 +97,7 @@ def print_table(figures: list[Figure]) -> None:
             "" if figure.ratio is None else f"{figure.ratio:.2f}",
             figure.target,
         )
-    Console(markup=False, highlight=False, width=None if terminal else 160).print(table)
+    console().print(rows)
 
 
 def _number(value: float) -> str:

@@ -18,14 +18,12 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from shards.address import shown
 from shards.annotations import parse_labels
 from shards.format import ShardError
 from text4vis.classifier import Pair, build_classifier, confusable_pairs, save_classifier
 from text4vis.config import Config, ConfigError, load_config
+from text4vis.console import console, table
 from text4vis.model import build_model
 from text4vis.pipeline import open_split
 from text4vis.templates import prompts
@@ -54,12 +52,10 @@ def names_of(config: Config) -> list[str]:
 
 
 def show(pairs: list[Pair]) -> None:
-    table = Table(title="the classes closest to each other")
-    for column in ("class", "class", "cosine"):
-        table.add_column(column, justify="right" if column == "cosine" else "left")
+    rows = table(("class", "class"), ("cosine",), title="the classes closest to each other")
     for pair in pairs:
-        table.add_row(pair.first, pair.second, f"{pair.cosine:.3f}")
-    Console(markup=False, highlight=False).print(table)
+        rows.add_row(pair.first, pair.second, f"{pair.cosine:.3f}")
+    console().print(rows)
 
 
 def write_pairs(path: Path, pairs: list[Pair]) -> None:

@@ -14,14 +14,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 from shards.address import shown
 from shards.annotations import parse_labels
 from shards.checker import VIDEOS_PER_RANK, Report, check_datasets
 from shards.format import ShardError
+from text4vis.console import console, table
 from text4vis.progress import Progress
 
 _SHOWN_LINES = 20
@@ -38,16 +35,12 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def print_table(report: Report) -> None:
-    terminal = sys.stdout.isatty()
-    table = Table(box=box.ROUNDED if terminal else box.ASCII)
-    table.add_column("")
-    rows = [_cells(dataset.statistics) for dataset in report.datasets]
-    for dataset in report.datasets:
-        table.add_column(ascii(dataset.path)[1:-1], justify="right")
-    for name in dict.fromkeys(name for cells in rows for name in cells):
-        table.add_row(name, *(cells.get(name, "-") for cells in rows))
-    table.add_row("result", *("UNSOUND" if dataset.problems else "sound" for dataset in report.datasets))
-    Console(markup=False, highlight=False, width=None if terminal else 160).print(table)
+    columns = [_cells(dataset.statistics) for dataset in report.datasets]
+    rows = table(("",), [ascii(dataset.path)[1:-1] for dataset in report.datasets])
+    for name in dict.fromkeys(name for cells in columns for name in cells):
+        rows.add_row(name, *(cells.get(name, "-") for cells in columns))
+    rows.add_row("result", *("UNSOUND" if dataset.problems else "sound" for dataset in report.datasets))
+    console().print(rows)
 
 
 def _cells(statistics: dict[str, Any]) -> dict[str, str]:

@@ -28,6 +28,7 @@ from rich.table import Table
 from shards.address import shown
 from text4vis.comparison import ClassFigure, Comparison, Confusion, Setting, compare, read_report, summarise
 from text4vis.config import ConfigError
+from text4vis.console import console, table
 
 NOT_COMPARABLE = 3
 
@@ -44,21 +45,19 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def show(found: Comparison, names: tuple[str, str], top: int, console: Console) -> None:
+def show(found: Comparison, names: tuple[str, str], top: int, screen: Console) -> None:
     if found.protocol:
-        console.print("NOT COMPARABLE: the figures do not measure the same thing", style="bold red")
-        console.print(_settings(found.protocol, names))
-    table = Table("", *(f"{letter}: {name}" for letter, name in zip("AB", names, strict=True)), "B - A")
-    for column in table.columns[1:]:
-        column.justify = "right"
+        screen.print("NOT COMPARABLE: the figures do not measure the same thing", style="bold red")
+        screen.print(_settings(found.protocol, names))
+    rows = table(("",), (*(f"{letter}: {name}" for letter, name in zip("AB", names, strict=True)), "B - A"))
     for figure in found.figures:
-        table.add_row(figure.name, f"{figure.a:.2f}", f"{figure.b:.2f}", f"{figure.difference:+.2f}")
-    console.print(table)
+        rows.add_row(figure.name, f"{figure.a:.2f}", f"{figure.b:.2f}", f"{figure.difference:+.2f}")
+    screen.print(rows)
     intervals = ", ".join(f"{x} {low:.2f} to {high:.2f}" for x, (low, high) in zip("AB", found.intervals, strict=True))
-    console.print(f"95 % intervals of top-1: {intervals}")
+    screen.print(f"95 % intervals of top-1: {intervals}")
     if tested := found.significance:
         verdict = "unlikely to be chance" if tested.p < 0.05 else "may be chance"
-        console.print(
+        screen.print(
             f"{tested.only_a} videos right in A only, {tested.only_b} in B only: McNemar's exact p = {tested.p:.2g}, "
             f"the difference {verdict}"
         )
@@ -66,56 +65,56 @@ def show(found: Comparison, names: tuple[str, str], top: int, console: Console) 
     lost = [one for one in reversed(found.classes) if one.difference < 0][:top]
     for title, changes in (("gained most", gained), ("lost most", lost)):
         if changes:
-            console.print(_classes(title, changes))
+            screen.print(_classes(title, changes))
     if found.confused:
-        console.print(_confused(found.confused[:top]))
+        screen.print(_confused(found.confused[:top]))
     if found.settings:
-        console.print("what else differs")
-        console.print(_settings(found.settings, names))
+        screen.print("what else differs")
+        screen.print(_settings(found.settings, names))
 
 
 def _settings(settings: list[Setting], names: tuple[str, str]) -> Table:
-    table = Table("", *names)
+    rows = table(("", *names))
     for setting in settings:
         width = 12 if setting.key.endswith(("fingerprint", "weights", "class_embeddings")) else None
-        table.add_row(setting.key, str(setting.a)[:width], str(setting.b)[:width])
-    return table
+        rows.add_row(setting.key, str(setting.a)[:width], str(setting.b)[:width])
+    return rows
 
 
 def _classes(title: str, changes: list[ClassFigure]) -> Table:
-    table = Table(title, "videos", "A %", "B %", "B - A")
+    rows = table((title,), ("videos", "A %", "B %", "B - A"))
     for one in changes:
-        table.add_row(one.name, str(one.videos), f"{one.a:.1f}", f"{one.b:.1f}", f"{one.difference:+.1f}")
-    return table
+        rows.add_row(one.name, str(one.videos), f"{one.a:.1f}", f"{one.b:.1f}", f"{one.difference:+.1f}")
+    return rows
 
 
 def _confused(pairs: list[Confusion]) -> Table:
-    table = Table("most confused", "taken for", "videos", "A", "B")
+    rows = table(("most confused", "taken for"), ("videos", "A", "B"))
     for pair in pairs:
-        table.add_row(pair.name, pair.taken_for, str(pair.videos), str(pair.a), str(pair.b))
-    return table
+        rows.add_row(pair.name, pair.taken_for, str(pair.videos), str(pair.a), str(pair.b))
+    return rows
 
 
-def _show_mean(means: dict[str, tuple[float, float]], count: int, console: Console) -> None:
-    table = Table(f"{count} reports", "mean", "deviation")
+def _show_mean(means: dict[str, tuple[float, float]], count: int, screen: Console) -> None:
+    rows = table((f"{count} reports",), ("mean", "deviation"))
     for name, (mean, deviation) in means.items():
-        table.add_row(name, f"{mean:.2f}", f"{deviation:.2f}")
-    console.print(table)
+        rows.add_row(name, f"{mean:.2f}", f"{deviation:.2f}")
+    screen.print(rows)
 
 
 def run(arguments: argparse.Namespace) -> int:
     reports = [read_report(path) for path in arguments.reports]
-    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 120)
+    screen = console()
     content: dict[str, Any]
     if arguments.mean:
         means = summarise(reports)
         content = {name: {"mean": mean, "std": deviation} for name, (mean, deviation) in means.items()}
-        _show_mean(means, len(reports), console)
+        _show_mean(means, len(reports), screen)
         status = 0
     else:
         found = compare(*reports)
         content = {"comparable": found.is_comparable, **asdict(found)}
-        show(found, (str(arguments.reports[0]), str(arguments.reports[1])), arguments.top, console)
+        show(found, (str(arguments.reports[0]), str(arguments.reports[1])), arguments.top, screen)
         status = 0 if found.is_comparable else NOT_COMPARABLE
     if arguments.json:
         arguments.json.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

@@ -15,10 +15,10 @@ import sys
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from shards.address import shown
+from text4vis.console import console, table
 from text4vis.stages import Stage, StageError, perform, with_set
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,19 +76,19 @@ def summary(folder: Path, seconds: dict[str, float]) -> Table:
     shards = [shard for manifest in manifests for shard in manifest["shards"]]
     val, unseen = (json.loads((folder / f"{name}.json").read_text("utf-8")) for name in ("val", "unseen"))
     lines = (folder / "run" / "metrics.jsonl").read_text("utf-8").splitlines()
-    table = Table("demo", "", title="Text4Vis demo", show_header=False)
-    table.add_row("videos", " + ".join(f"{m['num_videos']} {s}" for m, s in zip(manifests, SPLITS, strict=True)))
-    table.add_row("shards", f"{len(shards)}, {sum(shard['bytes'] for shard in shards) / 1e6:.0f} MB")
-    table.add_row("training steps", str(json.loads(lines[-1])["step"]))
-    table.add_row("seconds", ", ".join(f"{name} {spent:.0f}" for name, spent in seconds.items()))
-    table.add_row("top-1 on val", f"{val['top1']:.1f} %  ({val['classes']} classes, chance {val['chance']:.1f} %)")
-    table.add_row(
+    rows = table(("", ""), title="Text4Vis demo")
+    rows.add_row("videos", " + ".join(f"{m['num_videos']} {s}" for m, s in zip(manifests, SPLITS, strict=True)))
+    rows.add_row("shards", f"{len(shards)}, {sum(shard['bytes'] for shard in shards) / 1e6:.0f} MB")
+    rows.add_row("training steps", str(json.loads(lines[-1])["step"]))
+    rows.add_row("seconds", ", ".join(f"{name} {spent:.0f}" for name, spent in seconds.items()))
+    rows.add_row("top-1 on val", f"{val['top1']:.1f} %  ({val['classes']} classes, chance {val['chance']:.1f} %)")
+    rows.add_row(
         "zero-shot top-1",
         f"{unseen['top1']:.1f} %  ({unseen['classes']} unseen classes, chance {unseen['chance']:.1f} %)",
     )
-    table.add_row("picture", str(folder / "prediction.png"))
-    table.add_row("curves", f"{Path(sys.executable).parent}/tensorboard --logdir {folder / 'run' / 'tensorboard'}")
-    return table
+    rows.add_row("picture", str(folder / "prediction.png"))
+    rows.add_row("curves", f"{Path(sys.executable).parent}/tensorboard --logdir {folder / 'run' / 'tensorboard'}")
+    return rows
 
 
 def main() -> int:
@@ -96,7 +96,6 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for everything that it makes")
     folder = Path(os.path.relpath(parser.parse_args().output, ROOT))
     os.chdir(ROOT)  # the commands are shown as a reader in the project's folder would type them
-    console = Console()
     seconds: dict[str, float] = {}
     for name in [stage.name for stage in stages(folder)]:
         stage = next(
@@ -107,7 +106,7 @@ def main() -> int:
         except StageError as error:
             print(f"demo: error: {shown(error)}", file=sys.stderr)
             return 1
-    console.print(summary(folder, seconds))
+    console().print(summary(folder, seconds))
     return 0
 
 

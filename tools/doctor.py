@@ -16,9 +16,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from shards.address import shown
+from text4vis.console import console
 from text4vis.doctor import FINE, PROBLEM, WARNING, diagnose
 
 _STYLES = {FINE: "green", WARNING: "yellow", PROBLEM: "bold red"}
@@ -36,15 +35,15 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     arguments = parse_arguments()
     output = arguments.output or Path("runs") / Path(arguments.config or "run").stem
-    console = Console(markup=False, highlight=False, soft_wrap=True)
+    screen = console()
     counts = dict.fromkeys(_STYLES, 0)
     for finding in diagnose(arguments.config, arguments.set, arguments.hostfile, output):
         counts[finding.level] += 1
-        console.print(f"{finding.level:8}", style=_STYLES[finding.level], end="")
-        console.print(shown(f"{finding.subject}: {finding.said}"))
+        screen.print(f"{finding.level:8}", style=_STYLES[finding.level], end="")
+        screen.print(shown(f"{finding.subject}: {finding.said}"))
         if finding.fix:
-            console.print(f"{'':8}-> {finding.fix}")
-    console.print(f"\nproblems: {counts[PROBLEM]}, warnings: {counts[WARNING]}")
+            screen.print(f"{'':8}-> {finding.fix}")
+    screen.print(f"\nproblems: {counts[PROBLEM]}, warnings: {counts[WARNING]}")
     return 1 if counts[PROBLEM] else 0
 
 

@@ -25,8 +25,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 import text4vis
 from shards.address import redact, scheme_of, shown
@@ -35,6 +33,7 @@ from shards.files import require_file
 from shards.format import ShardError
 from text4vis.checkpoint import CheckpointError
 from text4vis.config import ConfigError
+from text4vis.console import console, table
 from text4vis.pictures import save_prediction, save_timeline
 from text4vis.predictor import FRAME_SUFFIXES, PredictionError, Predictor, Timeline
 from text4vis.progress import Progress
@@ -139,23 +138,23 @@ def recognise(recogniser: Predictor, videos: list[str], arguments: argparse.Name
             yield [{"video": shown, "top": named(result.top)}]
 
 
-def show(rows: list[Row], console: Console) -> None:
+def show(rows: list[Row], screen: Console) -> None:
     if "error" in rows[0]:
-        console.print(f"[red]not recognised:[/red] {escape(rows[0]['error'])}")
+        screen.print("not recognised:", style="red", end=" ")
+        screen.print(rows[0]["error"])
         return
     if "start" in rows[0]:
-        table = Table("seconds", "class")
-        table.add_column("%", justify="right")
+        drawn = table(("seconds", "class"), ("%",))
         for row in rows:
             best = row["top"][0]
             seconds = f"{row['start']:.1f} to {row['end']:.1f}"
-            table.add_row(seconds, escape(best["class"]), f"{100 * best['probability']:.1f}")
+            drawn.add_row(seconds, best["class"], f"{100 * best['probability']:.1f}")
     else:
-        table = Table("class")
-        table.add_column("%", justify="right")
+        drawn = table(("class",), ("%",))
         for entry in rows[0]["top"]:
-            table.add_row(escape(entry["class"]), f"{100 * entry['probability']:.1f}")
-    console.print(f"[bold]{escape(rows[0]['video'])}[/bold]", table, sep="\n")
+            drawn.add_row(entry["class"], f"{100 * entry['probability']:.1f}")
+    screen.print(rows[0]["video"], style="bold")
+    screen.print(drawn)
 
 
 def write_csv(path: Path, rows: list[Row]) -> None:
@@ -176,13 +175,13 @@ def run(arguments: argparse.Namespace) -> int:
             require_file(path, f"--{option}")
     videos = find_videos(arguments.videos)
     recogniser = text4vis.load(arguments.model)
-    console = Console()
+    screen = console()
     rows: list[Row] = []
     with Progress(total=len(videos), quiet=len(videos) == 1) as progress:
         for of_one in recognise(recogniser, videos, arguments):
             rows += of_one
             with progress.aside():
-                show(of_one, console)
+                show(of_one, screen)
             progress.update()
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

@@ -22,12 +22,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from shards.address import shown
 from text4vis.comparison import read_report, summarise
 from text4vis.config import ConfigError, load_config
+from text4vis.console import console, table
 from text4vis.stages import Stage, StageError, perform, with_set
 
 TRAIN = Path(__file__).resolve().parent.parent / "text4vis" / "train.py"
@@ -68,14 +66,12 @@ def stage_of(arguments: argparse.Namespace, seed: int) -> Stage:
 
 
 def show(reports: Mapping[int, Any], means: Mapping[str, tuple[float, float]]) -> None:
-    table = Table("seed")
-    for title in SHOWN.values():
-        table.add_column(title, justify="right")
+    rows = table(("seed",), tuple(SHOWN.values()))
     for seed, report in reports.items():
-        table.add_row(str(seed), *(f"{report[key]:.2f}" for key in SHOWN))
-    table.add_section()
-    table.add_row("mean ± deviation", *("{:.2f} ± {:.2f}".format(*means[key]) for key in SHOWN))
-    Console(markup=False).print(table)
+        rows.add_row(str(seed), *(f"{report[key]:.2f}" for key in SHOWN))
+    rows.add_section()
+    rows.add_row("mean ± deviation", *("{:.2f} ± {:.2f}".format(*means[key]) for key in SHOWN))
+    console().print(rows)
 
 
 def run(arguments: argparse.Namespace, seeds: Sequence[int]) -> None:
