@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -127,7 +128,23 @@ def test_the_command_finds_videos_and_writes_files(export, videos, tmp_path):
     with (tmp_path / "all.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 9 and lines[0]["class"] == rows[0]["top"][0]["class"] and lines[8]["error"]
+    expected = text4vis.load(export).predict(videos / "deep" / "video0.mp4", top=2).top
+    assert [(entry["class"], entry["probability"]) for entry in rows[0]["top"]] == [
+        (name, pytest.approx(probability, abs=1e-5)) for name, probability in expected
+    ]
+    probabilities = [entry["probability"] for row in rows[:4] for entry in row["top"]]
+    assert probabilities == [round(p, 6) for p in probabilities] == [float(line["probability"]) for line in lines[:8]]
     assert len(list(tmp_path.glob("p-*.png"))) == 4
+
+
+@pytest.mark.parametrize(("option", "place", "message"), [
+    ("--json", "file/all.json", "--json: the folder .*file cannot be written"),
+    ("--csv", "", "--csv: .* is a folder; name a file in it"),
+])  # fmt: skip
+def test_the_command_tries_its_outputs_first(tmp_path, option, place, message):
+    (tmp_path / "file").touch()
+    result = predict("gone.mp4", "--model", "gone", option, tmp_path / place)
+    assert result.returncode == 1 and re.search(message, result.stderr), result.stderr
 
 
 def test_the_command_scans_an_address_and_hides_its_secret(export, videos):
