@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -26,6 +26,9 @@ _FORMATS = "mov,mp4,avi,matroska,webm,mpegts,mpeg,mpegvideo,flv,asf,ogg,m4v"
 # Containers round times, so a duration is known to a part of a frame only.
 _RATE_TOLERANCE = 0.05
 _DEFAULT_FPS = 25.0
+
+
+Use = Callable[[np.ndarray], np.ndarray]
 
 
 class VideoError(ValueError):
@@ -99,26 +102,50 @@ def iter_frames(source: str | Path | bytes, *, threads: int = 1) -> Iterator[np.
 def decode_frames(
     source: str | Path | bytes, indices: Sequence[int] | np.ndarray, *, num_frames: int | None = None, threads: int = 1
 ) -> list[np.ndarray]:
-    """Exactly the frames with the numbers `indices` (any order, repeats allowed), each (H, W, 3) uint8 RGB.
+    """`FrameReader.read` of a video that is read once."""
+    return FrameReader(source, num_frames=num_frames, threads=threads).read(indices)
+
+
+class FrameReader:
+    """A video's frames by their numbers.
 
     Where the container gives every frame a time, decoding starts at the last key frame before a wanted frame instead of
     at the beginning. num_frames: the video's number of frames if known; a file whose packets do not add up to it
-    is decoded from the beginning, so that damage never shifts the numbers. Raises VideoError; IndexError for a
-    number that the video does not have.
+    is decoded from the beginning, so that damage never shifts the numbers.
     """
-    wanted = sorted({int(index) for index in indices})
-    if not wanted:
-        return []
-    if wanted[0] < 0:
-        raise IndexError(f"frame {wanted[0]} of a video")
-    found: dict[int, np.ndarray] | None = None
-    with _opened(source, threads) as (container, stream):
-        table = _PacketTable.read(container, stream)
-        if table is not None and num_frames in (None, len(table.pts)) and wanted[-1] < len(table.pts):
-            found = _decode_seeking(container, stream, table, wanted)
-    if found is None:
-        found = _decode_from_start(source, wanted, threads)
-    return [found[int(index)] for index in indices]
+
+    def __init__(self, source: str | Path | bytes, *, num_frames: int | None = None, threads: int = 1) -> None:
+        self._source, self._num_frames, self._threads = source, num_frames, threads
+        self._table: _PacketTable | None = None
+        self._looked = False
+
+    def read(self, indices: Sequence[int] | np.ndarray, use: Use | None = None) -> list[np.ndarray]:
+        """Exactly the frames with the numbers `indices` (any order, repeats allowed), each (H, W, 3) uint8 RGB.
+
+        use: makes something smaller of each frame as soon as it is decoded, and is given instead of it. Raises
+        VideoError; IndexError for a number that the video does not have.
+        """
+        wanted = sorted({int(index) for index in indices})
+        if not wanted:
+            return []
+        if wanted[0] < 0:
+            raise IndexError(f"frame {wanted[0]} of a video")
+        found: dict[int, np.ndarray] | None = None
+        with _opened(self._source, self._threads) as (container, stream):
+            table = self._packets(container, stream)
+            if table is not None and wanted[-1] < len(table.pts):
+                found = _decode_seeking(container, stream, table, wanted, use)
+        if found is None:
+            found = _decode_from_start(self._source, wanted, self._threads, use)
+        return [found[int(index)] for index in indices]
+
+    def _packets(self, container: av.container.InputContainer, stream: av.VideoStream) -> _PacketTable | None:
+        """Read once; None where packets do not tell the frames' numbers."""
+        if not self._looked:
+            table = _PacketTable.read(container, stream)
+            self._table = table if table is not None and self._num_frames in (None, len(table.pts)) else None
+            self._looked = True
+        return self._table
 
 
 @dataclass(frozen=True)
@@ -149,7 +176,11 @@ class _PacketTable:
 
 
 def _decode_seeking(
-    container: av.container.InputContainer, stream: av.VideoStream, table: _PacketTable, wanted: list[int]
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    table: _PacketTable,
+    wanted: list[int],
+    use: Use | None,
 ) -> dict[int, np.ndarray] | None:
     """The wanted frames, or None when the decoder's frames do not follow the packet table."""
     found: dict[int, np.ndarray] = {}
@@ -171,21 +202,23 @@ def _decode_seeking(
                 return None
             position = number
             if number == index:
-                found[index] = _to_rgb(frame)
+                found[index] = _used(frame, use)
                 break
         else:
             return None
     return found
 
 
-def _decode_from_start(source: str | Path | bytes, wanted: list[int], threads: int) -> dict[int, np.ndarray]:
+def _decode_from_start(
+    source: str | Path | bytes, wanted: list[int], threads: int, use: Use | None
+) -> dict[int, np.ndarray]:
     found: dict[int, np.ndarray] = {}
     remaining = set(wanted)
     count = 0
     with _opened(source, threads) as (container, stream):
         for frame in container.decode(stream):
             if count in remaining:
-                found[count] = _to_rgb(frame)
+                found[count] = _used(frame, use)
                 remaining.remove(count)
                 if not remaining:
                     return found
@@ -212,6 +245,10 @@ def _opened(
     except (av.error.FFmpegError, UnicodeDecodeError) as error:
         # FFmpeg's errors derive from OSError and ValueError in turn; strerror is the sentence without the address.
         raise VideoError(f"it does not decode ({getattr(error, 'strerror', None) or error})") from error
+
+
+def _used(frame: av.VideoFrame, use: Use | None) -> np.ndarray:
+    return _to_rgb(frame) if use is None else use(_to_rgb(frame))
 
 
 def _to_rgb(frame: av.VideoFrame) -> np.ndarray:

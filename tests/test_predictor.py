@@ -16,6 +16,7 @@ from test_folders import write_video
 from tiny import tiny_network
 
 import text4vis
+from shards.video import _PacketTable
 from text4vis.classifier import build_classifier
 from text4vis.config import Config, DataConfig
 from text4vis.model import build_model
@@ -78,6 +79,60 @@ def test_many_at_once_are_what_each_is_alone(export, videos):
         assert [name for name, _ in prediction.top] == [name for name, _ in alone.top]
         np.testing.assert_allclose([p for _, p in prediction.top], [p for _, p in alone.top], atol=1e-5)
         assert np.array_equal(prediction.frames, alone.frames) and sum(p for _, p in alone.top) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("odd", "message"), [
+    ("foo://bar/x.mp4", "foo"),
+    (b"bytes", "expected a path, an address or an array of frames, got bytes"),
+    (None, "got NoneType"),
+    (np.zeros((3, 0, 4, 3), np.uint8), r"expected frames .*got \(3, 0, 4, 3\)"),
+    ("bomb", "1.png: not a readable image .*decompression bomb"),
+    ("text", "1.png: not a readable image"),
+])  # fmt: skip
+def test_what_is_no_video_costs_no_other(export, videos, tmp_path, odd, message):
+    if isinstance(odd, str) and odd in {"bomb", "text"}:
+        (tmp_path / "frames").mkdir()
+        path = tmp_path / "frames" / "1.png"
+        if odd == "bomb":
+            Image.new("1", (20_000, 19_000)).save(path)
+        else:
+            path.write_text("no image")
+        odd = path.parent
+    sound = videos / "deep" / "video0.mp4"
+    first, error, last = text4vis.load(export).predict_many([sound, odd, sound])
+    assert first.top == last.top and isinstance(error, PredictionError) and re.search(message, str(error))
+
+
+def test_arguments_that_are_something_else_are_named(export, videos):
+    recogniser = text4vis.load(export, device="cpu")
+    for labels in ("surfing", ["surfing", 2]):
+        with pytest.raises(PredictionError, match=r"labels: .*give a list of class names"):
+            recogniser.predict(videos / "frames", labels=labels)
+    with pytest.raises(PredictionError, match=r"labels: .*empty name"):
+        recogniser.predict(videos / "frames", labels=["surfing", ""])
+    with pytest.raises(PredictionError, match=r"'clip.mp4' is one video; give a list"):
+        recogniser.predict_many("clip.mp4")
+    for call in (recogniser.predict_many, recogniser.scan):
+        with pytest.raises(PredictionError, match="batch_size 0"):
+            call(videos / "deep" / "video0.mp4" if call == recogniser.scan else [], batch_size=0)
+
+
+def test_labels_are_embedded_once(export, videos, monkeypatch):
+    recogniser = text4vis.load(export)
+    first = recogniser.predict(videos / "frames", labels=(name for name in ("juggling", "skating"))).top
+    rows_CD = recogniser.embed(["juggling", "skating"])
+    assert rows_CD.shape == (2, recogniser.class_embeddings_CD.shape[1])
+    monkeypatch.setattr("text4vis.predictor.text_classifier", lambda *_: pytest.fail("embedded again"))
+    assert recogniser.predict(videos / "frames", labels=["juggling", "skating"]).top == first
+
+
+def test_a_long_scan_keeps_one_small_picture_a_window(export, videos, monkeypatch):
+    """Neither the frames of the windows nor what the packets tell, which is read once."""
+    tables, read = [], _PacketTable.read
+    monkeypatch.setattr(_PacketTable, "read", lambda *given: tables.append(read(*given)) or tables[-1])
+    timeline = text4vis.load(export).scan(videos / "deep" / "video1.mp4", window_seconds=0.5, batch_size=2)
+    assert len(timeline.thumbnails) == len(timeline.seconds_W2) > 8 and len(tables) == 1
+    assert all(picture.base is None and picture.shape == (32, 32, 3) for picture in timeline.thumbnails)
 
 
 def test_windows_cover_the_video_and_see_their_own_frames(export, videos, tmp_path):

@@ -9,8 +9,9 @@ if TYPE_CHECKING:
     from text4vis.predictor import Predictor
 
 
-def load(export_dir: str | Path) -> Predictor:
-    """Opens an export (or a run, or a checkpoint) for prediction; see `predictor.Predictor.load`."""
+def load(export_dir: str | Path, device: str | None = None) -> Predictor:
+    """Opens an export (or a run, or a checkpoint) for prediction; see `predictor.Predictor`, and there
+    `PredictionError`."""
     from text4vis.predictor import Predictor
 
-    return Predictor.load(export_dir)
+    return Predictor.load(export_dir, device)

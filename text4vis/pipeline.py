@@ -337,7 +337,8 @@ class _CpuDecoder:
         for b, ((sample, numbers), files) in enumerate(zip(job.requests, by_video, strict=True)):
             own = [next(frames) for _ in numbers]
             if self._dataset.content(sample) == "video":
-                videos[b] = self._threads.submit(decode_frames, files[0], numbers)
+                num_frames = int(self._dataset.num_frames[sample])
+                videos[b] = self._threads.submit(decode_frames, files[0], numbers, num_frames=num_frames)
             else:
                 encoded += files
                 regions += [frame.geometry.region for frame in own]

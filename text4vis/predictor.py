@@ -26,11 +26,12 @@ import torch
 from PIL import Image
 
 from shards.address import redact, redact_text, scheme_of
-from shards.video import VideoError, VideoInfo, decode_frames, probe_video
+from shards.format import ShardError
+from shards.video import FrameReader, VideoError, VideoInfo, probe_video
 from text4vis import checkpoint
 from text4vis.augmentation import eval_geometry
 from text4vis.classifier import build_classifier, text_classifier
-from text4vis.config import Config, config_from_dict
+from text4vis.config import Config, ConfigError, config_from_dict
 from text4vis.jobs import Frame
 from text4vis.model import VideoClip
 from text4vis.pipeline import place
@@ -113,14 +114,15 @@ class Predictor:
         self.class_names = list(class_names)
         self.class_embeddings_CD = class_embeddings_CD
         self.device = next(model.parameters()).device
+        self._embedded: tuple[list[str], torch.Tensor] | None = None  # the last labels that were asked for
 
     @classmethod
-    def load(cls, folder: str | Path) -> Predictor:
-        """Opens an export, a run (its best weights) or a checkpoint, on the GPU if there is one.
+    def load(cls, folder: str | Path, device: str | torch.device | None = None) -> Predictor:
+        """Opens an export, a run (its best weights) or a checkpoint. device: by default the GPU if there is one.
 
         Raises text4vis.config.ConfigError or text4vis.checkpoint.CheckpointError.
         """
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if not (Path(folder) / EXPORT_FILE).is_file():
             run = open_run(Path(folder))
             return cls(run.model.to(device), run.config, run.class_names, run.class_embeddings_CD)
@@ -145,10 +147,15 @@ class Predictor:
         top: int = 5,
         batch_size: int = 8,
     ) -> Iterator[Prediction | PredictionError]:
-        """`predict` of each video in order, `batch_size` at a time; a video that cannot be read gives its error.
+        """`predict` of each video in order, `batch_size` at a time. Instead of the prediction of a video that cannot be
+        read comes its PredictionError: it is yielded, not raised.
 
         Raises PredictionError at once for labels that the model cannot take.
         """
+        if isinstance(videos, str | Path | bytes):
+            raise PredictionError(f"videos: {videos!r} is one video; give a list of them, or use predict")
+        if batch_size < 1 or top < 1:
+            raise PredictionError(f"batch_size {batch_size}, top {top}: expected at least 1")
         return self._predict_batches(iter(videos), *self._classes(labels), top, batch_size)
 
     def _predict_batches(
@@ -181,6 +188,8 @@ class Predictor:
         step = window_seconds / 2 if step_seconds is None else step_seconds
         if not step > 0 or not window_seconds > 0:
             raise PredictionError(f"windows of {window_seconds} s every {step} s: expected lengths above 0")
+        if batch_size < 1:
+            raise PredictionError(f"batch_size {batch_size}: expected at least 1")
         if scheme_of(str(video)) is not None:
             with _fetched(str(video)) as copy:
                 return self.scan(copy, labels, window_seconds=window_seconds, step_seconds=step, batch_size=batch_size)
@@ -190,6 +199,7 @@ class Predictor:
         starts = np.append(np.arange(0.0, last, step), last)
         seconds_W2 = np.stack([starts, np.minimum(starts + window_seconds, info.duration)], axis=1)
         first_last_W2 = np.searchsorted(info.times_N, seconds_W2)
+        frames = FrameReader(video, num_frames=info.num_frames)
         scores, thumbnails = [], []
         for begin in range(0, len(starts), batch_size):
             windows = [
@@ -197,12 +207,10 @@ class Predictor:
                 for first, stop in first_last_W2[begin : begin + batch_size].tolist()
             ]
             indices = np.minimum(np.concatenate(windows), info.num_frames - 1)
-            images, segments = _decode(video, indices), self.config.data.num_segments
-            frames_BTSS3 = np.stack(
-                [self._prepare(images[at : at + segments]) for at in range(0, len(images), segments)]
-            )
+            frames_NSS3 = np.stack(self._decode(video, frames, indices))
+            frames_BTSS3 = frames_NSS3.reshape(len(windows), -1, *frames_NSS3.shape[1:])
             scores.append(self._scores(frames_BTSS3, classes_CD))
-            thumbnails += [frames_TSS3[len(frames_TSS3) // 2] for frames_TSS3 in frames_BTSS3]
+            thumbnails += [frames_TSS3[len(frames_TSS3) // 2].copy() for frames_TSS3 in frames_BTSS3]
         return Timeline(names, seconds_W2, np.concatenate(scores), thumbnails)
 
     @torch.no_grad()
@@ -215,16 +223,15 @@ class Predictor:
     def _classes(self, labels: Sequence[str] | None) -> tuple[list[str], torch.Tensor]:
         if labels is None:
             return self.class_names, self.class_embeddings_CD
-        return list(labels), self._embed_labels(list(labels))
+        names = _names(labels)
+        return names, self.embed(names)
 
-    def _sampled(self, video: str | Path | np.ndarray) -> tuple[np.ndarray, np.ndarray] | PredictionError:
-        try:
-            indices, images = self._sample(video)
-        except PredictionError as error:
-            return error
-        return indices, self._prepare(images)
+    def embed(self, labels: Sequence[str]) -> torch.Tensor:
+        """Rows (C, D) of class names: what `predict` compares a video with. Those of the last labels are kept.
 
-    def _embed_labels(self, names: list[str]) -> torch.Tensor:
+        Raises PredictionError for names that are none, and for a model that knows its own classes only.
+        """
+        names = _names(labels)
         if not takes_labels(self.config):
             kind = self.config.network.classifier
             raise PredictionError(
@@ -232,15 +239,31 @@ class Predictor:
                 f"so it knows its own classes only ({', '.join(self.class_names[:3])} ...); leave the labels out, or "
                 "train with the frozen text classifier"
             )
-        return text_classifier(self.model, names, self.config.network.template)
+        if self._embedded is None or self._embedded[0] != names:
+            try:
+                self._embedded = names, text_classifier(self.model, names, self.config.network.template)
+            except ConfigError as error:
+                raise PredictionError(f"labels: {error}") from None
+        return self._embedded[1]
+
+    def _sampled(self, video: str | Path | np.ndarray) -> tuple[np.ndarray, np.ndarray] | PredictionError:
+        try:
+            indices, frames = self._sample(video)
+        except PredictionError as error:
+            return error
+        except ShardError as error:  # an address that is refused
+            return PredictionError(str(error))
+        return indices, np.stack(frames)
 
     def _sample(self, video: str | Path | np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Numbers and RGB images of the sampled frames."""
+        """Numbers of the sampled frames, and these (S, S, 3) uint8."""
         if isinstance(video, np.ndarray):
-            if video.ndim != 4 or video.shape[3] != 3 or video.dtype != np.uint8 or not len(video):
+            if video.ndim != 4 or video.shape[3] != 3 or video.dtype != np.uint8 or not video.size:
                 raise PredictionError(f"expected frames (N, H, W, 3) uint8, got {video.shape} {video.dtype}")
             indices = self._indices(len(video))
-            return indices, [video[i] for i in indices]
+            return indices, [self._prepare(video[i]) for i in indices]
+        if not isinstance(video, str | Path):
+            raise PredictionError(f"expected a path, an address or an array of frames, got {type(video).__name__}")
         if scheme_of(str(video)) is not None:
             with _fetched(str(video)) as copy:
                 return self._sample(copy)
@@ -250,23 +273,37 @@ class Predictor:
             if not files:
                 raise PredictionError(f"{path}: holds no frames ({', '.join(sorted(FRAME_SUFFIXES))})")
             indices = self._indices(len(files))
-            return indices, [_read_image(files[i]) for i in indices]
-        indices = self._indices(_probe(path).num_frames)
-        return indices, _decode(path, indices)
+            return indices, [self._prepare(_read_image(files[i])) for i in indices]
+        num_frames = _probe(path).num_frames
+        indices = self._indices(num_frames)
+        return indices, self._decode(path, FrameReader(path, num_frames=num_frames), indices)
+
+    def _decode(self, path: str | Path, frames: FrameReader, indices: np.ndarray) -> list[np.ndarray]:
+        """Prepared frames of the file at `path`."""
+        try:
+            return frames.read(indices, use=self._prepare)
+        except (VideoError, IndexError) as error:
+            raise PredictionError(f"{path}: {error}; is it damaged?") from error
 
     def _indices(self, num_frames: int) -> np.ndarray:
         """The frames that an evaluation of one clip takes, (T,)."""
         return test_indices(num_frames, self.config.data.num_segments, dense=self.config.data.dense)
 
-    def _prepare(self, images: list[np.ndarray]) -> np.ndarray:
-        """(T, S, S, 3) uint8: scaled and centre-cropped as in evaluation."""
+    def _prepare(self, image: np.ndarray) -> np.ndarray:
+        """A frame (H, W, 3) as (S, S, 3) uint8: scaled and centre-cropped as in evaluation."""
         side = self.config.data.input_size
-        out_BVTSS3 = np.empty((1, 1, len(images), side, side, 3), np.uint8)
-        for t, image in enumerate(images):
-            height, width = image.shape[:2]
-            geometry = eval_geometry(height, width, self.config.scale_size, side, 1)
-            place(Frame(geometry, ((0, 0, t, geometry.crops[0]),)), image, out_BVTSS3)
-        return out_BVTSS3[0, 0]
+        out_BVTSS3 = np.empty((1, 1, 1, side, side, 3), np.uint8)
+        geometry = eval_geometry(image.shape[0], image.shape[1], self.config.scale_size, side, 1)
+        place(Frame(geometry, ((0, 0, 0, geometry.crops[0]),)), image, out_BVTSS3)
+        return out_BVTSS3[0, 0, 0]
+
+
+def _names(labels: Iterable[str]) -> list[str]:
+    names = list(labels)
+    wrong = labels if isinstance(labels, str) else next((name for name in names if not isinstance(name, str)), None)
+    if wrong is not None:
+        raise PredictionError(f"labels: {wrong!r}; give a list of class names")
+    return names
 
 
 def _top(names: Sequence[str], scores_C: np.ndarray, count: int) -> list[tuple[str, float]]:
@@ -300,18 +337,11 @@ def _probe(path: str | Path) -> VideoInfo:
         raise PredictionError(f"{path}: {error}; is it a video file?") from error
 
 
-def _decode(path: str | Path, indices: np.ndarray) -> list[np.ndarray]:
-    try:
-        return decode_frames(path, indices)
-    except VideoError as error:
-        raise PredictionError(f"{path}: {error}; is it damaged?") from error
-
-
 def _read_image(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
-    except OSError as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise PredictionError(f"{path}: not a readable image ({error})") from error
 
 

@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 
 from shards.address import shown
+from shards.files import require_file
 from shards.format import ShardError
 from text4vis.benchmarks.data import Workload, make_workload, open_workload
 from text4vis.benchmarks.figures import Figure, Processes, machine
@@ -106,6 +107,8 @@ def _number(value: float) -> str:
 
 def main() -> None:
     arguments = parse_arguments()
+    if arguments.json:
+        require_file(arguments.json, "--json")
     names = list(SUITES) if arguments.benchmark == "all" else [arguments.benchmark]
     arguments.work.mkdir(parents=True, exist_ok=True)
     (arguments.work / ".gitignore").write_text("*\n")

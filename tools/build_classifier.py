@@ -20,6 +20,7 @@ from pathlib import Path
 
 from shards.address import shown
 from shards.annotations import parse_labels
+from shards.files import require_file
 from shards.format import ShardError
 from text4vis.classifier import Pair, build_classifier, confusable_pairs, save_classifier
 from text4vis.config import Config, ConfigError, load_config
@@ -71,6 +72,9 @@ def write_pairs(path: Path, pairs: list[Pair]) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.set)
+    for option in ("output", "pairs"):
+        if path := getattr(arguments, option):
+            require_file(path, f"--{option}")
     names = names_of(config)
     model = build_model(config.network, config.data.num_segments, image_size=config.data.input_size)
     classes_CD = build_classifier(config, model, names)

@@ -17,6 +17,7 @@ from typing import Any
 from shards.address import shown
 from shards.annotations import parse_labels
 from shards.checker import VIDEOS_PER_RANK, Report, check_datasets
+from shards.files import require_file
 from shards.format import ShardError
 from text4vis.console import console, table
 from text4vis.progress import Progress
@@ -72,7 +73,9 @@ def main() -> int:
     arguments = parse_arguments()
     try:
         labels = parse_labels(arguments.labels) if arguments.labels else None
-    except ShardError as error:
+        if arguments.json:
+            require_file(arguments.json, "--json")
+    except (ShardError, OSError) as error:
         print(f"check_shards: error: {shown(error)}", file=sys.stderr)
         return 2
     with Progress() as bar:
