@@ -18,7 +18,6 @@ import json
 import os
 import shutil
 import zipfile
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from isal import isal_zlib
 
 from shards.files import sync_folder, write_atomically
 from shards.format import (
@@ -243,7 +243,7 @@ def _write_table(path: Path, dtype: np.dtype, length: int, arrays: Iterable[np.n
         with temporary.open("wb") as stream:
             for piece in chain([header.getvalue()], (array.tobytes() for array in arrays)):
                 stream.write(piece)
-                size, crc32 = size + len(piece), zlib.crc32(piece, crc32)
+                size, crc32 = size + len(piece), isal_zlib.crc32(piece, crc32)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from isal import isal_zlib
 
 from shards.building import FOLDER
 from shards.format import (
@@ -285,7 +285,7 @@ class _TarWalk:
 
     def _data_problems(self, name: str, data: bytes, row: tuple[int, int, int], num_frames: int) -> Iterator[str]:
         crc32, width, height = row
-        if zlib.crc32(data) != crc32:
+        if isal_zlib.crc32(data) != crc32:
             yield f"{name}: its bytes have another checksum than the index"
             return
         try:

@@ -44,7 +44,9 @@ class OrderedFeed(Generic[Item]):
         self._waiting: dict[int, deque[Item | BaseException | None]] = {}
         self._waiting_bytes = 0
         self._closed = False
-        self._changed = threading.Condition()
+        lock = threading.Lock()
+        self._arrived = threading.Condition(lock)  # for the taker: something of the task whose turn it is
+        self._room = threading.Condition(lock)  # for the threads: fewer bytes wait, or the turn has moved on
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(workers)]
 
     def __enter__(self) -> OrderedFeed[Item]:
@@ -55,28 +57,27 @@ class OrderedFeed(Generic[Item]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._changed:
+        with self._room:
             self._closed = True
-            self._changed.notify_all()
+            self._room.notify_all()
         for thread in self._threads:
             thread.join()
 
     def take(self, task: int) -> Iterator[Item]:
-        """The items of the next task; tasks are taken in order, each once. Raises what `produce` raised."""
-        with self._changed:
-            self._head = task
-            self._changed.notify_all()
+        """The items of the next task; tasks are taken in order, each to its end. Raises what `produce` raised."""
         while True:
-            with self._changed:
+            with self._arrived:
                 while not self._waiting.get(task):
-                    self._changed.wait()
+                    self._arrived.wait()
                 item = self._waiting[task].popleft()
+                was_full = self._waiting_bytes >= self._budget
                 if item is None or isinstance(item, BaseException):
                     del self._waiting[task]
                     self._head = task + 1
                 else:
                     self._waiting_bytes -= self._size_of(item) + _OVERHEAD_BYTES
-                self._changed.notify_all()
+                if was_full:  # else no thread waits
+                    self._room.notify_all()
             if item is None:
                 return
             if isinstance(item, BaseException):
@@ -85,9 +86,9 @@ class OrderedFeed(Generic[Item]):
 
     def _work(self) -> None:
         while True:
-            with self._changed:
+            with self._room:
                 while self._waiting_bytes >= self._budget and self._next != self._head and not self._closed:
-                    self._changed.wait()
+                    self._room.wait()
                 if self._closed or self._next >= self._stop:
                     return
                 task = self._next
@@ -106,19 +107,19 @@ class OrderedFeed(Generic[Item]):
     def _put(self, task: int, item: Item) -> bool:
         """False when the feed is closed."""
         size = self._size_of(item) + _OVERHEAD_BYTES
-        with self._changed:
+        with self._room:
             queue = self._waiting[task]
             while not self._closed and self._waiting_bytes >= self._budget and (task != self._head or len(queue) >= 2):
-                self._changed.wait()
+                self._room.wait()
             if self._closed:
                 return False
             queue.append(item)
             self._waiting_bytes += size
             if task == self._head:
-                self._changed.notify_all()
+                self._arrived.notify()
         return True
 
     def _finish(self, task: int, error: BaseException | None) -> None:
-        with self._changed:
+        with self._arrived:
             self._waiting[task].append(error)
-            self._changed.notify_all()
+            self._arrived.notify()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import os
 import weakref
-import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from isal import isal_zlib
 
 from shards.address import expand_sources, local_path, printable, scheme_of
 from shards.cache import CachedShards, ShardCache, default_cache_dir, entry_name, fetch_once
@@ -348,8 +348,8 @@ class ShardDataset:
             if not self._options.verify:
                 return None
             for number, expected, chunk in zip(numbers.tolist(), rows["crc32"].tolist(), chunks, strict=True):
-                if zlib.crc32(chunk) != expected:
-                    return self._describe_damage(part, wanted.sample, number, zlib.crc32(chunk), expected)
+                if isal_zlib.crc32(chunk) != expected:
+                    return self._describe_damage(part, wanted.sample, number, isal_zlib.crc32(chunk), expected)
             return None
 
         chunks = part.source.read(wanted.shard, wanted.ranges, check)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 import stat
-import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from isal import isal_zlib
 
 from shards.annotations import Annotation
 from shards.format import MAX_FRAMES, MAX_MEMBER_BYTES
@@ -171,7 +171,7 @@ def _read_folder(root: Path, name: str, num_frames: int, options: SourceOptions)
             except ValueError as error:
                 raise InputError(f"{name}/{frame}", str(error), "replace or extract the frame again") from None
             _check_pixels(f"{name}/{frame}", width, height)
-            chunk.add(Member(data, extension, zlib.crc32(data), width, height))
+            chunk.add(Member(data, extension, isal_zlib.crc32(data), width, height))
             if chunk.full:
                 yield chunk
                 chunk = Chunk(len(positions), details)
@@ -248,7 +248,7 @@ def _read_video_file(root: Path, name: str) -> Iterator[Chunk]:
         fix = "convert it (ffmpeg -i IN -c copy OUT.mkv) or store frames"
         raise InputError(name, "only mp4, avi, mkv and webm files can be stored", fix)
     _check_pixels(name, info.width, info.height)
-    member = Member(data, info.extension, zlib.crc32(data), min(info.width, 65_535), min(info.height, 65_535))
+    member = Member(data, info.extension, isal_zlib.crc32(data), min(info.width, 65_535), min(info.height, 65_535))
     details = {"fps": info.fps, "duration": info.duration, "source": {"frames": info.num_frames}}
     yield Chunk(info.num_frames, details, [member], len(data))
 
@@ -268,7 +268,7 @@ def _decode_video_file(root: Path, name: str, options: SourceOptions) -> Iterato
     }
     chunk = Chunk(len(chosen), details)
     for data, width, height in encoded_frames(name, path, chosen, options.short_side, options.quality):
-        chunk.add(Member(data, "jpg", zlib.crc32(data), width, height))
+        chunk.add(Member(data, "jpg", isal_zlib.crc32(data), width, height))
         if chunk.full:
             yield chunk
             chunk = Chunk(len(chosen), details)

@@ -26,6 +26,7 @@ from text4vis.pipeline import build_loader
 from text4vis.protocols import CENTRE_CROP, Views, class_scores, figures, write_report
 from text4vis.sampling import test_indices as clip_indices
 from text4vis.sampling import val_indices
+from text4vis.tensors import write_tensors
 from text4vis.weights import export_model, load_export, load_text4vis
 
 T, NUM_VIDEOS, NUM_CLASSES = 4, 11, 6
@@ -344,7 +345,7 @@ class TestFeatures:
             project.evaluate(features=path)
         assert path.read_bytes() == content
         torch_weights = tmp_path / "model.safetensors"
-        evaluation.save_file({"weight": np.zeros(3)}, torch_weights)
+        write_tensors(torch_weights, {"weight": torch.zeros(3)})
         with pytest.raises(ConfigError, match="holds something else"):
             project.evaluate(features=torch_weights)
 

@@ -134,7 +134,7 @@ def test_the_program_sees_the_same_frames(exported, dense, size):
     for count in (1, 3, 130, 301):
         assert frame_numbers(count, rule) == recogniser._indices(count).tolist()
     ours = np.stack([scale_and_crop(Image.fromarray(image), rule) for image in video])
-    assert np.array_equal(ours.transpose(0, 2, 3, 1), recogniser._prepare(list(video)))
+    assert np.array_equal(ours.transpose(0, 2, 3, 1), np.stack([recogniser._prepare(image) for image in video]))
 
 
 def test_the_code_of_the_deployment_page_gives_the_same_probabilities(exported, tmp_path, monkeypatch):
@@ -177,7 +177,7 @@ def test_the_card_says_when_the_figures_are_of_the_training_data(exported, tmp_p
 
 def test_an_export_again_leaves_nothing_of_the_old_one(exported, tmp_path):
     trained, folder = exported
-    for name in ("model.onnx", "model.onnx.data", "predict_onnx.py"):
+    for name in ("export.json", "model.onnx", "model.onnx.data", "predict_onnx.py"):
         (tmp_path / name).touch()
     with torch.no_grad():
         trained.model.logit_scale.add_(1)
@@ -188,6 +188,29 @@ def test_an_export_again_leaves_nothing_of_the_old_one(exported, tmp_path):
     page = (tmp_path / "README.md").read_text()
     assert "onnx" not in page and "A report on **other weights**" in page
     assert text4vis.load(tmp_path).class_names == NAMES
+
+
+def test_a_folder_of_other_files_is_left_alone(exported, tmp_path):
+    """A project's own README.md, or a run, which an export in the same folder would hide."""
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(ConfigError, match=r"--output: .* holds other files, no export; .*name a new or empty folder"):
+        export(tmp_path, exported[0])
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_who_may_read_files_here_may_read_the_weights(exported):
+    (exported[1].parent / "another").touch()
+    usual = (exported[1].parent / "another").stat().st_mode
+    assert {path.name: oct(path.stat().st_mode) for path in exported[1].iterdir()} == {
+        path.name: oct(usual) for path in exported[1].iterdir()
+    }
+
+
+def test_a_pt_file_records_no_training(exported, tmp_path):
+    trained, _ = exported
+    export(tmp_path, replace(trained, card={"source": "theirs.pt"}))
+    page = (tmp_path / "README.md").read_text()
+    assert "solver.epochs" not in page and "weights before training" not in page and "theirs.pt" in page
 
 
 def test_the_last_evaluation_of_a_run_is_found(tmp_path):

@@ -25,7 +25,7 @@ from typing import Annotated, Any
 
 from pydantic import StringConstraints, TypeAdapter
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from text4vis import distributed
@@ -40,6 +40,7 @@ from text4vis.engine import (
     state_bytes,
 )
 from text4vis.model import VideoClip, build_model
+from text4vis.tensors import write_tensors
 from text4vis.weights import (
     EXPORT_FILE,
     Parts,
@@ -258,7 +259,7 @@ def _write(final: Path, files: Files, state: State, size: int) -> None:
         own = _gather(tensors())
         if main:
             try:
-                save_file(own, temporary / name)
+                write_tensors(temporary / name, own)
             except SafetensorError as error:
                 raise CheckpointError(
                     f"{temporary / name}: cannot be written ({error}); free space on the disk"

@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from shards.annotations import parse_labels
 from shards.files import require_file
@@ -34,7 +33,7 @@ from text4vis.model import VideoClip
 from text4vis.pipeline import Loader
 from text4vis.progress import track
 from text4vis.protocols import FUSION, Views, figures
-from text4vis.tensors import fingerprint
+from text4vis.tensors import fingerprint, write_tensors
 from text4vis.weights import Parts
 
 logger = logging.getLogger("text4vis")
@@ -138,7 +137,8 @@ def embed_or_read(model: VideoClip, loader: Loader, path: Path, origin: Mapping[
         logger.warning("%s: not written, for %d videos were left out", path, len(loader.bad))
     elif embedded is not None:
         partial = path.with_name(f"{path.name}.partial")
-        save_file(vars(embedded), partial, metadata={FEATURES: json.dumps(origin)})
+        columns = {name: torch.from_numpy(column) for name, column in vars(embedded).items()}
+        write_tensors(partial, columns, {FEATURES: json.dumps(origin)})
         partial.replace(path)
     return embedded
 

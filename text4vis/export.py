@@ -15,7 +15,7 @@ from typing import Any
 from shards.files import require_folder
 from text4vis.checkpoint import STATE, find
 from text4vis.comparison import read_report
-from text4vis.config import Config
+from text4vis.config import Config, ConfigError
 from text4vis.evaluation import versions, weights_fingerprint
 from text4vis.model_card import file_name, model_card
 from text4vis.onnx_graph import OPSET, OnnxFile, remove_onnx, require_packages, write_onnx
@@ -40,12 +40,17 @@ TABLES = ("per_class", "confusion", "predictions", "by_views", "half_classes", "
 def export(folder: Path, trained: Trained, *, report: Path | None = None, onnx: bool = False) -> OnnxFile | None:
     """Writes the export of a trained model; an older one in the folder is replaced. Returns what `onnx` wrote.
 
-    report: of an evaluation, which the card quotes. Raises ConfigError, OSError.
+    report: of an evaluation, which the card quotes. Raises ConfigError, also for a folder
+    that holds something else, and OSError.
     """
     model, config, names = trained.model, trained.config, trained.class_names
     evaluation = None if report is None else quote_report(report, trained)
     rule = preprocessing(config)
     require_folder(folder)
+    if any(folder.iterdir()) and not (folder / EXPORT_FILE).is_file():
+        raise ConfigError(
+            f"--output: {folder} holds other files, no export; some might be overwritten: name a new or empty folder"
+        )
     (folder / EXPORT_FILE).unlink(missing_ok=True)  # without it the folder is no export; it is written last
     remove_onnx(folder / ONNX_FILE)
     (folder / ONNX_PROGRAM).unlink(missing_ok=True)
@@ -64,8 +69,7 @@ def export(folder: Path, trained: Trained, *, report: Path | None = None, onnx: 
         f"{file_name(config.network.arch)}{f', {config.data.dataset}' if config.data.dataset else ''}",
         names,
         facts={**_what_it_is(trained), "versions": installed},
-        training={key: value for key, value in trained.card.items() if key != "figures"}
-        | {key: file_name(attrgetter(key)(config)) for key in TRAINING_KEYS},
+        training=_training(trained),
         preprocessing=rule,
         figures=trained.card.get("figures", {}),
         evaluation=evaluation,
@@ -122,11 +126,19 @@ def _starting_weights(config: Config) -> str:
     return f"OpenAI's CLIP {network.arch}" if network.arch in CLIP_NAMES else f"{file_name(network.arch)}'s own"
 
 
+def _training(trained: Trained) -> dict[str, Any]:
+    """What a run records of its training; a .pt file records nothing, and its recipe is whoever exports it's."""
+    recorded = {key: value for key, value in trained.card.items() if key != "figures"}
+    if "step" not in recorded:
+        return recorded
+    return recorded | {key: file_name(attrgetter(key)(trained.config)) for key in TRAINING_KEYS}
+
+
 def _what_it_is(trained: Trained) -> dict[str, Any]:
     config, network = trained.config, trained.config.network
     return {
         "architecture": file_name(network.arch),
-        "weights before training": _starting_weights(config),
+        "weights before training": _starting_weights(config) if "step" in trained.card else None,
         "temporal head": network.sim_header,
         "temporal modelling in the tower": network.tm or ("joint_st" if network.joint_st else "none"),
         "parameters of the visual side": sum(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from open_clip.pretrained import get_pretrained_url, list_pretrained_models_by_tag
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from text4vis.config import ConfigError
@@ -48,6 +48,14 @@ def read_weights(path: Path, key: str) -> State:
         raise ConfigError(f"{key}: {path} is not a dictionary of named tensors")
     state = {name.removeprefix("module."): tensor for name, tensor in content.items()}
     return {name: tensor for name, tensor in state.items() if name not in OPENAI_EXTRAS}
+
+
+def write_tensors(path: Path, state: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file that whoever may read other files here may read. Raises OSError, SafetensorError."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path, metadata)
+    path.chmod(mode)  # the library gives it to its owner alone
 
 
 def is_state(content: Any) -> bool:

@@ -24,12 +24,11 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from text4vis.config import ConfigError, NetworkConfig
 from text4vis.model import VideoClip, build_model
-from text4vis.tensors import State, is_state, load_strictly, read_torch_file, read_weights
+from text4vis.tensors import State, is_state, load_strictly, read_torch_file, read_weights, write_tensors
 
 logger = logging.getLogger("text4vis")
 
@@ -293,5 +292,5 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def _write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
     partial = path.with_suffix(".partial")  # tensors read from an export are views of its files
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, partial)
+    write_tensors(partial, state)
     partial.replace(path)

@@ -59,7 +59,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--short-side", type=int, metavar="PX", help="re-encode: scale the shorter side down to PX")
     add("--quality", type=int, metavar="Q", help="re-encode: JPEG quality, 90 if only the size is given")
     add("--seed", type=int, default=0, metavar="S", help="of the order of the videos (0)")
-    add("--workers", type=int, metavar="N", help="threads; by default one a core")
+    add(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="threads; by default one a core, and 2 for frames that are copied: network mounts may like more",
+    )
     add("--on-error", choices=("fail", "skip"), default="fail", help="about a video that cannot be read (fail)")
     add("--append", action="store_true", help="add the videos to the finished data set in --output, as new shards")
     add(
