@@ -252,6 +252,22 @@ def test_a_graph_that_computes_something_else_does_not_stay(exported, tmp_path, 
     assert not list(tmp_path.glob("*onnx*")) and not (tmp_path / "export.json").exists()
 
 
+def test_the_command_says_what_a_file_or_a_run_needs(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend("tools")
+    import export as command
+
+    (tmp_path / "train.pt").touch()
+    for words, message in (
+        (["typo.pt", "--config", "c.yaml", "--labels", "l.csv"], "typo.pt: no such file or folder"),
+        (["train.pt"], "train.pt: a .pt file does not tell its recipe and classes; add --config and --labels"),
+        ([".", "--labels", "l.csv"], "a run has its own recipe and classes; leave --config and --labels out"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["export.py", str(tmp_path / words[0]), "--output", "x", *words[1:]])
+        with pytest.raises(SystemExit, match="2"):
+            command.parse_arguments()
+        assert message in capsys.readouterr().err
+
+
 def test_what_stands_in_the_way_is_named(exported, tmp_path, monkeypatch):
     trained, _ = exported
     classes_CD = trained.class_embeddings_CD

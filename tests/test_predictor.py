@@ -3,6 +3,9 @@
 import csv
 import json
 import re
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from tiny import tiny_network
 
 import text4vis
 from shards.video import _PacketTable
+from text4vis.checkpoint import CheckpointError
 from text4vis.classifier import build_classifier
 from text4vis.config import Config, DataConfig
 from text4vis.model import build_model
@@ -117,6 +121,18 @@ def test_arguments_that_are_something_else_are_named(export, videos):
             call(videos / "deep" / "video0.mp4" if call == recogniser.scan else [], batch_size=0)
 
 
+def test_what_is_no_model_is_told_apart(tmp_path):
+    (tmp_path / "train.pt").touch()
+    (tmp_path / "folder").mkdir()
+    for name, message in (
+        ("gone", r"gone: not there; name the folder of an export"),
+        ("train.pt", r"train\.pt: a file; a \.pt file of the original is exported first, see tools/export\.py"),
+        ("folder", r"folder: neither an export nor a checkpoint nor a run"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            text4vis.load(tmp_path / name)
+
+
 def test_labels_are_embedded_once(export, videos, monkeypatch):
     recogniser = text4vis.load(export)
     first = recogniser.predict(videos / "frames", labels=(name for name in ("juggling", "skating"))).top
@@ -192,14 +208,32 @@ def test_the_command_finds_videos_and_writes_files(export, videos, tmp_path):
     assert len(list(tmp_path.glob("p-*.png"))) == 4
 
 
+def test_the_command_keeps_what_was_done_when_it_is_stopped(export, videos, tmp_path, monkeypatch):
+    """Ctrl-C at the second of a folder's videos. A picture beside them does not make the folder a video."""
+    folder = tmp_path / "mine"
+    shutil.copytree(videos / "deep", folder)
+    shutil.copy(videos / "frames" / "img_1.png", folder / "cover.png")
+    code = "import runpy, sys, text4vis.predictor as p\nread, calls = p.probe_video, []\n"
+    code += "def probe(path):\n    calls.append(path)\n    if len(calls) > 1: raise KeyboardInterrupt\n"
+    code += "    return read(path)\n"
+    code += "p.probe_video = probe\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    output = tmp_path / "all.json"
+    command = ["-c", code, "tools/predict.py", folder, "--model", export, "--batch-size", "1", "--json", output]
+    result = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
+    assert result.returncode == 130 and "predict: stopped" in result.stderr, result.stderr
+    assert [Path(row["video"]).name for row in json.loads(output.read_text())] == ["video0.mp4"]
+
+
 @pytest.mark.parametrize(("option", "place", "message"), [
     ("--json", "file/all.json", "--json: the folder .*file cannot be written"),
     ("--csv", "", "--csv: .* is a folder; name a file in it"),
+    ("--picture", "p.txt", r"--picture: expected a name that ends with \.png"),
 ])  # fmt: skip
 def test_the_command_tries_its_outputs_first(tmp_path, option, place, message):
     (tmp_path / "file").touch()
     result = predict("gone.mp4", "--model", "gone", option, tmp_path / place)
-    assert result.returncode == 1 and re.search(message, result.stderr), result.stderr
+    assert result.returncode == (2 if option == "--picture" else 1)
+    assert re.search(message, result.stderr), result.stderr
 
 
 def test_the_command_scans_an_address_and_hides_its_secret(export, videos):

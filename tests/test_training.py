@@ -131,7 +131,7 @@ def test_a_run_is_never_overwritten_or_mixed_by_accident(project, finished, tmp_
     assert "holds a run already" in refusal(*project.arguments(output), "--resume", "never")
     changed = refusal(*project.arguments(output, "solver.lr=1"))
     assert "solver.lr: 0.002 -> 1.0" in changed and "another --output" in changed
-    assert "neither a checkpoint nor a run" in refusal(*project.arguments(output), "--resume", tmp_path)
+    assert "neither an export nor a checkpoint nor a run" in refusal(*project.arguments(output), "--resume", tmp_path)
 
 
 @pytest.mark.parametrize(

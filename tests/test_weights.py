@@ -78,6 +78,13 @@ def test_original_checkpoints_give_the_same_logits(network, tmp_path, save, head
         torch.testing.assert_close(loaded.encode_text(NAMES), expected.encode_text(tokens))
 
 
+def test_the_state_dict_alone_is_enough(network, tmp_path):
+    """What somebody saves whose checkpoint held more than tensors and numbers."""
+    model = trained(network)
+    torch.save(original_state(model), tmp_path / "state.pt")
+    assert torch.equal(logits(load_text4vis(tmp_path / "state.pt", network, T)), logits(model))
+
+
 def test_a_checkpoint_of_a_published_size_needs_no_renaming(tmp_path):
     """open_clip's names under `visual.` are OpenAI's; the released files have exactly these for ViT-B."""
     block = "visual.transformer.resblocks.0"

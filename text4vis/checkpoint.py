@@ -165,7 +165,14 @@ def find(path: Path) -> Path:
     best = path / "checkpoints" / "best"
     found = best if (best / STATE).is_file() else latest(path)
     if found is None:
-        raise CheckpointError(f"{path}: neither a checkpoint nor a run with one (no {STATE} in it)")
+        if path.is_dir():
+            raise CheckpointError(f"{path}: neither an export nor a checkpoint nor a run with one (no {STATE} in it)")
+        what = (
+            "a file; a .pt file of the original is exported first, see tools/export.py"
+            if path.exists()
+            else "not there"
+        )
+        raise CheckpointError(f"{path}: {what}; name the folder of an export, a run or a checkpoint")
     return found
 
 

@@ -46,7 +46,9 @@ def scale_and_crop(image: Image.Image, rule: dict[str, Any]) -> np.ndarray:
 def read_frames(path: str, rule: dict[str, Any]) -> np.ndarray:
     """(T, 3, S, S) uint8 RGB. Frames are counted as the decoder gives them out."""
     with av.open(path) as container:
-        wanted = frame_numbers(sum(1 for _ in container.decode(video=0)), rule)
+        if not container.streams.video or not (count := sum(1 for _ in container.decode(video=0))):
+            raise ValueError("it holds no frame that decodes")
+        wanted = frame_numbers(count, rule)
     found = {}
     with av.open(path) as container:
         for number, frame in enumerate(container.decode(video=0)):

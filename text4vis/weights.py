@@ -119,8 +119,9 @@ def load_text4vis(
 
     Reads what its `train.py` saves (`model_state_dict` with `visual.*`, `fusion_model.*`, `logit_scale`) and what its
     `train_nce.py` saves (`model_state_dict` of all of CLIP, text tower included, and `fusion_model_state_dict`), with
-    or without `module.` before the names. The first has no text tower: it comes from `network.arch`'s own weights.
-    `image_size` as in `build_model`. Raises ConfigError listing every key that does not fit.
+    or without `module.` before the names, or the first's state dict alone. The first has no text tower: it comes from
+    `network.arch`'s own weights. `image_size` as in `build_model`. Raises ConfigError listing every key that does not
+    fit.
     """
     parts = read_text4vis(Path(path))
     # Weights that the file replaces need not be fetched first.
@@ -152,6 +153,8 @@ def _hints(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
 def read_text4vis(path: Path, key: str = "checkpoint") -> Parts:
     """The parts of a `.pt` file of the original project. `key` is named in errors. Raises ConfigError."""
     checkpoint = read_torch_file(path, key)
+    if is_state(checkpoint) and checkpoint:
+        checkpoint = {"model_state_dict": checkpoint}
     if not isinstance(checkpoint, dict) or not is_state(checkpoint.get("model_state_dict")):
         raise ConfigError(f"{key}: {path} is not one of Text4Vis's: it has no `model_state_dict` of named tensors")
     if not is_state(checkpoint.get("fusion_model_state_dict") or {}):

@@ -40,8 +40,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--report", type=Path, help="evaluation for the model card; default: the run's last one")
     parser.add_argument("--onnx", action="store_true", help="also write model.onnx (pip install 'text4vis[onnx]')")
     arguments = parser.parse_args()
-    if arguments.checkpoint.is_file() != bool(arguments.config and arguments.labels):
-        parser.error("--config and --labels go with a .pt file, and with nothing else")
+    if not arguments.checkpoint.exists():
+        parser.error(f"{arguments.checkpoint}: no such file or folder")
+    if arguments.checkpoint.is_file() and not (arguments.config and arguments.labels):
+        parser.error(
+            f"{arguments.checkpoint}: a .pt file does not tell its recipe and classes; add --config and --labels"
+        )
+    if arguments.checkpoint.is_dir() and (arguments.config or arguments.labels):
+        parser.error(f"{arguments.checkpoint}: a run has its own recipe and classes; leave --config and --labels out")
     return arguments
 
 

@@ -6,9 +6,10 @@ Examples:
     python tools/predict.py videos 'more/*.mp4' https://host/x.mp4 --model exported --json all.json --csv all.csv
     python tools/predict.py match.mp4 --model exported --window 4 --picture timeline.png
 
-A folder that holds images is one video, frame by frame; any other folder stands for the video files below it. With
+A folder of images is one video, frame by frame; one with video files in it stands for these and those below. With
 --window a video is scanned in windows of so many seconds, a new one every half. A video that cannot be read is named
-and left out, and the exit code is 1. Exit codes: 0 done, 1 failed, 2 wrong usage.
+and left out, and the exit code is 1. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped
+by hand: --json and --csv then hold what was done.
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("top", "batch_size"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(arguments, name)}")
+    if arguments.picture and arguments.picture.suffix.lower() != ".png":
+        parser.error(f"--picture: expected a name that ends with .png, got {arguments.picture}")
     if arguments.window is not None and arguments.window <= 0:
         parser.error(f"--window: expected seconds above 0, got {arguments.window}")
     return arguments
@@ -91,7 +94,9 @@ def find_videos(words: list[str]) -> list[str]:
 
 
 def _in_folder(folder: Path) -> list[str]:
-    if any(path.suffix.lower() in FRAME_SUFFIXES for path in folder.iterdir()):
+    files = [path for path in folder.iterdir() if path.is_file()]
+    has_frames = any(path.suffix.lower() in FRAME_SUFFIXES for path in files)
+    if has_frames and not any(is_video_file(path.name) for path in files):
         return [str(folder)]
     videos = sorted(str(path) for path in folder.rglob("*") if is_video_file(path.name) and path.is_file())
     if not videos:
@@ -177,16 +182,18 @@ def run(arguments: argparse.Namespace) -> int:
     recogniser = text4vis.load(arguments.model)
     screen = console()
     rows: list[Row] = []
-    with Progress(total=len(videos), quiet=len(videos) == 1) as progress:
-        for of_one in recognise(recogniser, videos, arguments):
-            rows += of_one
-            with progress.aside():
-                show(of_one, screen)
-            progress.update()
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    if arguments.csv:
-        write_csv(arguments.csv, rows)
+    try:
+        with Progress(total=len(videos), quiet=len(videos) == 1) as progress:
+            for of_one in recognise(recogniser, videos, arguments):
+                rows += of_one
+                with progress.aside():
+                    show(of_one, screen)
+                progress.update()
+    finally:  # what there is, also when somebody stops the program
+        if arguments.json:
+            arguments.json.write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        if arguments.csv:
+            write_csv(arguments.csv, rows)
     failed = sum("error" in row for row in rows)
     if failed:
         print(f"predict: error: {failed} of {len(videos)} videos could not be read", file=sys.stderr)
@@ -200,6 +207,9 @@ def main() -> int:
     except (CheckpointError, ConfigError, ShardError, PredictionError, OSError) as error:
         print(f"predict: error: {shown(error)}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("predict: stopped", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
