@@ -24,6 +24,7 @@ from shards.annotations import parse_annotations, parse_labels
 from shards.format import ShardError
 from shards.reader import open_dataset
 from shards.writer import build_shards
+from text4vis import pipeline
 from text4vis.bad_videos import BadVideos, SkippedList
 from text4vis.classifier import build_classifier
 from text4vis.config import Config, ConfigError, DataConfig, config_from_dict, load_config
@@ -195,8 +196,27 @@ def test_one_bad_batch_after_another(sound, tmp_path):
         batches, bad = take(settings(folder, batch_size=batch_size, max_bad_share=0.5), "val")
         assert [i for i, _, _ in flat(batches)] == [i for i in range(12) if i not in spoilt] and set(bad) == spoilt
         assert all("frame 1 does not decode" in entry["reason"] for entry in bad.values())
-    shown = flat(take(settings(folder, batch_size=2, max_bad_share=0.5), count=18)[0])
-    assert shown == flat(take(settings(folder, batch_size=12, max_bad_share=0.5), count=3)[0])
+    flipped = min(set(range(12)) - spoilt)
+    damage(folder, flipped, "a flipped bit", frames=[0])
+    spoilt.add(flipped)
+    for batch_size in (2, 12):
+        batches, bad = take(settings(folder, batch_size=batch_size, max_bad_share=0.6), "val")
+        assert [i for i, _, _ in flat(batches)] == [i for i in range(12) if i not in spoilt] and set(bad) == spoilt
+    shown = flat(take(settings(folder, batch_size=2, max_bad_share=0.6), count=18)[0])
+    assert shown == flat(take(settings(folder, batch_size=12, max_bad_share=0.6), count=3)[0])
+    assert not spoilt & {i for i, _, _ in shown}
+
+
+def test_a_video_that_reading_finds_bad_costs_the_others_of_its_batch_no_decoding(faulty, monkeypatch):
+    alone, decode = [], pipeline._Repair.decode
+    monkeypatch.setattr(
+        pipeline._Repair, "decode", lambda self, loaded: alone.append(loaded[0].ids.tolist()) or decode(self, loaded)
+    )
+    batches, bad = take(settings(faulty, batch_size=NUM_VIDEOS), count=2)
+    substitutes = flat(alone)[: 2 * len(BAD)]  # it works ahead
+    good = [i for i in range(NUM_VIDEOS) if i not in BAD]
+    assert set(bad) == set(BAD) and all(len(ids) == 1 for ids in alone)
+    assert sorted(i for i, _, _ in flat(batches)) == sorted([*good, *good, *substitutes])
 
 
 def test_stored_videos(tmp_path):
@@ -387,7 +407,7 @@ def test_two_ranks_train_past_a_bad_video_and_go_on(tmp_path):
     )
     project.train_with(tmp_path / "alone", f"--ledger {tmp_path / 'one'}", *skip, "data.batch_size=4", ranks=1)
     stopped = project.train_with(tmp_path / "run", f"--ledger {tmp_path / 'two'} --signal 5:SIGTERM", *skip)
-    assert [code for code, _ in stopped] == [75, 75]
+    assert [code for code, _ in stopped] == [75, 75], stopped
     assert json.loads((tmp_path / "run" / "skipped.jsonl").read_text())["id"] == bad  # no step was logged yet
     results = project.train_with(tmp_path / "run", f"--ledger {tmp_path / 'two'}", *skip)
     assert [code for code, _ in results] == [0, 0], results

@@ -42,7 +42,7 @@ def main() -> int:
     call, name_in_call = options.signal_in.split(":")
     place = distributed.ranks()
     is_last = place.rank == place.world_size - 1
-    backward, save_file, embed = Trainer.backward, checkpoint.save_file, Trainer.save_and_stop_if_asked
+    backward, write_tensors, embed = Trainer.backward, checkpoint.write_tensors, Trainer.save_and_stop_if_asked
 
     def watched_backward(self, batch, seen):
         step = self.state.step + 1
@@ -87,7 +87,7 @@ def main() -> int:
     if options.not_finite is not None:
         Trainer._start_engine = start_poisoned
     if call == "save" and place.is_main:
-        checkpoint.save_file = signalling(save_file)
+        checkpoint.write_tensors = signalling(write_tensors)
     if call == "evaluate" and is_last:
         Trainer.save_and_stop_if_asked = signalling(embed)
     return train.main()

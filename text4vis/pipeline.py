@@ -164,7 +164,7 @@ class Loader:
                 except SampleError:
                     if repair is None:
                         raise
-                return repair(*started[0])
+                return repair(*started[0], decode=False)
 
             def start_decoding(loaded: Loaded) -> tuple[Job, Any]:
                 return loaded[0], decoder.start(loaded)
@@ -176,7 +176,7 @@ class Loader:
                 except (SampleError, RuntimeError):
                     if repair is None:
                         raise
-                return repair.decode(repair(job.ids, job.epochs))
+                return repair.decode(repair(job.ids, job.epochs, decode=True))
 
             finisher = _Finisher(self, threads)
             loaded = pipelined(self.planner.batches(self.consumed), start_reading, finish_reading, depth=2)
@@ -472,26 +472,28 @@ def _undecodable(dataset: ShardDataset, sample: int, reason: object, frame: int 
 
 
 class _Repair:
-    """`data.on_error: skip`: a batch that failed, anew and without the videos that are at fault. Slow, and rare.
+    """`data.on_error: skip`: a batch that failed, anew and without the videos that are at fault.
 
     Each video is tried by itself, with the reader and the decoder of the loader. Which frames it is tried with depends
-    on (seed, epoch, video) alone, so its place in the stream is filled alike by whichever rank meets it.
+    on (seed, epoch, video) alone, so its place in the stream is filled alike by whichever rank meets it. Decoding one
+    after another is slow: where reading told which one is at fault, only what takes its place is decoded as well.
     """
 
     def __init__(self, loader: Loader, make_decoder: Callable[[], Any]) -> None:
         self._loader, self._make_decoder = loader, make_decoder
         self._decoder: Any = None  # of its own, for the loader's has the next batch under way
 
-    def __call__(self, ids: np.ndarray, epochs: np.ndarray) -> Loaded:
+    def __call__(self, ids: np.ndarray, epochs: np.ndarray, *, decode: bool) -> Loaded:
         """The plan and bytes of the batch with substitutes in training, of what is left of it in evaluation.
 
-        Raises ShardError past `data.max_bad_share`.
+        decode: whether the batch's own videos are decoded too, and not only read; substitutes always are. Raises
+        ShardError past `data.max_bad_share`.
         """
         kept: list[tuple[int, int]] = []
         by_video: list[list[bytes]] = []
         for sample, epoch in zip(ids.tolist(), epochs.tolist(), strict=True):
             for candidate in itertools.chain([sample], self._loader.planner.substitutes(sample, epoch)):
-                files = self._try(candidate, epoch)
+                files = self._try(candidate, epoch, decode=decode or candidate != sample)
                 if files is not None:
                     kept.append((candidate, epoch))
                     by_video.append(files)
@@ -504,11 +506,12 @@ class _Repair:
             self._decoder = self._make_decoder()
         return self._decoder.finish(self._decoder.start(loaded))
 
-    def _try(self, sample: int, epoch: int) -> list[bytes] | None:
-        """The bytes of a video that reads and decodes; None, and a record, if it does not."""
+    def _try(self, sample: int, epoch: int, *, decode: bool) -> list[bytes] | None:
+        """The bytes of a video that reads, and decodes; None, and a record, if it does not."""
         try:
             job, (files,) = self._loader.load(np.array([sample]), np.array([epoch]))
-            self.decode((job, [files]))
+            if decode:
+                self.decode((job, [files]))
             return files
         except SampleError as error:
             reason = str(error)
