@@ -491,6 +491,26 @@ def test_reports_of_one_protocol_are_compared(reports):
     assert (found.significance.only_b - found.significance.only_a) == b["top1_correct"] - a["top1_correct"]
 
 
+def test_a_class_that_is_worded_otherwise_is_compared(reports):
+    a, b, _ = reports
+    rows = [dict(row) for row in b["per_class"]]
+    old = rows[1]["class"]
+    rows[1]["class"] = "in other words"
+    expected = comparison.compare(a, b)
+    found = comparison.compare(a, {**b, "per_class": rows})
+
+    def reworded(name):
+        return f"{old} -> in other words" if name == old else name
+
+    assert [one.name for one in found.classes] == [reworded(one.name) for one in expected.classes]
+    assert [one.difference for one in found.classes] == [one.difference for one in expected.classes]
+    assert [(pair.name, pair.taken_for, pair.a, pair.b) for pair in found.confused] == [
+        (reworded(pair.name), reworded(pair.taken_for), pair.a, pair.b) for pair in expected.confused
+    ]
+    other_videos = comparison.compare(a, {**b, "per_class": rows, "data_fingerprint": "f"})
+    assert not [one for one in other_videos.classes if "in other words" in one.name or one.name == old]
+
+
 @pytest.mark.parametrize(
     ("change", "key"),
     [

@@ -1,5 +1,6 @@
 """A folder of one's own videos: every video in one split, every class in both, lists that parse to what was found."""
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -145,6 +146,14 @@ def test_the_command_makes_lists_and_shards_and_respects_edits(tmp_path):
         assert len(train) == 4 and sorted(names) == [str(video.path) for video in scan_folders(tmp_path / "v")]
         assert {height for height, _ in train.frame_sizes(0, np.arange(6))} == {32}
     assert prepare(tmp_path / "v", "--output", tmp_path / "d", "--short-side", 32).returncode == 0
+    write_video(tmp_path / "v" / "yoga" / "later.mp4", 100)
+    again = prepare(tmp_path / "v", "--output", tmp_path / "d", "--short-side", 32, "--on-error", "skip")
+    assert again.returncode == 0, again.stderr  # nothing was left out: what `skip` would have made
+    assert "1 of 7 videos are in no list and left out, the first is 'yoga/later.mp4'" in again.stderr
+    train, val = (tmp_path / "d" / name for name in ("train.txt", "val.txt"))
+    val.write_text(val.read_text() + train.read_text())
+    seen = prepare(tmp_path / "v", "--output", tmp_path / "d", "--short-side", 32)
+    assert seen.returncode == 1 and re.search(r"val\.txt:3: .* is in train\.txt too, and 3 more are", seen.stderr)
     (tmp_path / "d" / "val.txt").unlink()
     broken = prepare(tmp_path / "v", "--output", tmp_path / "d")
     assert broken.returncode == 1 and "val.txt: missing" in broken.stderr

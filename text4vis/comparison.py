@@ -141,9 +141,9 @@ class Comparison:
     """What two reports, A and B, have to say about each other.
 
     protocol: settings that differ so that the figures do not measure the same thing. settings: the others that differ.
-    classes: those that both have, the largest gain first. confused: pairs of them, the most often confused first.
-    intervals: (low, high) of the top-1 of A and of B, 95 % (Wilson). significance: of the difference in top-1; None
-    unless both list their predictions for the same videos.
+    classes: those that both have, of the same videos also those worded otherwise, the largest gain first. confused:
+    pairs of them, the most often confused first. intervals: (low, high) of the top-1 of A and of B, 95 % (Wilson).
+    significance: of the difference in top-1; None unless both list their predictions for the same videos.
     """
 
     figures: list[Figure]
@@ -166,7 +166,8 @@ def read_report(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not a readable report ({error})") from None
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise ConfigError(f"{path}: not a readable report ({reason})") from None
     if not isinstance(content, dict) or not {"videos", "top1", "top1_correct", "per_class"} <= content.keys():
         raise ConfigError(f"{path}: not a report of an evaluation; text4vis/evaluate.py --report writes one")
     try:
@@ -195,6 +196,7 @@ def _damaged(path: Path, reason: str) -> ConfigError:
 
 
 def compare(a: Report, b: Report) -> Comparison:
+    a, b = _with_common_names(a, b)
     card_a, card_b = card_of(a), card_of(b)
     settings = [Setting(key, card_a.get(key), card_b.get(key)) for key in dict.fromkeys([*card_a, *card_b])]
     differing = [setting for setting in settings if setting.a != setting.b]
@@ -261,6 +263,20 @@ def card_of(report: Report) -> dict[str, Any]:
         elif key not in skipped:
             card[key] = value
     return card
+
+
+def _with_common_names(a: Report, b: Report) -> tuple[Report, Report]:
+    """Of the same videos, a class that is only worded differently is called "wording of A -> wording of B" in both."""
+    rows = a["per_class"], b["per_class"]
+    if a.get("data_fingerprint") != b.get("data_fingerprint") or len(rows[0]) != len(rows[1]):
+        return a, b
+    known = [{row["class"] for row in of_one} for of_one in rows]
+    names = [(x["class"], y["class"]) for x, y in zip(*rows, strict=True)]
+    joined = [f"{x} -> {y}" if x not in known[1] and y not in known[0] else None for x, y in names]
+    renamed = [
+        [{**row, "class": new or row["class"]} for row, new in zip(of_one, joined, strict=True)] for of_one in rows
+    ]
+    return {**a, "per_class": renamed[0]}, {**b, "per_class": renamed[1]}
 
 
 def _classes(a: Report, b: Report) -> list[ClassFigure]:

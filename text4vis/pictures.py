@@ -118,9 +118,16 @@ def save_prediction(prediction: Prediction, title: str, path: str | Path) -> Non
 
 
 def save_timeline(timeline: Timeline, title: str, path: str | Path) -> None:
-    """One PNG: pictures of the video in order, and below them the likeliest classes' probabilities over time."""
+    """One PNG: pictures of the video in order, and below them the likeliest classes' probabilities over time.
+
+    A window's picture and probability are drawn at its middle; the line changes half-way between two middles.
+    """
     middles_W = timeline.seconds_W2.mean(axis=1)
-    shown = np.unique(np.linspace(0, len(middles_W) - 1, min(8, len(middles_W))).astype(int))
+    start, end = timeline.seconds_W2[0, 0], timeline.seconds_W2[-1, 1]
+    edges = np.concatenate([[start], (middles_W[1:] + middles_W[:-1]) / 2, [end]])
+    count = min(8, len(middles_W))
+    wanted = start + (np.arange(count) + 0.5) * (end - start) / count  # the middles of the pictures on the page
+    shown = np.abs(middles_W[:, None] - wanted).argmin(axis=0)
     best_C = np.argsort(-timeline.scores_WC.max(axis=0), kind="stable")[: len(_LINES)]
     figure = Figure(figsize=(12, 5), dpi=120, facecolor="white", layout="constrained")
     top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.75, 3.25)).flat
@@ -130,11 +137,12 @@ def save_timeline(timeline: Timeline, title: str, path: str | Path) -> None:
         axes.set_title(f"{middles_W[window]:.1f} s", fontsize=8, color=_QUIET)
         axes.set_axis_off()
     axes = bottom.subplots()
-    edges = np.append(timeline.seconds_W2[:, 0], timeline.seconds_W2[-1, 1])
     for colour, label in zip(_LINES, best_C, strict=False):
         axes.stairs(100 * timeline.scores_WC[:, label], edges, baseline=None, color=colour, linewidth=2)
     names = [plain(timeline.class_names[label]) for label in best_C]
-    legend = axes.legend(names, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, labelcolor=_INK)
+    legend = axes.legend(
+        names, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, frameon=False, labelcolor=_INK
+    )
     for text in legend.get_texts():
         text.set_parse_math(False)
     axes.set_xlim(edges[0], edges[-1])

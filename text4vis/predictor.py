@@ -16,7 +16,7 @@ import itertools
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class Prediction:
 
     top: list[tuple[str, float]]
     indices: np.ndarray
-    frames: np.ndarray
+    frames: np.ndarray = field(repr=False)
 
 
 @dataclass(frozen=True)

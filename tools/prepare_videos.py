@@ -48,6 +48,36 @@ def _advance(bar: Progress) -> Callable[[int, int, int], None]:
     return advance
 
 
+def listed(output: Path, labels: list[str]) -> dict[str, dict[str, int]]:
+    """Of each split, the names in its list and their lines."""
+    return {
+        split: {one.name: one.line for one in parse_annotations(output / file, len(labels))}
+        for split, file in SPLITS.items()
+    }
+
+
+def refuse_overlap(output: Path, labels: list[str]) -> None:
+    train, val = listed(output, labels).values()
+    if both := [name for name in val if name in train]:
+        raise ShardError(
+            f"{output / SPLITS['val']}:{val[both[0]]}: {both[0]!r} is in {SPLITS['train']} too, and {len(both) - 1} "
+            "more are; a model must be measured on videos that it has not seen: remove them from one of the lists"
+        )
+
+
+def tell_unlisted(arguments: argparse.Namespace, output: Path) -> None:
+    """The lists are their owner's, and videos that came later are not in them: say so."""
+    videos = read_table(arguments.table) if arguments.table else scan_folders(arguments.videos)
+    known = set().union(*listed(output, parse_labels(output / LABELS)).values())
+    if new := [video.path for video in videos if video.path not in known]:
+        print(
+            f"prepare_videos: notice: {len(new)} of {len(videos)} videos are in no list and left out, the first is "
+            f"{new[0]!r}. Add lines for them, or delete {LABELS} and the lists to have them made anew; either way "
+            f"delete {output / 'shards'} as well",
+            file=sys.stderr,
+        )
+
+
 def main() -> None:
     arguments = parse_arguments()
     output = arguments.output
@@ -63,9 +93,11 @@ def main() -> None:
         raise ShardError(f"{missing}: missing beside {present[0].name}; delete the lists to have them made anew")
     else:
         print(f"{output}: using the lists that are there")
+        tell_unlisted(arguments, output)
     if arguments.lists_only:
         return
     labels = parse_labels(output / LABELS)
+    refuse_overlap(output, labels)
     for split, file in SPLITS.items():
         annotations = parse_annotations(output / file, len(labels), labels_file=output / LABELS)
         with Progress(split, len(annotations)) as bar:
