@@ -147,10 +147,14 @@ class Loader:
         if self.config.data.synthetic:
             yield from map(_Synthetic(self), self.jobs())
             return
-        with ThreadPoolExecutor(1, "read") as reads, ThreadPoolExecutor(self.num_threads, "finish") as threads:
+        with (
+            ThreadPoolExecutor(1, "read") as reads,
+            ThreadPoolExecutor(self.num_threads, "decode") as decodes,
+            ThreadPoolExecutor(finish_threads(self.num_threads), "finish") as finishes,
+        ):
 
             def make_decoder() -> Any:
-                return _GpuDecoder(self) if self.device.type == "cuda" else _CpuDecoder(self, threads)
+                return _GpuDecoder(self) if self.device.type == "cuda" else _CpuDecoder(self, decodes)
 
             decoder = make_decoder()
             repair = _Repair(self, make_decoder) if self.config.data.on_error == "skip" else None
@@ -178,7 +182,7 @@ class Loader:
                         raise
                 return repair.decode(repair(job.ids, job.epochs, decode=True))
 
-            finisher = _Finisher(self, threads)
+            finisher = _Finisher(self, finishes)
             loaded = pipelined(self.planner.batches(self.consumed), start_reading, finish_reading, depth=2)
             decoded = pipelined(loaded, start_decoding, finish_decoding, depth=1)
             batches = pipelined(decoded, finisher.start, finisher.finish, depth=2)
@@ -543,6 +547,11 @@ class _Memory:
         return lent
 
 
+def finish_threads(num_threads: int) -> int:
+    """Resizing takes a third of the time of decoding, and threads that do it take Python's lock from each other."""
+    return max(1, num_threads // 2)
+
+
 class _Finisher:
     """Images to a batch: resize (CPU only), crop, flip, grey."""
 
@@ -551,7 +560,7 @@ class _Finisher:
         data = loader.config.data
         self._shape = (loader.planner.num_views, data.num_segments, data.input_size, data.input_size, 3)
         self._memory = _Memory()
-        self._parts = 2 * loader.num_threads  # smaller than a thread's share, so that no thread waits long
+        self._parts = 2 * finish_threads(loader.num_threads)  # smaller than a share, so that no thread waits long
 
     def start(self, decoded: tuple[Job, list[Any]]) -> tuple[Job, torch.Tensor, list[Future[None]]]:
         job, images = decoded
