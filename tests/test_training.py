@@ -115,7 +115,7 @@ def test_export_and_prediction_agree_with_evaluation(project, finished, tmp_path
         "--top", 1, "--picture", picture,
     )  # fmt: skip
     assert picture.stat().st_size > 10_000
-    assert ("one thing" in output) != ("another" in output)
+    assert ("one thing" in output) != ("another" in output) and f"wrote {picture}" in output
 
 
 @pytest.mark.slow
@@ -130,7 +130,8 @@ def test_a_run_is_never_overwritten_or_mixed_by_accident(project, finished, tmp_
     shutil.rmtree(output / "checkpoints" / "best")
     assert "holds a run already" in refusal(*project.arguments(output), "--resume", "never")
     changed = refusal(*project.arguments(output, "solver.lr=1"))
-    assert "solver.lr: 0.002 -> 1.0" in changed and "another --output" in changed
+    assert "solver.lr: 0.002 -> 1.0" in changed and "another --output" in changed and "--set pretrain=" in changed
+    assert "steps of this run are done" in run(TRAIN, *project.arguments(output))
     assert "neither an export nor a checkpoint nor a run" in refusal(*project.arguments(output), "--resume", tmp_path)
 
 

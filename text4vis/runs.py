@@ -95,7 +95,8 @@ def check_same_run(found: State, config: Config, data_fingerprint: str, folder: 
     if changed:
         values = ", ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed)
         raise CheckpointError(
-            f"{folder}: the configuration differs ({values}); undo the change or give another --output"
+            f"{folder}: the configuration differs ({values}); undo the change or give another --output, and "
+            f"--set pretrain={folder} if it is to begin with these weights"
         )
 
 

@@ -95,6 +95,8 @@ class Trainer:
         Raises Stopped when it was asked to stop (the checkpoint is written), NonFiniteError, or CheckpointError.
         """
         self.open_logs()
+        if self.state.step == self.num_steps:
+            logger.info("all %d steps of this run are done", self.num_steps)
         batches = iter(self.train_loader)
         meter = Meter.new(self.device)
         while True:

@@ -53,7 +53,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--top", type=int, default=5, help="classes to show (default 5)")
     add("--window", type=float, metavar="SECONDS", help="scan long videos in windows of this length")
     add("--batch-size", type=int, default=8, help="videos or windows at a time (default 8)")
-    add("--picture", type=Path, help="write a PNG: frames and bars, or the timeline; several videos: NAME-1.png, …")
+    add(
+        "--picture",
+        type=Path,
+        help="write a PNG: frames and bars, or the timeline; several videos: NAME-1.png, … in their order",
+    )
     add("--json", type=Path, metavar="FILE", help="write all predictions as JSON")
     add("--csv", type=Path, metavar="FILE", help="write all predictions as CSV, one line a class")
     arguments = parser.parse_args()
@@ -105,7 +109,7 @@ def _in_folder(folder: Path) -> list[str]:
 
 
 def picture_path(path: Path, number: int, count: int) -> Path:
-    return path if count == 1 else path.with_stem(f"{path.stem}-{number + 1}")
+    return path if count == 1 else path.with_stem(f"{path.stem}-{number + 1:0{len(str(count))}}")
 
 
 def named(top: list[tuple[str, float]]) -> list[Row]:
@@ -194,6 +198,12 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.json.write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         if arguments.csv:
             write_csv(arguments.csv, rows)
+    written = [str(path) for path in (arguments.json, arguments.csv) if path]
+    if arguments.picture:
+        first, last = (picture_path(arguments.picture, number, len(videos)) for number in (0, len(videos) - 1))
+        written.append(str(first) if first == last else f"{first} to {last.name}")
+    if written:
+        screen.print("wrote " + ", ".join(written))
     failed = sum("error" in row for row in rows)
     if failed:
         print(f"predict: error: {failed} of {len(videos)} videos could not be read", file=sys.stderr)
