@@ -198,6 +198,18 @@ def test_a_folder_of_other_files_is_left_alone(exported, tmp_path):
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
+def test_an_export_that_was_killed_is_written_again(exported, tmp_path, monkeypatch):
+    with monkeypatch.context() as killed:
+        killed.setattr("text4vis.export.model_card", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            export(tmp_path / "x", exported[0])
+    (tmp_path / "x" / "export.json").unlink()  # as if it had been killed before that
+    export(tmp_path / "x", exported[0])
+    assert {path.name for path in (tmp_path / "x").iterdir()} == {
+        path.name for path in exported[1].iterdir() if "onnx" not in path.name
+    }
+
+
 def test_who_may_read_files_here_may_read_the_weights(exported):
     (exported[1].parent / "another").touch()
     usual = (exported[1].parent / "another").stat().st_mode

@@ -150,6 +150,8 @@ def test_the_command_makes_lists_and_shards_and_respects_edits(tmp_path):
     again = prepare(tmp_path / "v", "--output", tmp_path / "d", "--short-side", 32, "--on-error", "skip")
     assert again.returncode == 0, again.stderr  # nothing was left out: what `skip` would have made
     assert "1 of 7 videos are in no list and left out, the first is 'yoga/later.mp4'" in again.stderr
+    (tmp_path / "v" / "loose.mp4").touch()  # lies in no class folder, which the lists do not care about
+    assert prepare(tmp_path / "v", "--output", tmp_path / "d", "--short-side", 32).returncode == 0
     train, val = (tmp_path / "d" / name for name in ("train.txt", "val.txt"))
     val.write_text(val.read_text() + train.read_text())
     seen = prepare(tmp_path / "v", "--output", tmp_path / "d", "--short-side", 32)

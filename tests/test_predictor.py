@@ -205,10 +205,10 @@ def test_the_command_finds_videos_and_writes_files(export, videos, tmp_path):
     ]
     probabilities = [entry["probability"] for row in rows[:4] for entry in row["top"]]
     assert probabilities == [round(p, 6) for p in probabilities] == [float(line["probability"]) for line in lines[:8]]
-    assert len(list(tmp_path.glob("p-*.png"))) == 4
+    assert len(list(tmp_path.glob("p-*.png"))) == 4 and f"{tmp_path / 'p-1.png'} to p-4.png" in result.stdout
 
 
-def test_the_command_keeps_what_was_done_when_it_is_stopped(export, videos, tmp_path, monkeypatch):
+def test_the_command_keeps_what_was_done_when_it_is_stopped(export, videos, tmp_path):
     """Ctrl-C at the second of a folder's videos. A picture beside them does not make the folder a video."""
     folder = tmp_path / "mine"
     shutil.copytree(videos / "deep", folder)

@@ -653,3 +653,15 @@ def test_feed_raises_at_its_place_and_stops():
         with pytest.raises(InterruptedError):
             next(items)
     assert threading.active_count() == before
+
+
+def test_frames_that_are_copied_take_two_threads_and_all_else_one_a_core(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    folder, video = Annotation("a", 3, 0, 1), Annotation("b.mp4", None, 0, 2)
+    for videos, options, expected in (
+        ([folder], SourceOptions(max_frames=2), 2),
+        ([folder], SourceOptions(short_side=32), 8),
+        ([folder, video], SourceOptions(), 8),
+        ([video], SourceOptions("video"), 8),
+    ):
+        assert shards.writer._default_workers(videos, options) == expected

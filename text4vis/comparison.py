@@ -268,7 +268,8 @@ def card_of(report: Report) -> dict[str, Any]:
 def _with_common_names(a: Report, b: Report) -> tuple[Report, Report]:
     """Of the same videos, a class that is only worded differently is called "wording of A -> wording of B" in both."""
     rows = a["per_class"], b["per_class"]
-    if a.get("data_fingerprint") != b.get("data_fingerprint") or len(rows[0]) != len(rows[1]):
+    videos = a.get("data_fingerprint"), b.get("data_fingerprint")
+    if None in videos or videos[0] != videos[1] or len(rows[0]) != len(rows[1]):
         return a, b
     known = [{row["class"] for row in of_one} for of_one in rows]
     names = [(x["class"], y["class"]) for x, y in zip(*rows, strict=True)]

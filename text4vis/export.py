@@ -28,6 +28,7 @@ CARD_FILE = "README.md"
 ONNX_FILE = "model.onnx"
 ONNX_PROGRAM = "predict_onnx.py"
 # What a reader of the card wants to know of the training; the whole configuration is in export.json.
+UNFINISHED = ".exporting"  # an export that was killed may be written again
 TRAINING_KEYS = (
     "seed", "pretrain", "network.pretrained", "network.init", "network.fix_video", "network.fix_text",
     "network.classifier_trainable", "network.drop_out", "solver.type", "solver.epochs", "solver.lr_warmup_step",
@@ -47,11 +48,12 @@ def export(folder: Path, trained: Trained, *, report: Path | None = None, onnx: 
     evaluation = None if report is None else quote_report(report, trained)
     rule = preprocessing(config)
     require_folder(folder)
-    if any(folder.iterdir()) and not (folder / EXPORT_FILE).is_file():
+    if any(folder.iterdir()) and not any((folder / name).is_file() for name in (EXPORT_FILE, UNFINISHED)):
         raise ConfigError(
             f"--output: {folder} holds other files, no export; some might be overwritten: name a new or empty folder"
         )
-    (folder / EXPORT_FILE).unlink(missing_ok=True)  # without it the folder is no export; it is written last
+    (folder / UNFINISHED).touch()
+    (folder / EXPORT_FILE).unlink(missing_ok=True)  # without it the folder is no export
     remove_onnx(folder / ONNX_FILE)
     (folder / ONNX_PROGRAM).unlink(missing_ok=True)
     graph, graph_facts = None, None
@@ -77,6 +79,7 @@ def export(folder: Path, trained: Trained, *, report: Path | None = None, onnx: 
         takes_labels=takes_labels(config),
     )
     (folder / CARD_FILE).write_text(page, encoding="utf-8")
+    (folder / UNFINISHED).unlink()
     return graph
 
 

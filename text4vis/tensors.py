@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import zipfile
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ def write_tensors(path: Path, state: Mapping[str, Tensor], metadata: dict[str, s
     path.touch()
     mode = path.stat().st_mode
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path, metadata)
-    path.chmod(mode)  # the library gives it to its owner alone
+    with suppress(OSError):  # not every mount has modes
+        path.chmod(mode)  # the library gives it to its owner alone
 
 
 def is_state(content: Any) -> bool:

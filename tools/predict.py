@@ -186,10 +186,13 @@ def run(arguments: argparse.Namespace) -> int:
     recogniser = text4vis.load(arguments.model)
     screen = console()
     rows: list[Row] = []
+    pictures: list[Path] = []
     try:
         with Progress(total=len(videos), quiet=len(videos) == 1) as progress:
-            for of_one in recognise(recogniser, videos, arguments):
+            for number, of_one in enumerate(recognise(recogniser, videos, arguments)):
                 rows += of_one
+                if arguments.picture and "error" not in of_one[0]:
+                    pictures.append(picture_path(arguments.picture, number, len(videos)))
                 with progress.aside():
                     show(of_one, screen)
                 progress.update()
@@ -199,9 +202,8 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.csv:
             write_csv(arguments.csv, rows)
     written = [str(path) for path in (arguments.json, arguments.csv) if path]
-    if arguments.picture:
-        first, last = (picture_path(arguments.picture, number, len(videos)) for number in (0, len(videos) - 1))
-        written.append(str(first) if first == last else f"{first} to {last.name}")
+    if pictures:
+        written.append(f"{pictures[0]} to {pictures[-1].name}" if pictures[1:] else str(pictures[0]))
     if written:
         screen.print("wrote " + ", ".join(written))
     failed = sum("error" in row for row in rows)

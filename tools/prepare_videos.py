@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from shards.address import shown
-from shards.annotations import parse_annotations, parse_labels
+from shards.annotations import Annotation, parse_annotations, parse_labels
 from shards.folders import LABELS, SPLITS, read_table, scan_folders, split_videos, write_lists
 from shards.format import ShardError
 from shards.writer import build_shards
@@ -48,27 +48,23 @@ def _advance(bar: Progress) -> Callable[[int, int, int], None]:
     return advance
 
 
-def listed(output: Path, labels: list[str]) -> dict[str, dict[str, int]]:
-    """Of each split, the names in its list and their lines."""
-    return {
-        split: {one.name: one.line for one in parse_annotations(output / file, len(labels))}
-        for split, file in SPLITS.items()
-    }
-
-
-def refuse_overlap(output: Path, labels: list[str]) -> None:
-    train, val = listed(output, labels).values()
-    if both := [name for name in val if name in train]:
+def refuse_overlap(output: Path, lists: Mapping[str, Sequence[Annotation]]) -> None:
+    train = {one.name for one in lists["train"]}
+    if both := [one for one in lists["val"] if one.name in train]:
         raise ShardError(
-            f"{output / SPLITS['val']}:{val[both[0]]}: {both[0]!r} is in {SPLITS['train']} too, and {len(both) - 1} "
-            "more are; a model must be measured on videos that it has not seen: remove them from one of the lists"
+            f"{output / SPLITS['val']}:{both[0].line}: {both[0].name!r} is in {SPLITS['train']} too, and "
+            f"{len(both) - 1} more are; a model must be measured on videos that it has not seen: remove them from one "
+            "of the lists"
         )
 
 
-def tell_unlisted(arguments: argparse.Namespace, output: Path) -> None:
+def tell_unlisted(arguments: argparse.Namespace, output: Path, lists: Mapping[str, Sequence[Annotation]]) -> None:
     """The lists are their owner's, and videos that came later are not in them: say so."""
-    videos = read_table(arguments.table) if arguments.table else scan_folders(arguments.videos)
-    known = set().union(*listed(output, parse_labels(output / LABELS)).values())
+    try:
+        videos = read_table(arguments.table) if arguments.table else scan_folders(arguments.videos)
+    except ShardError:  # e.g. no class folders, for the lists were made from a table
+        return
+    known = {one.name for of_split in lists.values() for one in of_split}
     if new := [video.path for video in videos if video.path not in known]:
         print(
             f"prepare_videos: notice: {len(new)} of {len(videos)} videos are in no list and left out, the first is "
@@ -93,16 +89,20 @@ def main() -> None:
         raise ShardError(f"{missing}: missing beside {present[0].name}; delete the lists to have them made anew")
     else:
         print(f"{output}: using the lists that are there")
-        tell_unlisted(arguments, output)
+    labels = parse_labels(output / LABELS)
+    annotations = {
+        split: parse_annotations(output / file, len(labels), labels_file=output / LABELS)
+        for split, file in SPLITS.items()
+    }
+    if present:
+        tell_unlisted(arguments, output, annotations)
+    refuse_overlap(output, annotations)
     if arguments.lists_only:
         return
-    labels = parse_labels(output / LABELS)
-    refuse_overlap(output, labels)
     for split, file in SPLITS.items():
-        annotations = parse_annotations(output / file, len(labels), labels_file=output / LABELS)
-        with Progress(split, len(annotations)) as bar:
+        with Progress(split, len(annotations[split])) as bar:
             manifest = build_shards(
-                annotations,
+                annotations[split],
                 root=arguments.videos,
                 labels=labels,
                 output=output / "shards" / split,
