@@ -57,16 +57,17 @@ class Index:
     def ranges(self, video: int, rows: np.ndarray) -> list[tuple[int, int]]:
         """Byte ranges of these member rows in the video's shard. Raises SampleError if one lies outside it."""
         shard = self.manifest.shards[int(self.videos["shard"][video])]
-        starts = rows["block"].astype(np.int64) * BLOCK_BYTES
-        stops = starts + rows["size"]
-        bad = np.flatnonzero((rows["size"] == 0) | (starts < BLOCK_BYTES) | (stops > shard.bytes))
-        if len(bad):
-            start, stop = int(starts[bad[0]]), int(stops[bad[0]])
-            raise SampleError(
-                f"{self.where}: the index places a member of video {video} at bytes {start} to {stop} of {shard.name}, "
-                f"which has {shard.bytes}; the index is damaged or belongs to another data set: {_REBUILD}"
-            )
-        return list(zip(starts.tolist(), stops.tolist(), strict=True))
+        ranges = []
+        for block, size in zip(rows["block"].tolist(), rows["size"].tolist(), strict=True):
+            start, stop = block * BLOCK_BYTES, block * BLOCK_BYTES + size
+            if size == 0 or block == 0 or stop > shard.bytes:
+                raise SampleError(
+                    f"{self.where}: the index places a member of video {video} at bytes {start} to {stop} of "
+                    f"{shard.name}, which has {shard.bytes}; the index is damaged or belongs to another data set: "
+                    f"{_REBUILD}"
+                )
+            ranges.append((start, stop))
+        return ranges
 
 
 def read_local_manifest(folder: Path) -> Manifest:

@@ -8,14 +8,16 @@ Letters: N samples, k frames of one request.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 import os
 import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from isal import isal_zlib
@@ -55,9 +57,8 @@ class _Part:
     source: ShardSource
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    """What one request reads: the distinct members `numbers`, their rows and byte ranges, in one shard.
+class _Wanted(NamedTuple):
+    """What one request reads: the distinct members `numbers`, their checksums and byte ranges, in one shard.
 
     positions: for each frame of the request its place among the distinct ones.
     """
@@ -65,8 +66,8 @@ class _Wanted:
     part: _Part
     sample: int
     shard: int
-    numbers: np.ndarray
-    rows: np.ndarray
+    numbers: list[int]
+    crc32s: list[int]
     ranges: list[tuple[int, int]]
     positions: list[int]
 
@@ -214,7 +215,7 @@ class ShardDataset:
         self._options = options
         self._parts = parts
         counts = [len(part.index.videos) for part in parts]
-        self._starts = np.cumsum([0, *counts])
+        self._starts = [0, *itertools.accumulate(counts)]
         shard_starts = np.cumsum([0, *(len(part.index.manifest.shards) for part in parts)])
         self.labels = self._column("label")
         self.num_frames = self._column("num_frames")
@@ -239,7 +240,7 @@ class ShardDataset:
             part.source.renew()
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     @property
     def places(self) -> list[str]:
@@ -252,10 +253,10 @@ class ShardDataset:
         return [entry for part in self._parts for entry in part.index.manifest.skipped]
 
     def _locate(self, sample: int) -> tuple[_Part, int]:
-        if not 0 <= sample < len(self):
+        if not 0 <= sample < self._starts[-1]:
             raise IndexError(f"sample {sample} of {len(self)}")
-        number = int(np.searchsorted(self._starts, sample, side="right")) - 1
-        return self._parts[number], int(sample - self._starts[number])
+        number = bisect.bisect_right(self._starts, sample) - 1
+        return self._parts[number], int(sample) - self._starts[number]
 
     def content(self, sample: int) -> str:
         """'frames' if the sample's frames are stored one by one, 'video' if as one encoded file."""
@@ -279,17 +280,17 @@ class ShardDataset:
     def frame_sizes(self, sample: int, frames: np.ndarray) -> list[tuple[int, int]]:
         """(height, width) in pixels of each of the (k,) frames, zeros where unknown."""
         part, video = self._locate(sample)
-        rows = part.index.member_rows(video, self._member_numbers(part, sample, frames))
+        rows = part.index.member_rows(video, np.array(self._member_numbers(part, sample, frames), np.int64))
         return list(zip(rows["height"].tolist(), rows["width"].tolist(), strict=True))
 
-    def _member_numbers(self, part: _Part, sample: int, frames: np.ndarray) -> np.ndarray:
+    def _member_numbers(self, part: _Part, sample: int, frames: np.ndarray) -> list[int]:
         """Member of each frame; the one member for all frames of a stored video. Raises IndexError."""
-        frames = np.asarray(frames, dtype=np.int64)
+        numbers: list[int] = np.asarray(frames, dtype=np.int64).tolist()
         num_frames = int(self.num_frames[sample])
-        bad = frames[(frames < 0) | (frames >= num_frames)]
-        if len(bad):
-            raise IndexError(f"{self.describe(sample)}: frame {bad[0]} of {num_frames}")
-        return frames if part.index.manifest.content == "frames" else np.zeros_like(frames)
+        for number in numbers:
+            if not 0 <= number < num_frames:
+                raise IndexError(f"{self.describe(sample)}: frame {number} of {num_frames}")
+        return numbers if part.index.manifest.content == "frames" else [0] * len(numbers)
 
     def read(self, sample: int, frames: np.ndarray) -> list[bytes]:
         """Encoded bytes of the (k,) frames, in that order; a frame that is asked for twice is read once.
@@ -332,22 +333,22 @@ class ShardDataset:
         if self._closed:
             raise ValueError("the data set is closed")
         part, video = self._locate(sample)
-        wanted = self._member_numbers(part, sample, frames).tolist()
+        wanted = self._member_numbers(part, sample, frames)
         place = {number: position for position, number in enumerate(sorted(set(wanted)))}
-        distinct, positions = np.array(list(place), np.int64), [place[number] for number in wanted]
-        rows = part.index.member_rows(video, distinct)
-        ranges = part.index.ranges(video, rows)
-        return _Wanted(part, sample, int(part.index.videos["shard"][video]), distinct, rows, ranges, positions)
+        distinct, positions = list(place), [place[number] for number in wanted]
+        rows = part.index.member_rows(video, np.array(distinct, np.int64))
+        ranges, shard = part.index.ranges(video, rows), int(part.index.videos["shard"][video])
+        return _Wanted(part, sample, shard, distinct, rows["crc32"].tolist(), ranges, positions)
 
     def _read(self, wanted: _Wanted) -> list[bytes]:
         if not wanted.ranges:
             return []
-        part, numbers, rows = wanted.part, wanted.numbers, wanted.rows
+        part = wanted.part
 
         def check(chunks: Sequence[bytes]) -> str | None:
             if not self._options.verify:
                 return None
-            for number, expected, chunk in zip(numbers.tolist(), rows["crc32"].tolist(), chunks, strict=True):
+            for number, expected, chunk in zip(wanted.numbers, wanted.crc32s, chunks, strict=True):
                 if isal_zlib.crc32(chunk) != expected:
                     return self._describe_damage(part, wanted.sample, number, isal_zlib.crc32(chunk), expected)
             return None

@@ -35,9 +35,7 @@ NUM_VIDEOS = 13
 
 def values(drawn):
     """Everything that was drawn, as plain numbers and strings."""
-    return repr([np.asarray(getattr(drawn, field.name)).tolist() for field in dataclasses.fields(drawn)]) + repr(
-        [np.asarray(getattr(drawn.crop, field.name)).tolist() for field in dataclasses.fields(drawn.crop)]
-    )
+    return repr(drawn._replace(indices=drawn.indices.tolist()))
 
 
 @pytest.mark.parametrize("preset", ["released", "paper", "something"])
@@ -301,7 +299,7 @@ def test_a_decoder_that_also_resizes_leaves_frames_for_randaugment_as_they_are(f
     geometry = train_geometry(drawn, 32, 48, 24)
     assert geometry.region == (0, 0, 32, 48) and geometry.decoded_size == (32, 48)
     assert geometry.part == drawn.crop.region(32, 48, 24)
-    assert train_geometry(dataclasses.replace(drawn, operations=()), 32, 48, 24).decoded_size == (24, 24)
+    assert train_geometry(drawn._replace(operations=()), 32, 48, 24).decoded_size == (24, 24)
     file = made.root / made.names[0] / "img_00001.jpg"
     graph = image_graph(device_id=None, num_threads=1, batch_size=1, resize="linear")
     graph.feed_input("encoded", [np.fromfile(file, np.uint8)])

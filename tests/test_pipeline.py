@@ -176,7 +176,8 @@ def test_training_pixels_are_the_drawn_region(photographs):
         names = [loader.dataset.name(int(i)) for i in batch.ids]
     frames = [(b, frame) for b, (_, distinct) in enumerate(job.requests) for frame in distinct.tolist()]
     for (b, number), frame in zip(frames, job.frames, strict=True):
-        (_, _, t, crop) = frame.targets[0]
+        (_, _, t, c) = frame.targets[0]
+        crop = frame.geometry.crops[c]
         top, left, height, width = frame.geometry.region
         with Image.open(root / names[b] / f"img_{number + 1:05d}.jpg") as file:
             expected = file.convert("RGB").crop((left, top, left + width, top + height)).resize((112, 112), 2)
@@ -209,9 +210,7 @@ def test_the_graph_that_also_resizes_gives_the_same_pictures(photographs):
 def test_placing_on_the_device_equals_placing_on_the_cpu():
     image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     crops = [Crop(3, 5), Crop(0, 36, flip=True), Crop(16, 0, grey=True), Crop(8, 20, flip=True, grey=True)]
-    frame = Frame(
-        Geometry((0, 0, 40, 60), 40, 60, True, tuple(crops)), tuple((0, v, 0, c) for v, c in enumerate(crops))
-    )
+    frame = Frame(Geometry((0, 0, 40, 60), 40, 60, True, tuple(crops)), tuple((0, c, 0, c) for c in range(len(crops))))
     expected = np.zeros((1, 4, 1, 24, 24, 3), np.uint8)
     place(frame, image, expected)
     ours = torch.zeros(expected.shape, dtype=torch.uint8)

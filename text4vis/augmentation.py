@@ -17,7 +17,7 @@ Presets of `data.augmentation`:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -53,8 +53,7 @@ MULTI_SCALES = (1, 0.875, 0.75, 0.66)
 SOMETHING_SWAPS = ((86, 87), (93, 94), (166, 167))
 
 
-@dataclass(frozen=True)
-class Operation:
+class Operation(NamedTuple):
     """One step of RandAugment: a name of OPERATIONS and its magnitude; (x, y) in [0, 1) is the centre of a cut-out."""
 
     name: str
@@ -63,8 +62,7 @@ class Operation:
     y: float
 
 
-@dataclass(frozen=True)
-class Crop:
+class Crop(NamedTuple):
     """A square of the model's input size at (top, left) of the resized frame, and what is done to it, in this order.
 
     blur: the standard deviation of a Gaussian, pixels; 0 for none. solarize: values from 128 up are inverted.
@@ -78,8 +76,7 @@ class Crop:
     solarize: bool = False
 
 
-@dataclass(frozen=True)
-class Geometry:
+class Geometry(NamedTuple):
     """How one source frame becomes views. Lengths in pixels.
 
     region: the part of the source that is decoded. operations: done to it, before `part` of it is cut out (None
@@ -100,8 +97,7 @@ class Geometry:
         return (self.height, self.width) if self.part is None else self.region[2:]
 
 
-@dataclass(frozen=True)
-class ResizedCrop:
+class ResizedCrop(NamedTuple):
     """Ten attempts at an area (share of the frame's) and an aspect ratio; x and y in [0, 1) place the one that fits."""
 
     areas: list[float]
@@ -127,8 +123,7 @@ class ResizedCrop:
         return int(self.y * (height - crop_h + 1)), int(self.x * (width - crop_w + 1)), crop_h, crop_w
 
 
-@dataclass(frozen=True)
-class MultiScaleCrop:
+class MultiScaleCrop(NamedTuple):
     """The multi-scale crop of TSN (Wang et al., ECCV 2016): size and place, in [0, 1), choose among fixed ones."""
 
     size: float
@@ -151,8 +146,7 @@ class MultiScaleCrop:
         return y * step_y, x * step_x, crop_h, crop_w
 
 
-@dataclass(frozen=True)
-class Draw:
+class Draw(NamedTuple):
     """The random decisions for one training sample, the same for all its frames."""
 
     indices: np.ndarray
@@ -179,14 +173,20 @@ def draw(data: DataConfig, num_frames: int, rng: np.random.Generator) -> Draw:
     """
     indices = sampling.train_indices(num_frames, data.num_segments, rng, data.dense)
     low, high = data.crop_area
-    area, aspect, swap = rng.random((3, 10))
+    areas, aspects, swaps = rng.random((3, 10)).tolist()
     x, y, flip, grey, blur, sigma, solarize = rng.random(7).tolist()
-    crop: ResizedCrop | MultiScaleCrop = ResizedCrop(
-        (low + area * (high - low)).tolist(), (3 / 4 + aspect * (4 / 3 - 3 / 4)).tolist(), (swap < 0.5).tolist(), x, y
-    )
+    crop: ResizedCrop | MultiScaleCrop = MultiScaleCrop(x, y)
+    if data.augmentation != "something":
+        crop = ResizedCrop(
+            [low + area * (high - low) for area in areas],
+            [3 / 4 + aspect * (4 / 3 - 3 / 4) for aspect in aspects],
+            [swap < 0.5 for swap in swaps],
+            x,
+            y,
+        )
     return Draw(
         indices=indices,
-        crop=MultiScaleCrop(x, y) if data.augmentation == "something" else crop,
+        crop=crop,
         flip=flip < data.flip,
         grey=grey < data.grey,
         blur=0.1 + 1.9 * sigma if blur < data.blur else 0.0,

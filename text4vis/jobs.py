@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,18 +20,20 @@ from shards.images import MAX_FRAME_PIXELS
 from shards.plan import Stream, eval_slice, few_shot_subset, rank_slice
 from shards.reader import ShardDataset
 from text4vis import augmentation, sampling
-from text4vis.augmentation import Crop, Geometry
+from text4vis.augmentation import Geometry
 from text4vis.config import Config, ConfigError
 
 SUBSTITUTES = 2  # stream of the counter-based generator; augmentation draws from stream 0, mixing from 1
 
 
-@dataclass(frozen=True)
-class Frame:
-    """One distinct frame of a batch: what is cut from it, and where each crop goes: (b, v, t, crop)."""
+class Frame(NamedTuple):
+    """One distinct frame of a batch: what is cut from it, and where: (b, v, t, c), c of `geometry.crops`.
+
+    A batch has hundreds. Tuples of numbers are nothing that Python's garbage collector would have to follow.
+    """
 
     geometry: Geometry
-    targets: tuple[tuple[int, int, int, Crop], ...]
+    targets: tuple[tuple[int, int, int, int], ...]
 
 
 PlannedVideo = tuple[tuple[int, np.ndarray], list[Frame], list[tuple[int, int]]]
@@ -235,12 +238,13 @@ class Planner:
             if size not in by_size:
                 by_size[size] = self._checked_geometry(sample, frame, size, geometry)
             plan = by_size[size]
-            targets = tuple(
-                (b, position // segments * len(plan.crops) + c, position % segments, crop)
+            crops = range(len(plan.crops))
+            targets = [
+                (b, position // segments * len(crops) + c, position % segments, c)
                 for position in places[frame]
-                for c, crop in enumerate(plan.crops)
-            )
-            frames.append(Frame(plan, targets))
+                for c in crops
+            ]
+            frames.append(Frame(plan, tuple(targets)))
         return (sample, distinct), frames, sizes
 
     def _checked_geometry(

@@ -26,6 +26,7 @@ import cv2
 import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.tensors import TensorCPU
 from PIL import Image
 
 from shards.address import scheme_of
@@ -432,7 +433,7 @@ def _feed(
     frames: list[np.ndarray] | None = None,
 ) -> None:
     regions_N4 = np.array(regions, dtype=np.int32)
-    graph.feed_input("encoded", [np.frombuffer(data, np.uint8) for data in encoded])
+    graph.feed_input("encoded", [TensorCPU(data, "") for data in encoded])  # arrays would cost a conversion each
     graph.feed_input("start", np.ascontiguousarray(regions_N4[:, :2]))
     graph.feed_input("shape", np.ascontiguousarray(regions_N4[:, 2:]))
     if sizes is not None:
@@ -607,8 +608,8 @@ def place(frame: Frame, image_HW3: np.ndarray, out_BVTSS3: np.ndarray) -> None:
         _place_whole(frame, image_HW3, out_BVTSS3)
         return
     image_HW3 = _resize(image_HW3, geometry)
-    for b, v, t, crop in frame.targets:
-        view = out_BVTSS3[b, v, t]
+    for b, v, t, c in frame.targets:
+        view, crop = out_BVTSS3[b, v, t], geometry.crops[c]
         view[:] = image_HW3[crop.top : crop.top + side, crop.left : crop.left + side]
         if crop.grey:
             cv2.cvtColor(cv2.cvtColor(view, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB, dst=view)
@@ -617,8 +618,8 @@ def place(frame: Frame, image_HW3: np.ndarray, out_BVTSS3: np.ndarray) -> None:
 
 def _place_whole(frame: Frame, image_HW3: np.ndarray, out_BVTSS3: np.ndarray) -> None:
     """Training: the resized region is the view, so it is resized where it belongs; all targets share one crop."""
-    (b, v, t, crop), *others = frame.targets
-    view = out_BVTSS3[b, v, t]
+    (b, v, t, c), *others = frame.targets
+    view, crop = out_BVTSS3[b, v, t], frame.geometry.crops[c]
     if crop.grey:  # one channel to resize instead of three
         grey_HW = _resize(cv2.cvtColor(image_HW3, cv2.COLOR_RGB2GRAY), frame.geometry)
         cv2.cvtColor(grey_HW, cv2.COLOR_GRAY2RGB, dst=view)
@@ -653,7 +654,8 @@ def place_on_device(frames: list[Frame], images_HW3: list[torch.Tensor], out_BVT
     side = out_BVTSS3.shape[3]
     luma = torch.tensor([19595, 38470, 7471], dtype=torch.float32, device=out_BVTSS3.device) / 65536  # ITU-R 601-2
     for frame, image_HW3 in zip(frames, _operated(frames, images_HW3, side), strict=True):
-        for b, v, t, crop in frame.targets:
+        for b, v, t, c in frame.targets:
+            crop = frame.geometry.crops[c]
             view = image_HW3[crop.top : crop.top + side, crop.left : crop.left + side]
             if crop.flip:
                 view = view.flip(1)

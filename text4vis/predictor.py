@@ -294,7 +294,7 @@ class Predictor:
         side = self.config.data.input_size
         out_BVTSS3 = np.empty((1, 1, 1, side, side, 3), np.uint8)
         geometry = eval_geometry(image.shape[0], image.shape[1], self.config.scale_size, side, 1)
-        place(Frame(geometry, ((0, 0, 0, geometry.crops[0]),)), image, out_BVTSS3)
+        place(Frame(geometry, ((0, 0, 0, 0),)), image, out_BVTSS3)
         return out_BVTSS3[0, 0, 0]
 
 

@@ -13,6 +13,8 @@ The rules are those of the original project's data set class, so that published 
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 DENSE_WINDOW = 128
@@ -31,8 +33,10 @@ def train_indices(num_frames: int, num_segments: int, rng: np.random.Generator, 
     if num_frames <= num_segments:
         repeats = (rng.random(num_segments - num_frames) * num_frames).astype(np.int64)
         return np.sort(np.concatenate([np.arange(num_frames), repeats]))
-    ticks = np.arange(num_segments + 1, dtype=np.int64) * num_frames // num_segments
-    return ticks[:-1] + (rng.random(num_segments) * np.diff(ticks)).astype(np.int64)
+    ticks = [segment * num_frames // num_segments for segment in range(num_segments + 1)]
+    draws = rng.random(num_segments).tolist()
+    segments = zip(draws, itertools.pairwise(ticks), strict=True)
+    return np.array([first + int(number * (stop - first)) for number, (first, stop) in segments], np.int64)
 
 
 def val_indices(num_frames: int, num_segments: int) -> np.ndarray:
