@@ -1,16 +1,36 @@
-"""Work done ahead of its use: a thread that fills a bounded queue, and steps that overlap. Knows nothing of videos."""
+"""What keeps a loop from waiting: a thread that fills a bounded queue, steps that overlap, no long garbage collections.
+
+Knows nothing of videos.
+"""
 
 from __future__ import annotations
 
+import gc
 import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
 Started = TypeVar("Started")
 Done = TypeVar("Done")
+
+
+@contextmanager
+def settled() -> Iterator[None]:
+    """The garbage collector leaves alone what exists now, until the end; what comes into being inside is collected.
+
+    Else it goes every now and then through all objects of all libraries, half a million, while no thread runs Python
+    and the next batch is not started. Of many ranks that wait for each other, one is nearly always at it.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def pipelined(

@@ -46,6 +46,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def train(arguments: argparse.Namespace, config: Config, output: Path, stop: StopRequest) -> None:
     from text4vis.logs import log_to
+    from text4vis.prefetch import settled
     from text4vis.trainer import Trainer
 
     log_to(None if arguments.dry_run else output)
@@ -53,7 +54,8 @@ def train(arguments: argparse.Namespace, config: Config, output: Path, stop: Sto
     if arguments.dry_run:
         trainer.dry_run()
     else:
-        trainer.fit()
+        with settled():
+            trainer.fit()
 
 
 def main() -> int:

@@ -36,8 +36,9 @@ from text4vis.benchmarks.scale import scale
 from text4vis.config import Config
 from text4vis.logs import resident_bytes
 from text4vis.pipeline import build_loader
+from text4vis.prefetch import settled
 
-_WARM_UP_TURNS = 2
+_WARM_UP_TURNS = 8  # until the loaders have taken all the memory that they need
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def throughput(contender: Contender, setup: Setup, seconds: float, producers: in
     Batches come in turns of one from each of its `producers`; whole turns are counted. Nothing waits between batches,
     so queues are as empty in the beginning as in the end.
     """
-    with contender(setup) as batches:
+    with contender(setup) as batches, settled():  # as training does
         for _ in range(_WARM_UP_TURNS * producers):
             next(batches)
         videos, started = 0, time.perf_counter()
