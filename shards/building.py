@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from isal import isal_zlib
 
-from shards.files import sync_folder, write_atomically
+from shards.files import replacing, sync, write_atomically
 from shards.format import (
     INDEX_ROLES,
     MANIFEST,
@@ -128,7 +128,7 @@ class Workspace:
     def commit(self, number: int, shard: FinishedShard, tables: dict[str, np.ndarray]) -> None:
         """Puts a shard, written and synced at `part`, in its place and records its index rows."""
         self.part(number).replace(self.output / shard_name(number))
-        sync_folder(self.output)
+        sync(self.output)
         stream = io.BytesIO()
         meta = {"bytes": shard.info.bytes, "next_position": shard.next_position, "skipped": shard.skipped}
         np.savez(stream, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8), **tables)  # type: ignore[arg-type]
@@ -205,7 +205,6 @@ def publish(
         file = index_file(role, identity)
         size, crc32 = _write_table(output / file, _DTYPES[role], length, arrays)
         index[role] = {"file": file, "bytes": size, "crc32": crc32}
-    sync_folder(output / "index")
     manifest = Manifest(
         content=content,
         classes=classes,
@@ -233,21 +232,13 @@ def clean_up(workspace: Workspace, manifest: Manifest) -> None:
 
 def _write_table(path: Path, dtype: np.dtype, length: int, arrays: Iterable[np.ndarray]) -> tuple[int, int]:
     """Writes a .npy file of `length` rows, piece by piece. Returns its bytes and its CRC-32."""
-    temporary = path.with_name(path.name + ".tmp")
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(
         header, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
     )
     size, crc32 = 0, 0
-    try:
-        with temporary.open("wb") as stream:
-            for piece in chain([header.getvalue()], (array.tobytes() for array in arrays)):
-                stream.write(piece)
-                size, crc32 = size + len(piece), isal_zlib.crc32(piece, crc32)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(path) as stream:
+        for piece in chain([header.getvalue()], (array.tobytes() for array in arrays)):
+            stream.write(piece)
+            size, crc32 = size + len(piece), isal_zlib.crc32(piece, crc32)
     return size, crc32

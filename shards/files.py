@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 def require_folder(path: str | Path, option: str = "--output") -> None:
@@ -29,25 +32,32 @@ def require_file(path: str | Path, option: str) -> None:
         raise OSError(f"{option}: {path} is a folder; name a file in it")
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """The file holds all of `data` or is as it was before, whatever happens meanwhile."""
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """The file holds all that is written to the stream or is as it was before, whatever happens meanwhile."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as stream:
-            stream.write(data)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
-def sync_folder(path: Path) -> None:
-    """Makes renames in a folder survive a power cut."""
-    folder = os.open(path, os.O_RDONLY)
+def write_atomically(path: Path, data: bytes) -> None:
+    """`replacing` for a file whose content is there already."""
+    with replacing(path) as stream:
+        stream.write(data)
+
+
+def sync(path: Path) -> None:
+    """Makes a file's content, or renames in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)

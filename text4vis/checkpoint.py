@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -28,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from shards.files import sync
 from text4vis import distributed
 from text4vis.config import Config, ConfigError
 from text4vis.engine import (
@@ -277,12 +277,12 @@ def _write(final: Path, files: Files, state: State, size: int) -> None:
         text = json.dumps({**values, "sha256": _digest(values)}, ensure_ascii=False, indent=1)
         (temporary / STATE).write_text(text + "\n", encoding="utf-8")
         for file in temporary.iterdir():
-            _sync(file)
+            sync(file)
         old = final.with_name(f".{final.name}.old")
         if final.exists():
             final.rename(old)
         temporary.rename(final)
-        _sync(final.parent)
+        sync(final.parent)
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -327,11 +327,3 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
