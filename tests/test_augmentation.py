@@ -47,6 +47,18 @@ def test_a_draw_depends_on_seed_epoch_and_sample_alone(preset):
     assert values(draw(data, 300, generator(3, 2, 17))) == first
 
 
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [("released", "1b5efa4391188511"), ("paper", "0fe6784dc375c291"), ("something", "a5f75f9dec21481f")],
+)
+def test_the_stream_of_draws_is_what_it_always_was(preset, expected):
+    """Who resumes a run with a newer version goes on with the same frames, crops and operations."""
+    data = DataConfig(augmentation=preset, blur=0.5, solarize=0.5)
+    drawn = [draw(data, 1 + sample % 40, generator(sample % 3, sample % 5, sample)) for sample in range(200)]
+    plans = [(values(one), train_geometry(one, 100 + number, 150, 64).region) for number, one in enumerate(drawn)]
+    assert hashlib.sha256(repr(plans).encode()).hexdigest()[:16] == expected
+
+
 @pytest.mark.parametrize("side", [224, 336])
 @pytest.mark.parametrize("size", SIZES)
 def test_random_crops_lie_inside_and_keep_the_recipe(size, side):

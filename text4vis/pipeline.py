@@ -348,7 +348,7 @@ class _CpuDecoder:
                 encoded += files
                 regions += [frame.geometry.region for frame in own]
         if encoded:
-            _feed(self._graph, encoded, regions)
+            feed(self._graph, encoded, regions)
             self._graph.schedule_run()
         return _Run(job, encoded, videos)
 
@@ -403,11 +403,11 @@ class _GpuDecoder:
                 encoded += files
                 stored += [frame.geometry for frame in own]
         if encoded:
-            _feed(self._images, encoded, [g.region for g in stored], [g.decoded_size for g in stored])
+            feed(self._images, encoded, [g.region for g in stored], [g.decoded_size for g in stored])
             self._images.schedule_run()
         if videos:
             regions = [g.region for g in first_frames]
-            _feed(self._videos, videos, regions, [g.decoded_size for g in first_frames], wanted)
+            feed(self._videos, videos, regions, [g.decoded_size for g in first_frames], wanted)
             self._videos.schedule_run()
         return _Run(job, encoded, {}), videos
 
@@ -425,13 +425,15 @@ class _GpuDecoder:
         return job, images
 
 
-def _feed(
+def feed(
     graph: Any,
     encoded: list[bytes],
     regions: list[tuple[int, int, int, int]],
     sizes: list[tuple[int, int]] | None = None,
     frames: list[np.ndarray] | None = None,
 ) -> None:
+    """Gives `image_graph` or `video_graph` one batch: encoded files, regions, with resize the sizes after it,
+    with videos their frame numbers. The files are not copied: hold on to them until the run is done."""
     regions_N4 = np.array(regions, dtype=np.int32)
     graph.feed_input("encoded", [TensorCPU(data, "") for data in encoded])  # arrays would cost a conversion each
     graph.feed_input("start", np.ascontiguousarray(regions_N4[:, :2]))

@@ -22,8 +22,8 @@ Done = TypeVar("Done")
 def settled() -> Iterator[None]:
     """The garbage collector leaves alone what exists now, until the end; what comes into being inside is collected.
 
-    Else it goes every now and then through all objects of all libraries, half a million, while no thread runs Python
-    and the next batch is not started. Of many ranks that wait for each other, one is nearly always at it.
+    Else it goes every now and then through all objects of all libraries, half a million, while no thread runs Python:
+    the next batch is not started, and the other ranks wait for this one.
     """
     gc.collect()
     gc.freeze()

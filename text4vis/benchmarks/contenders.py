@@ -28,7 +28,7 @@ from text4vis import augmentation, sampling
 from text4vis.benchmarks.data import Workload
 from text4vis.config import Config, config_from_dict
 from text4vis.jobs import Job
-from text4vis.pipeline import build_loader, image_graph
+from text4vis.pipeline import build_loader, feed, image_graph
 from text4vis.prefetch import pipelined
 
 # CLIP's, as the original applies them on the CPU.
@@ -90,10 +90,7 @@ def decode_only(setup: Setup) -> Iterator[Batches]:
 
         def start(item: tuple[Job, list[bytes]]) -> Job:
             job, encoded = item
-            regions_F4 = np.array([frame.geometry.region for frame in job.frames], np.int32)
-            graph.feed_input("encoded", [np.frombuffer(data, np.uint8) for data in encoded])
-            graph.feed_input("start", np.ascontiguousarray(regions_F4[:, :2]))
-            graph.feed_input("shape", np.ascontiguousarray(regions_F4[:, 2:]))
+            feed(graph, encoded, [frame.geometry.region for frame in job.frames])
             graph.schedule_run()
             return job
 
