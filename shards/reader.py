@@ -1,7 +1,7 @@
 """Reading data sets: opens one or several as one, and fetches just the frames that are asked for.
 
-Which samples and frames those are is decided elsewhere (`shards.plan`, `text4vis.sampling`). A sample is a number from
-0 to N-1, N videos over all data sets in the order given.
+Which samples and frames those are is decided elsewhere (`shards.plan`, and the caller for the frames). A sample is a
+number from 0 to N-1, N videos over all data sets in the order given.
 
 Letters: N samples, k frames of one request.
 """

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import make_frame_folders
+from frame_folders import make_frame_folders
 from launch import ROOT, finish, start
 from tiny import OPENAI_VIT, random_clip
 
 from shards.annotations import parse_annotations, parse_labels
 from shards.writer import build_shards
-from text4vis.config import RETIRED, ConfigError, load_config, schema
-from text4vis.evaluation import class_splits
+from text4vis.config.schema import RETIRED, ConfigError, load_config, schema
+from text4vis.evaluation.embedding import class_splits
 
 RECIPES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "configs").rglob("*.yaml"))]
 # Those of published data sets lie in folders. Their vision towers are swapped for a tiny one, as is that of own.yaml;
@@ -152,7 +152,9 @@ def results(tmp_path_factory) -> dict[str, dict]:
     model = base / "clip.pt"
     text = OPENAI_VIT["text_cfg"] | {"context_length": 32}  # room for the longest name
     torch.save(random_clip(OPENAI_VIT | {"text_cfg": text}).state_dict(), model)
-    ((code, output),) = finish(start("tests/run_recipes.py", base, base / "shards", model, *recipes), timeout=500)
+    ((code, output),) = finish(
+        start("tests/support/run_recipes.py", base, base / "shards", model, *recipes), timeout=500
+    )
     assert code == 0, output
     return json.loads((base / "results.json").read_text())
 

@@ -7,18 +7,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import make_frame_folders
+from frame_folders import make_frame_folders
+from launch import ROOT
+from pages import code_blocks, commands
 
 from shards.annotations import parse_annotations, parse_labels
 from shards.writer import build_shards
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-
-def code_blocks(page: str, language: str) -> list[str]:
-    text = (ROOT / page).read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 def test_the_shard_format_page_reads_real_shards(tmp_path, monkeypatch):
@@ -44,11 +40,6 @@ def test_links_lead_somewhere(page):
     links = re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", page.read_text(encoding="utf-8"))
     missing = [link for link in links if not (page.parent / link).exists()]
     assert not missing
-
-
-def commands(code: str) -> list[tuple[str, str]]:
-    """(program of this project, what follows it) for each that a line of code starts."""
-    return re.findall(r"\b((?:tools|text4vis)/\w+\.py)\b([^&|;]*)", code)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,4 +1,4 @@
-"""A quick share of tests/fuzz.py: only documented errors come out of damaged files."""
+"""A quick share of tests/support/fuzz.py: only documented errors come out of damaged files."""
 
 from __future__ import annotations
 

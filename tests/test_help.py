@@ -7,7 +7,8 @@ import shlex
 import sys
 
 import pytest
-from test_docs import ROOT, commands
+from launch import ROOT
+from pages import commands
 
 PROGRAMS = ["text4vis/train.py", "text4vis/evaluate.py", *(f"tools/{path.name}" for path in ROOT.glob("tools/*.py"))]
 

@@ -26,14 +26,14 @@ from shards.checker import check_datasets
 from shards.format import ShardError
 from shards.index import read_local_manifest
 from shards.reader import open_dataset
-from text4vis import checkpoint
-from text4vis.checkpoint import CheckpointError
-from text4vis.classifier import file_classifier
-from text4vis.config import MAX_YAML_BYTES, Config, ConfigError, DataConfig, load_config
-from text4vis.evaluation import _read_features
-from text4vis.logs import log_to, table
-from text4vis.tensors import read_weights
-from text4vis.weights import read_text4vis
+from text4vis.classifier.embeddings import file_classifier
+from text4vis.config.schema import MAX_YAML_BYTES, Config, ConfigError, DataConfig, load_config
+from text4vis.evaluation.embedding import _read_features
+from text4vis.model.tensors import read_weights
+from text4vis.saved import checkpoint
+from text4vis.saved.checkpoint import CheckpointError
+from text4vis.saved.weights import read_text4vis
+from text4vis.training.logs import log_to, table
 
 
 class Trap:

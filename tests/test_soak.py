@@ -1,4 +1,4 @@
-"""A short soak: killed and stopped jobs of one to three ranks, a flaky store, damaged videos. See tests/soak.py."""
+"""A short soak, as tests/support/soak.py does it: killed and stopped jobs, a flaky store, damaged videos."""
 
 import pytest
 from soak import Soak

@@ -31,14 +31,15 @@ from typing import TYPE_CHECKING, Any
 from shards.address import shown
 from shards.files import require_file
 from shards.format import ShardError
-from text4vis import checkpoint, distributed
-from text4vis.checkpoint import CheckpointError, load_model
-from text4vis.config import Config, ConfigError, config_from_dict, load_config
-from text4vis.console import console, table
-from text4vis.weights import EXPORT_FILE, read_export_config
+from text4vis.cluster import distributed
+from text4vis.common.console import console, table
+from text4vis.config.schema import Config, ConfigError, config_from_dict, load_config
+from text4vis.saved import checkpoint
+from text4vis.saved.checkpoint import CheckpointError, load_model
+from text4vis.saved.weights import EXPORT_FILE, read_export_config
 
 if TYPE_CHECKING:
-    from text4vis.model import VideoClip
+    from text4vis.model.video_clip import VideoClip
 
 # Keys that decide which frames the model sees, what the model is (an export brings its own), and its classes' rows.
 FRAME_KEYS = ("data.num_segments", "data.dense", "data.input_size", "data.scale_size")
@@ -68,10 +69,10 @@ def parse_arguments() -> argparse.Namespace:
 def run(arguments: argparse.Namespace) -> None:
     import torch
 
-    from text4vis.classifier import build_classifier
-    from text4vis.evaluation import class_splits, evaluate, weights_fingerprint
-    from text4vis.pipeline import build_loader, class_names
-    from text4vis.protocols import write_report
+    from text4vis.classifier.embeddings import build_classifier
+    from text4vis.data.loader import build_loader, class_names
+    from text4vis.evaluation.embedding import class_splits, evaluate, weights_fingerprint
+    from text4vis.evaluation.protocols import write_report
 
     config = load_config(arguments.config, arguments.set)
     ranks = distributed.start()
@@ -140,7 +141,7 @@ def warning(path: Path, differing: Mapping[str, tuple[Any, Any]]) -> str:
 
 def check_frames(model: VideoClip, config: Config) -> None:
     """Raises ConfigError where a model that brings its own network cannot take the frames of `config`."""
-    from text4vis.heads import NUM_POSITIONS, TransformerHead
+    from text4vis.model.heads import NUM_POSITIONS, TransformerHead
 
     data = config.data
     if model.image_size != data.input_size:

@@ -23,13 +23,13 @@ from pathlib import Path
 
 from shards.address import shown
 from shards.format import ShardError
-from text4vis import distributed
-from text4vis.checkpoint import CheckpointError
-from text4vis.config import Config, ConfigError, load_config
-from text4vis.config_page import print_config
-from text4vis.runs import claim
-from text4vis.stop import EXIT_CODE, NonFiniteError, Stopped, StopRequest
-from text4vis.watch import Watch
+from text4vis.cluster import distributed
+from text4vis.cluster.stop import EXIT_CODE, NonFiniteError, Stopped, StopRequest
+from text4vis.cluster.watch import Watch
+from text4vis.config.page import print_config
+from text4vis.config.schema import Config, ConfigError, load_config
+from text4vis.saved.checkpoint import CheckpointError
+from text4vis.saved.runs import claim
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -45,9 +45,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def train(arguments: argparse.Namespace, config: Config, output: Path, stop: StopRequest) -> None:
-    from text4vis.logs import log_to
-    from text4vis.prefetch import settled
-    from text4vis.trainer import Trainer
+    from text4vis.data.prefetch import settled
+    from text4vis.training.logs import log_to
+    from text4vis.training.trainer import Trainer
 
     log_to(None if arguments.dry_run else output)
     trainer = Trainer(config, output, stop, arguments.resume)
@@ -91,7 +91,7 @@ def main() -> int:
 
 def end(output: Path, cause: str) -> None:
     """Ends this process at once, from any thread: the main one may wait for a rank that is gone."""
-    from text4vis.logs import end_log
+    from text4vis.training.logs import end_log
 
     with suppress(OSError):  # a full disk, for one, must not keep the process
         end_log(output, cause)

@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shards.address import shown
-from text4vis.comparison import read_report, summarise
-from text4vis.config import ConfigError
-from text4vis.progress import Progress
-from text4vis.stages import Stage, StageError, perform, with_set
+from text4vis.common.progress import Progress
+from text4vis.common.stages import Stage, StageError, perform, with_set
+from text4vis.config.schema import ConfigError
+from text4vis.evaluation.comparison import read_report, summarise
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/demo.yaml"

@@ -21,14 +21,15 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from benchmarks.data import Workload, make_workload, open_workload
+from benchmarks.figures import Figure, Processes, machine
+from benchmarks.suites import SUITES, Plan
+
 from shards.address import shown
 from shards.files import require_file
 from shards.format import ShardError
-from text4vis.benchmarks.data import Workload, make_workload, open_workload
-from text4vis.benchmarks.figures import Figure, Processes, machine
-from text4vis.benchmarks.suites import SUITES, Plan
-from text4vis.config import ConfigError
-from text4vis.console import console, table
+from text4vis.common.console import console, table
+from text4vis.config.schema import ConfigError
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

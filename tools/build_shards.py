@@ -21,7 +21,7 @@ from shards.address import shown
 from shards.annotations import parse_annotations, parse_labels
 from shards.format import MANIFEST, ShardError
 from shards.writer import build_shards
-from text4vis.progress import Progress
+from text4vis.common.progress import Progress
 
 _UNITS = {"": 1, "B": 1, **{f"{letter}B": 1000**power for power, letter in enumerate("KMGT", start=1)}}
 _UNITS |= {f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", start=1)}

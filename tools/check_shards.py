@@ -19,8 +19,8 @@ from shards.annotations import parse_labels
 from shards.checker import VIDEOS_PER_RANK, Report, check_datasets
 from shards.files import require_file
 from shards.format import ShardError
-from text4vis.console import console, table
-from text4vis.progress import Progress
+from text4vis.common.console import console, table
+from text4vis.common.progress import Progress
 
 _SHOWN_LINES = 20
 

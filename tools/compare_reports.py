@@ -26,9 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 from shards.address import shown
-from text4vis.comparison import ClassFigure, Comparison, Confusion, Setting, compare, read_report, summarise
-from text4vis.config import ConfigError
-from text4vis.console import console, table
+from text4vis.common.console import console, table
+from text4vis.config.schema import ConfigError
+from text4vis.evaluation.comparison import ClassFigure, Comparison, Confusion, Setting, compare, read_report, summarise
 
 NOT_COMPARABLE = 3
 

@@ -18,8 +18,8 @@ import torch
 from rich.table import Table
 
 from shards.address import shown
-from text4vis.console import console, table
-from text4vis.stages import Stage, StageError, perform, with_set
+from text4vis.common.console import console, table
+from text4vis.common.stages import Stage, StageError, perform, with_set
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/demo.yaml"

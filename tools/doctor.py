@@ -17,8 +17,8 @@ import sys
 from pathlib import Path
 
 from shards.address import shown
-from text4vis.console import console
-from text4vis.doctor import FINE, PROBLEM, WARNING, diagnose
+from text4vis.common.console import console
+from text4vis.doctor.checks import FINE, PROBLEM, WARNING, diagnose
 
 _STYLES = {FINE: "green", WARNING: "yellow", PROBLEM: "bold red"}
 

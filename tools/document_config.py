@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from text4vis.config_page import config_page
+from text4vis.config.page import config_page
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "config.md"
 

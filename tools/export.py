@@ -20,13 +20,13 @@ from pathlib import Path
 from shards.address import shown
 from shards.annotations import parse_labels
 from shards.format import ShardError
-from text4vis import checkpoint
-from text4vis.checkpoint import CheckpointError
-from text4vis.classifier import build_classifier
-from text4vis.config import ConfigError, load_config
-from text4vis.export import export, last_report
-from text4vis.onnx_graph import require_packages
-from text4vis.predictor import Trained, open_run
+from text4vis.classifier.embeddings import build_classifier
+from text4vis.config.schema import ConfigError, load_config
+from text4vis.saved import checkpoint
+from text4vis.saved.checkpoint import CheckpointError
+from text4vis.serving.export import export, last_report
+from text4vis.serving.onnx_graph import require_packages
+from text4vis.serving.predictor import Trained, open_run
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -18,7 +18,7 @@ from shards.address import shown
 from shards.annotations import parse_annotations
 from shards.extraction import ANNOTATIONS, extract_frames
 from shards.format import ShardError
-from text4vis.progress import Progress
+from text4vis.common.progress import Progress
 
 
 def parse_arguments() -> argparse.Namespace:

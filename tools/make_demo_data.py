@@ -25,10 +25,10 @@ from typing import Any
 
 import cv2
 import numpy as np
+from drawings.people import ACTIONS, UNSEEN_ACTIONS, Action
+from drawings.scene import render_video
 
-from text4vis.demo import ACTIONS, UNSEEN_ACTIONS, Action
-from text4vis.demo_scene import render_video
-from text4vis.progress import track
+from text4vis.common.progress import track
 
 SPLITS = {"train": ACTIONS, "val": ACTIONS, "unseen": UNSEEN_ACTIONS}
 IMAGE_TEMPLATE = "img_{:05d}.jpg"

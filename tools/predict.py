@@ -32,12 +32,12 @@ from shards.address import redact, scheme_of, shown
 from shards.annotations import is_video_file, parse_labels
 from shards.files import require_file
 from shards.format import ShardError
-from text4vis.checkpoint import CheckpointError
-from text4vis.config import ConfigError
-from text4vis.console import console, table
-from text4vis.pictures import save_prediction, save_timeline
-from text4vis.predictor import FRAME_SUFFIXES, PredictionError, Predictor, Timeline
-from text4vis.progress import Progress
+from text4vis.common.console import console, table
+from text4vis.common.progress import Progress
+from text4vis.config.schema import ConfigError
+from text4vis.report.pictures import save_prediction, save_timeline
+from text4vis.saved.checkpoint import CheckpointError
+from text4vis.serving.predictor import FRAME_SUFFIXES, PredictionError, Predictor, Timeline
 
 Row = dict[str, Any]  # {"video", "top": [{"class", "probability"}]}, with "start" and "end" of a window; or an "error"
 

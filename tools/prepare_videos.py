@@ -21,7 +21,7 @@ from shards.annotations import Annotation, parse_annotations, parse_labels
 from shards.folders import LABELS, SPLITS, read_table, scan_folders, split_videos, write_lists
 from shards.format import ShardError
 from shards.writer import build_shards
-from text4vis.progress import Progress
+from text4vis.common.progress import Progress
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -37,16 +37,16 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from drawings.captions import FRAMES_PER_SCENE, Example, render_examples, sample_caption
+from drawings.people import ACTIONS, FRAME_HEIGHT, UNSEEN_ACTIONS, Action
+from drawings.scene import render_video
 from open_clip.loss import ClipLoss
 from open_clip.model import CLIP
 from open_clip.tokenizer import SimpleTokenizer, default_bpe
 from open_clip.transformer import VisionTransformer
 from safetensors.torch import save_file
 
-from text4vis.demo import ACTIONS, FRAME_HEIGHT, UNSEEN_ACTIONS, Action
-from text4vis.demo_captions import FRAMES_PER_SCENE, Example, render_examples, sample_caption
-from text4vis.demo_scene import render_video
-from text4vis.progress import Progress, track
+from text4vis.common.progress import Progress, track
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "models" / "demo-clip.json"
 BASE_VOCABULARY = 512 + 2  # bytes, bytes that end a word, and the two special tokens

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from shards.address import shown
-from text4vis.comparison import read_report, summarise
-from text4vis.config import ConfigError, load_config
-from text4vis.console import console, table
-from text4vis.stages import Stage, StageError, perform, with_set
+from text4vis.common.console import console, table
+from text4vis.common.stages import Stage, StageError, perform, with_set
+from text4vis.config.schema import ConfigError, load_config
+from text4vis.evaluation.comparison import read_report, summarise
 
 TRAIN = Path(__file__).resolve().parent.parent / "text4vis" / "train.py"
 SHOWN = {"top1": "top-1 %", "top5": "top-5 %", "mean_class_accuracy": "mean class %"}

@@ -20,9 +20,9 @@ from pathlib import Path
 
 from shards.address import printable
 from shards.files import require_file
-from text4vis.config import ConfigError
-from text4vis.progress import track
-from text4vis.report import read_examples, read_runs, render
+from text4vis.common.progress import track
+from text4vis.config.schema import ConfigError
+from text4vis.report.page import read_examples, read_runs, render
 
 
 def parse_arguments() -> argparse.Namespace:

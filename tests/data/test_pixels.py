@@ -1,0 +1,157 @@
+"""Operations on pixels: Pillow images against the published rules written out, tensors against Pillow images."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
+from sklearn.datasets import load_sample_image
+
+from text4vis.data import pixels
+from text4vis.data.augmentation import OPERATIONS, Crop, Geometry, Operation
+from text4vis.data.loader import place, place_on_device
+from text4vis.data.plan import Frame
+
+PICTURE = Image.fromarray(load_sample_image("flower.jpg")).resize((340, 256))
+X, Y = 0.97, 0.3
+
+
+def affine(*matrix):
+    return lambda image: image.transform(image.size, Image.Transform.AFFINE, matrix)
+
+
+def cutout(side):
+    def draw(image):
+        x, y = int(max(0, X * image.width - side / 2)), int(max(0, Y * image.height - side / 2))
+        image = image.copy()
+        corner = (min(image.width, x + side), min(image.height, y + side))
+        ImageDraw.Draw(image).rectangle((x, y, *corner), (125, 123, 114))
+        return image
+
+    return draw
+
+
+def solarize_add(addend):
+    def add(image):
+        brighter = np.clip(np.asarray(image, int) + addend, 0, 255).astype(np.uint8)
+        return ImageOps.solarize(Image.fromarray(brighter), 128)
+
+    return add
+
+
+PLAIN = {
+    "autocontrast": lambda v: ImageOps.autocontrast,
+    "equalize": lambda v: ImageOps.equalize,
+    "invert": lambda v: ImageOps.invert,
+    "rotate": lambda v: lambda image: image.rotate(v),
+    "posterize": lambda v: lambda image: ImageOps.posterize(image, int(v)),
+    "solarize": lambda v: lambda image: ImageOps.solarize(image, v),
+    "solarize_add": solarize_add,
+    "color": lambda v: lambda image: ImageEnhance.Color(image).enhance(v),
+    "contrast": lambda v: lambda image: ImageEnhance.Contrast(image).enhance(v),
+    "brightness": lambda v: lambda image: ImageEnhance.Brightness(image).enhance(v),
+    "sharpness": lambda v: lambda image: ImageEnhance.Sharpness(image).enhance(v),
+    "shear_x": lambda v: affine(1, v, 0, 0, 1, 0),
+    "shear_y": lambda v: affine(1, 0, 0, v, 1, 0),
+    "cutout": cutout,
+    "translate_x": lambda v: affine(1, 0, v, 0, 1, 0),
+    "translate_y": lambda v: affine(1, 0, 0, 0, 1, v),
+}
+
+
+def tensor_of(picture):
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def difference(ours, expected):
+    if isinstance(ours, torch.Tensor):
+        ours = ours.permute(1, 2, 0).numpy()
+    return np.abs(np.asarray(ours, dtype=int) - np.asarray(expected, dtype=int))
+
+
+def cases():
+    for name, (low, high, signed) in OPERATIONS.items():
+        for strength in (9, 17):
+            value = low + strength / 30 * (high - low)
+            yield from ((name, sign * value) for sign in ((1, -1) if signed else (1,)))
+
+
+@pytest.mark.parametrize(("name", "value"), cases())
+def test_each_operation_is_pillows(name, value):
+    """The published package's formulas, to the bit; on tensors as near as their rounding allows."""
+    operation = Operation(name, value, X, Y)
+    expected = PLAIN[name](value)(PICTURE)
+    np.testing.assert_array_equal(np.asarray(pixels.operate(PICTURE, [operation])), np.asarray(expected))
+    off = difference(pixels.operate(tensor_of(PICTURE), [operation]), expected)
+    # a rotated pixel between two sources may fall to the other side
+    assert (off > 1).mean() < 0.001 if name == "rotate" else off.max() <= 1
+    assert (np.asarray(expected) != np.asarray(PICTURE)).any()
+
+
+def test_operations_follow_each_other_and_leave_their_input_alone():
+    before = np.array(PICTURE)
+    steps = [Operation("cutout", 12, 0.5, 0.5), Operation("invert", 0, 0, 0), Operation("rotate", 9, 0, 0)]
+    expected = ImageOps.invert(pixels.operate(PICTURE, steps[:1])).rotate(9)
+    np.testing.assert_array_equal(np.asarray(pixels.operate(PICTURE, steps)), np.asarray(expected))
+    np.testing.assert_array_equal(np.asarray(PICTURE), before)
+
+
+def test_no_strength_breaks_an_operation():
+    for name, (low, high, _) in OPERATIONS.items():
+        for value in (low, high):
+            for picture in (PICTURE, tensor_of(PICTURE)):
+                out = pixels.operate(picture, [Operation(name, value, 0.0, 0.999)])
+                assert type(out) is type(picture)
+    assert np.asarray(pixels.operate(PICTURE, [Operation("posterize", 0, 0, 0)])).max() == 128  # not all black
+
+
+def test_a_video_at_a_time_is_a_frame_at_a_time():
+    frames_NCHW = torch.stack([tensor_of(PICTURE.rotate(k)) for k in (0, 5, 90)])
+    for name, (low, high, _) in OPERATIONS.items():
+        steps = [Operation(name, low + 0.3 * (high - low), X, Y)]
+        one_by_one = torch.stack([pixels.operate(frame, steps) for frame in frames_NCHW])
+        assert pixels.operate(frames_NCHW, steps).equal(one_by_one), name
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.7, 1.3, 2.0])
+def test_blur_is_pillows(sigma):
+    expected = PICTURE.filter(ImageFilter.GaussianBlur(sigma))
+    np.testing.assert_array_equal(np.asarray(pixels.blur(PICTURE, sigma)), np.asarray(expected))
+    off = difference(pixels.blur(tensor_of(PICTURE), sigma), expected)
+    assert off.mean() < 0.5 and (off > 8).mean() < 0.001  # Pillow's three box blurs are nearly a Gaussian
+
+
+def test_a_view_is_blurred_then_solarised():
+    expected = ImageOps.solarize(PICTURE.filter(ImageFilter.GaussianBlur(1.5)))
+    np.testing.assert_array_equal(
+        np.asarray(pixels.recolour(PICTURE, Crop(0, 0, blur=1.5, solarize=True))), np.asarray(expected)
+    )
+
+
+def test_the_device_does_to_a_frame_what_the_cpu_does():
+    """RandAugment on the whole frame, cut, resize, grey, flip, blur; frames of two videos with other operations."""
+    image = np.array(PICTURE)
+    frames = []
+    for b, (name, crop) in enumerate([("translate_x", Crop(0, 0, True)), ("color", Crop(0, 0, False, True, 1.0))]):
+        steps = (Operation(name, 30 if b == 0 else 0.64, 0, 0), Operation("rotate", -9, 0, 0))
+        geometry = Geometry((0, 0, 256, 340), 96, 96, False, (crop,), steps, (20, 50, 80, 96))
+        frames += [Frame(geometry, ((b, 0, t, 0),)) for t in range(2)]
+    plain = Crop(0, 0, solarize=True)
+    frames.append(Frame(Geometry((0, 0, 96, 96), 96, 96, False, (plain,)), ((2, 0, 0, 0), (2, 0, 1, 0))))
+    images = [image, image[::-1].copy(), image, image[:, ::-1].copy(), image[:96, :96].copy()]
+    expected = np.zeros((3, 1, 2, 96, 96, 3), np.uint8)
+    for frame, pixels_HW3 in zip(frames, images, strict=True):
+        place(frame, pixels_HW3, expected)
+    ours = torch.zeros(expected.shape, dtype=torch.uint8)
+    place_on_device(frames, [torch.from_numpy(pixels_HW3) for pixels_HW3 in images], ours)
+    off = np.abs(ours.numpy().astype(int) - expected)
+    assert off.mean() < 0.5 and (off > 8).mean() < 0.01
+    assert all(frame.any() for frame in expected.reshape(6, -1))
+
+
+def test_solarize_keeps_what_is_below_the_threshold():
+    ramp = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB")
+    expected = [value if value < 76.8 else 255 - value for value in range(256)]
+    assert np.asarray(pixels.solarize(ramp, 76.8))[..., 0].ravel().tolist() == expected
+    assert math.isclose(OPERATIONS["solarize"][1] * 9 / 30, 76.8)

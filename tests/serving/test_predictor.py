@@ -1,0 +1,246 @@
+"""Prediction: what one video gives alone it gives in a batch, in a window and through the command."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from launch import program
+from PIL import Image
+from shard_data import serve
+from tiny import tiny_network
+from videos import write_video
+
+import text4vis
+from shards.video import _PacketTable
+from text4vis.classifier.embeddings import build_classifier
+from text4vis.config.schema import Config, DataConfig
+from text4vis.model.video_clip import build_model
+from text4vis.report.pictures import save_timeline
+from text4vis.saved.checkpoint import CheckpointError
+from text4vis.saved.weights import export_model
+from text4vis.serving.predictor import PredictionError
+
+NAMES = ["archery", "surfing", "playing the flute"]
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory) -> Path:
+    base = tmp_path_factory.mktemp("export")
+    network = tiny_network(base / "clip")
+    torch.manual_seed(0)
+    model = build_model(network, 4).eval()
+    config = Config(network=network, data=DataConfig(num_segments=4, input_size=32, dataset="tiny"))
+    classes_CD = build_classifier(config, model, NAMES)
+    export_model(base / "export", model, network, config.to_dict(), NAMES, classes_CD, {})
+    return base / "export"
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory) -> Path:
+    """Three videos of different grey values and lengths (10 frames a second), one folder of frames."""
+    base = tmp_path_factory.mktemp("videos")
+    for number, frames in enumerate((12, 30, 6)):
+        write_video(base / "deep" / f"video{number}.mp4", 80 * number, frames)
+    (base / "frames").mkdir()
+    for number in range(1, 11):
+        Image.fromarray(np.full((40, 60, 3), 10 * number, np.uint8)).save(base / "frames" / f"img_{number}.png")
+    return base
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_frames_are_those_of_an_evaluation_of_one_clip(export, dense):
+    recogniser = text4vis.load(export)
+    config = recogniser.config
+    recogniser.config = replace(config, data=replace(config.data, dense=dense))
+    frames = np.zeros((300, 8, 8, 3), np.uint8)
+    expected = [86, 118, 150, 182] if dense else [0, 75, 150, 225]
+    assert recogniser.predict(frames).indices.tolist() == expected
+
+
+def test_labels_that_a_model_cannot_take_are_refused_before_any_video(export):
+    recogniser = text4vis.load(export)
+    config = recogniser.config
+    recogniser.config = replace(config, network=replace(config.network, classifier="random"))
+    with pytest.raises(PredictionError, match="trained with the classifier random"):
+        recogniser.predict_many(["one.mp4", "two.mp4"], labels=["a", "b"])
+
+
+def test_many_at_once_are_what_each_is_alone(export, videos):
+    recogniser = text4vis.load(export)
+    paths = [*sorted((videos / "deep").iterdir()), videos / "frames"]
+    together = list(recogniser.predict_many([*paths[:2], videos / "nothing.mp4", *paths[2:]], batch_size=2))
+    assert isinstance(together[2], PredictionError) and "nothing.mp4: no such video" in str(together[2])
+    for path, prediction in zip(paths, together[:2] + together[3:], strict=True):
+        alone = recogniser.predict(path)
+        assert [name for name, _ in prediction.top] == [name for name, _ in alone.top]
+        np.testing.assert_allclose([p for _, p in prediction.top], [p for _, p in alone.top], atol=1e-5)
+        assert np.array_equal(prediction.frames, alone.frames) and sum(p for _, p in alone.top) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("odd", "message"), [
+    ("foo://bar/x.mp4", "foo"),
+    (b"bytes", "expected a path, an address or an array of frames, got bytes"),
+    (None, "got NoneType"),
+    (np.zeros((3, 0, 4, 3), np.uint8), r"expected frames .*got \(3, 0, 4, 3\)"),
+    ("bomb", "1.png: not a readable image .*decompression bomb"),
+    ("text", "1.png: not a readable image"),
+])  # fmt: skip
+def test_what_is_no_video_costs_no_other(export, videos, tmp_path, odd, message):
+    if isinstance(odd, str) and odd in {"bomb", "text"}:
+        (tmp_path / "frames").mkdir()
+        path = tmp_path / "frames" / "1.png"
+        if odd == "bomb":
+            Image.new("1", (20_000, 19_000)).save(path)
+        else:
+            path.write_text("no image")
+        odd = path.parent
+    sound = videos / "deep" / "video0.mp4"
+    first, error, last = text4vis.load(export).predict_many([sound, odd, sound])
+    assert first.top == last.top and isinstance(error, PredictionError) and re.search(message, str(error))
+
+
+def test_arguments_that_are_something_else_are_named(export, videos):
+    recogniser = text4vis.load(export, device="cpu")
+    for labels in ("surfing", ["surfing", 2]):
+        with pytest.raises(PredictionError, match=r"labels: .*give a list of class names"):
+            recogniser.predict(videos / "frames", labels=labels)
+    with pytest.raises(PredictionError, match=r"labels: .*empty name"):
+        recogniser.predict(videos / "frames", labels=["surfing", ""])
+    with pytest.raises(PredictionError, match=r"'clip.mp4' is one video; give a list"):
+        recogniser.predict_many("clip.mp4")
+    for call in (recogniser.predict_many, recogniser.scan):
+        with pytest.raises(PredictionError, match="batch_size 0"):
+            call(videos / "deep" / "video0.mp4" if call == recogniser.scan else [], batch_size=0)
+
+
+def test_what_is_no_model_is_told_apart(tmp_path):
+    (tmp_path / "train.pt").touch()
+    (tmp_path / "folder").mkdir()
+    for name, message in (
+        ("gone", r"gone: not there; name the folder of an export"),
+        ("train.pt", r"train\.pt: a file; a \.pt file of the original is exported first, see tools/export\.py"),
+        ("folder", r"folder: neither an export nor a checkpoint nor a run"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            text4vis.load(tmp_path / name)
+
+
+def test_labels_are_embedded_once(export, videos, monkeypatch):
+    recogniser = text4vis.load(export)
+    first = recogniser.predict(videos / "frames", labels=(name for name in ("juggling", "skating"))).top
+    rows_CD = recogniser.embed(["juggling", "skating"])
+    assert rows_CD.shape == (2, recogniser.class_embeddings_CD.shape[1])
+    monkeypatch.setattr("text4vis.serving.predictor.text_classifier", lambda *_: pytest.fail("embedded again"))
+    assert recogniser.predict(videos / "frames", labels=["juggling", "skating"]).top == first
+
+
+def test_a_long_scan_keeps_one_small_picture_a_window(export, videos, monkeypatch):
+    """Neither the frames of the windows nor what the packets tell, which is read once."""
+    tables, read = [], _PacketTable.read
+    monkeypatch.setattr(_PacketTable, "read", lambda *given: tables.append(read(*given)) or tables[-1])
+    timeline = text4vis.load(export).scan(videos / "deep" / "video1.mp4", window_seconds=0.5, batch_size=2)
+    assert len(timeline.thumbnails) == len(timeline.seconds_W2) > 8 and len(tables) == 1
+    assert all(picture.base is None and picture.shape == (32, 32, 3) for picture in timeline.thumbnails)
+
+
+def test_windows_cover_the_video_and_see_their_own_frames(export, videos, tmp_path):
+    recogniser = text4vis.load(export)
+    path = videos / "deep" / "video1.mp4"
+    timeline = recogniser.scan(path, window_seconds=1.0, batch_size=2)
+    starts, ends = timeline.seconds_W2.T
+    assert starts[0] == 0 and ends[-1] == pytest.approx(3.0) and np.all(starts[1:] <= ends[:-1])
+    assert np.allclose(ends - starts, 1.0) and np.allclose(np.diff(starts), 0.5)
+    first_second = [np.asarray(frame) for frame in _frames(path)[:10]]
+    alone = recogniser.predict(np.stack(first_second))
+    np.testing.assert_allclose(sorted(timeline.scores_WC[0]), sorted(p for _, p in alone.top), atol=1e-5)
+    assert [name for name, _ in timeline.top(0, 3)] == [name for name, _ in alone.top]
+    whole = recogniser.scan(path, window_seconds=60)
+    assert whole.seconds_W2.tolist() == [[0, pytest.approx(3.0)]]
+    np.testing.assert_allclose([p for _, p in whole.top(0)], [p for _, p in recogniser.predict(path).top], atol=1e-5)
+    save_timeline(timeline, "a $title$ <b>", tmp_path / "timeline.png")
+    assert Image.open(tmp_path / "timeline.png").size[0] > 800
+
+
+def _frames(path):
+    from shards.video import iter_frames
+
+    return list(iter_frames(path))
+
+
+def test_other_labels_need_no_training(export, videos):
+    top = text4vis.load(export).predict(videos / "frames", labels=["juggling", "skating"]).top
+    assert {name for name, _ in top} == {"juggling", "skating"}
+
+
+def predict(*arguments):
+    return program("tools/predict.py", *arguments)
+
+
+def test_the_command_finds_videos_and_writes_files(export, videos, tmp_path):
+    """A folder, a pattern that repeats a video, frames, and one that is missing: all but that are recognised."""
+    result = predict(
+        videos / "deep", videos / "deep" / "*0.mp4", videos / "frames", tmp_path / "gone.mp4", "--model", export,
+        "--top", 2, "--json", tmp_path / "all.json", "--csv", tmp_path / "all.csv", "--picture", tmp_path / "p.png",
+    )  # fmt: skip
+    assert result.returncode == 1 and "1 of 5 videos could not be read" in result.stderr
+    rows = json.loads((tmp_path / "all.json").read_text())
+    assert [Path(row["video"]).name for row in rows] == [
+        "video0.mp4", "video1.mp4", "video2.mp4", "frames", "gone.mp4",
+    ]  # fmt: skip
+    assert all(len(row["top"]) == 2 for row in rows[:4]) and "no such video" in rows[4]["error"]
+    with (tmp_path / "all.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 9 and lines[0]["class"] == rows[0]["top"][0]["class"] and lines[8]["error"]
+    expected = text4vis.load(export).predict(videos / "deep" / "video0.mp4", top=2).top
+    assert [(entry["class"], entry["probability"]) for entry in rows[0]["top"]] == [
+        (name, pytest.approx(probability, abs=1e-5)) for name, probability in expected
+    ]
+    probabilities = [entry["probability"] for row in rows[:4] for entry in row["top"]]
+    assert probabilities == [round(p, 6) for p in probabilities] == [float(line["probability"]) for line in lines[:8]]
+    assert len(list(tmp_path.glob("p-*.png"))) == 4 and f"{tmp_path / 'p-1.png'} to p-4.png" in result.stdout
+
+
+def test_the_command_keeps_what_was_done_when_it_is_stopped(export, videos, tmp_path):
+    """Ctrl-C at the second of a folder's videos. A picture beside them does not make the folder a video."""
+    folder = tmp_path / "mine"
+    shutil.copytree(videos / "deep", folder)
+    shutil.copy(videos / "frames" / "img_1.png", folder / "cover.png")
+    code = "import runpy, sys, text4vis.serving.predictor as p\nread, calls = p.probe_video, []\n"
+    code += "def probe(path):\n    calls.append(path)\n    if len(calls) > 1: raise KeyboardInterrupt\n"
+    code += "    return read(path)\n"
+    code += "p.probe_video = probe\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    output = tmp_path / "all.json"
+    command = ["-c", code, "tools/predict.py", folder, "--model", export, "--batch-size", "1", "--json", output]
+    result = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
+    assert result.returncode == 130 and "predict: stopped" in result.stderr, result.stderr
+    assert [Path(row["video"]).name for row in json.loads(output.read_text())] == ["video0.mp4"]
+
+
+@pytest.mark.parametrize(("option", "place", "message"), [
+    ("--json", "file/all.json", "--json: the folder .*file cannot be written"),
+    ("--csv", "", "--csv: .* is a folder; name a file in it"),
+    ("--picture", "p.txt", r"--picture: expected a name that ends with \.png"),
+])  # fmt: skip
+def test_the_command_tries_its_outputs_first(tmp_path, option, place, message):
+    (tmp_path / "file").touch()
+    result = predict("gone.mp4", "--model", "gone", option, tmp_path / place)
+    assert result.returncode == (2 if option == "--picture" else 1)
+    assert re.search(message, result.stderr), result.stderr
+
+
+def test_the_command_scans_an_address_and_hides_its_secret(export, videos):
+    with serve(videos) as server:
+        address = server.address.replace("://", "://user:secret@") + "/deep/video1.mp4?token=secret"
+        found = predict(address, "--model", export, "--window", 1)
+        missing = predict(address.replace("video1", "video9"), "--model", export)
+    assert found.returncode == 0 and "0.5 to 1.5" in found.stdout, found.stderr
+    assert missing.returncode == 1 and "cannot be fetched" in missing.stdout
+    assert "secret" not in found.stdout + found.stderr + missing.stdout + missing.stderr

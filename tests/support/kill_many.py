@@ -1,0 +1,87 @@
+"""Kills random ranks of a run at random moments, goes on each time, and compares with a run that was left alone.
+
+    python tests/support/kill_many.py [--kills 20] [--stages 0 1 2 3] [--ranks 2] [--seed 0]
+
+The final weights must be equal bit for bit, and the ledger of samples must hold each global batch once. pytest runs the
+same with a few kills (tests/training/test_resume.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from launch import finish
+from project import Project, last_line, ledger, losses, weights
+
+
+def kill_and_go_on(
+    project: Project, output: Path, book: Path, settings: tuple[str, ...], *, ranks: int, kills: int, seed: int
+) -> int:
+    """Trains to the end although random ranks are killed; returns how often. Every death must end the whole job."""
+    draw = random.Random(seed)
+    done = 0
+    while True:
+        processes = project.start_with(output, f"--ledger {book} --slow 0.05", *settings, ranks=ranks)
+        if done < kills:
+            victim = processes[draw.randrange(ranks)]
+            _wait_for_steps(book, processes)
+            time.sleep(draw.uniform(0, 3))
+            if victim.poll() is None:
+                os.kill(victim.pid, signal.SIGKILL)
+                done += 1
+        results = finish(processes)
+        codes = [code for code, _ in results]
+        if codes == [0] * ranks:
+            return done
+        assert sorted(set(codes)) in ([-9], [-9, 1]), results
+        assert ranks == 1 or "ended without a word: killed, or out of memory" in last_line(output), results
+
+
+def _wait_for_steps(book: Path, processes: list) -> None:
+    """Until this job has begun a step."""
+    started = time.time()
+    while all(process.poll() is None for process in processes):
+        if any(path.stat().st_mtime > started for path in book.glob("*.jsonl")):
+            return
+        time.sleep(0.05)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder)
+        project = Project(base)
+        for stage in arguments.stages:
+            settings = (f"engine.zero_stage={stage}", "logging.save_steps=2", "solver.epochs=20")
+            whole, killed = base / f"whole-{stage}", base / f"killed-{stage}"
+            project.train_with(whole, f"--ledger {base}/book-whole-{stage}", *settings, ranks=arguments.ranks)
+            kills = kill_and_go_on(
+                project, killed, base / f"book-killed-{stage}", settings,
+                ranks=arguments.ranks, kills=arguments.kills, seed=arguments.seed + stage,
+            )  # fmt: skip
+            ours, expected = weights(killed), weights(whole)
+            same = {
+                "weights": all(ours[name].equal(expected[name]) for name in expected),
+                "losses": losses(killed) == losses(whole),
+                "samples": ledger(base / f"book-killed-{stage}") == ledger(base / f"book-whole-{stage}"),
+            }
+            print(f"ZeRO {stage}: {kills} kills, {len(losses(whole))} steps, equal: {same}", flush=True)
+            if not all(same.values()) or kills < arguments.kills:
+                return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,243 @@
+"""The benchmark tool runs on a tiny data set and reports what it promises; its alternatives do what they stand for."""
+
+import itertools
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from benchmarks import contenders, engine
+from benchmarks.contenders import Setup
+from benchmarks.data import make_workload, multiplied, open_workload
+from benchmarks.figures import Figure, against, compared, interleaved, machine
+from benchmarks.scale import scale
+
+from shards.format import ShardError
+from shards.plan import Stream, rank_slice
+from shards.reader import open_dataset
+from text4vis.data.loader import build_loader
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "benchmark.py"
+TINY = (
+    "--videos 4 --frames-per-video 10 --runs 1 --seconds 0.05 --batch-size 2 --index-videos 300 --index-frames 12 "
+    "--order-samples 1000 --step-videos 1 --ranks 2 --scale-videos 1000 --world-sizes 1 8"
+)
+FIGURES = {"loader": 5, "views": 2, "read": 4, "build": 3, "open": 2, "order": 2, "position": 2}
+FIGURES |= {"step": 4, "memory": 16, "resume": 3, "scale": 4}
+# Two blocks at 224 px, the size of the recipe that the benchmarks train.
+SMALL_VIT = {
+    "embed_dim": 64,
+    "vision_cfg": {"image_size": 224, "layers": 2, "width": 64, "head_width": 32, "patch_size": 56},
+    "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("bench")
+
+
+@pytest.fixture(scope="module")
+def workload(work):
+    return make_workload(work, num_videos=4, num_frames=10, clips=None)
+
+
+@pytest.fixture(scope="module")
+def small_vit(work):
+    path = work / "small.json"
+    path.write_text(json.dumps(SMALL_VIT))
+    return str(path)
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_every_benchmark_reports_its_figures(work, workload, small_vit, tmp_path):
+    arguments = ["all", "--work", work, *TINY.split(), "--model", small_vit, "--json", tmp_path / "out.json"]
+    command = [sys.executable, str(TOOL), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert set(report) == {"machine", "arguments", "figures"}
+    assert report["machine"]["cores"] >= 1
+    assert "torch" in report["machine"]["packages"]
+    names = [figure["benchmark"] for figure in report["figures"]]
+    assert {name: names.count(name) for name in names} == FIGURES
+    for figure in report["figures"]:
+        assert len(figure["values"]) == (engine.TURNS_A_ROUND if figure["benchmark"] == "step" else 1)
+        assert 0 < figure["min"] <= figure["median"] <= figure["max"]
+        assert figure["what"] in done.stdout
+    # Of all figures these alone follow from the program and not from the machine.
+    ours, whole = (figure for figure in report["figures"] if figure["unit"] == "kB/sample")
+    assert 1 <= ours["ratio"] < 1.05 < whole["ratio"]
+    held = {figure["what"]: figure["ratio"] for figure in report["figures"] if figure["benchmark"] == "memory"}
+    for stage, kind in itertools.product(engine.STAGES, ("parameters", "optimiser")):
+        assert held[f"2 ranks, ZeRO {stage}: {kind} / formula"] == pytest.approx(1, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("order --shards somewhere", "--shards and --frames go together"),
+        ("order --runs 0", "--runs: expected at least 1, got 0"),
+        ("steps", "invalid choice: 'steps'"),
+        ("memory --ranks 2 0", "--ranks: expected at least 1, got 0"),
+    ],
+)
+def test_wrong_usage_is_named(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(TOOL), *arguments.split()])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(TOOL), run_name="__main__")
+    assert message in capsys.readouterr().err
+
+
+def test_bad_data_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(TOOL), *f"loader --shards {tmp_path} --frames {tmp_path}".split()])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(TOOL), run_name="__main__")
+    assert stopped.value.code == 1
+    assert f"benchmark: error: {tmp_path}/manifest.json: not found" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("contender", "shape", "dtype"),
+    [
+        (contenders.ours_train, (2, 1, 8, 3, 224, 224), torch.uint8),
+        (contenders.original_train, (2, 8 * 3, 224, 224), torch.float32),
+        (contenders.webdataset_train, (2, 8, 3, 224, 224), torch.uint8),
+        (contenders.tensor_train, (2, 8, 3, 224, 224), torch.uint8),
+        (contenders.ours_views, (1, 12, 8, 3, 224, 224), torch.uint8),
+        (contenders.original_views, (1, 12 * 8 * 3, 224, 224), torch.float32),
+    ],
+)
+def test_contenders_give_batches_of_one_kind(workload, contender, shape, dtype):
+    with contender(Setup(workload, batch_size=2, workers=1)) as batches:
+        for _ in range(2 + len(workload.videos)):  # on into the next epoch
+            batch = next(batches)
+            assert tuple(batch.shape) == shape
+            assert batch.dtype == dtype
+
+
+def test_the_ceiling_counts_videos(workload):
+    with contenders.decode_only(Setup(workload, batch_size=3, workers=1)) as batches:
+        assert [len(next(batches)) for _ in range(20)] == [3] * 20
+
+
+def test_the_alternatives_show_the_frames_that_our_loader_shows(workload):
+    """The same regions of the same frames, up to the way of resizing."""
+    setup = Setup(workload, batch_size=1, workers=1)
+    mean, std = (np.array(values)[:, None, None] for values in (contenders._MEAN, contenders._STD))
+    original = contenders.OriginalTrain(workload, setup.train)
+    tensors = contenders.TensorTrain(workload, setup.train)
+    with build_loader(setup.train, "train") as loader:
+        for batch, _ in zip(loader, workload.videos, strict=False):
+            video = int(batch.ids[0])
+            ours_TCHW = batch.frames[0, 0].numpy().astype(float)
+            theirs_TCHW = (original[video].numpy().reshape(8, 3, 224, 224) * std + mean) * 255
+            assert np.abs(ours_TCHW - theirs_TCHW).mean() < 6
+            assert np.abs(ours_TCHW - tensors[video].numpy()).mean() < 3
+
+
+def test_a_multiplied_index_reads_the_stored_frames(workload, work):
+    large = multiplied(workload.shards, work, num_videos=50, num_frames=25)
+    assert multiplied(workload.shards, work, num_videos=50, num_frames=25) == large
+    stored = {path.read_bytes() for path in workload.root.rglob("*.jpg")}
+    with open_dataset(str(large)) as dataset:
+        assert len(dataset) == 50
+        assert set(dataset.num_frames.tolist()) == {25}
+        assert all(data in stored for video in (0, 23, 49) for data in dataset.read(video, np.arange(25)))
+
+
+def test_a_workload_knows_its_folders(workload, work, tmp_path):
+    assert open_workload(workload.shards, workload.root) == workload
+    assert make_workload(work, num_videos=4, num_frames=10, clips=None) == workload
+    with pytest.raises(ShardError, match=r"give the folder that .* was built from as --frames"):
+        open_workload(workload.shards, tmp_path)
+    with pytest.raises(ShardError, match="holds no video files"):
+        make_workload(work, num_videos=4, num_frames=10, clips=tmp_path)
+
+
+def test_contenders_take_turns():
+    turns = []
+    values = interleaved("x", {name: lambda name=name: turns.append(name) or len(turns) for name in "ab"}, 3)
+    assert turns == ["a", "b"] * 3
+    assert values == {"a": [1, 3, 5], "b": [2, 4, 6]}
+
+
+def test_ratios_are_taken_round_by_round():
+    ours, other = compared(
+        "x", "videos/s", {"ours": [4.0, 20.0, 6.0], "other": [2.0, 4.0, 3.0]}, {"other": "at least 1"}
+    )
+    assert ours.ratio is None
+    assert other.ratios == against(ours.values, other.values) == [2, 5, 2]
+    assert (other.ratio, other.median, other.target) == (2, 3, "at least 1")
+    assert Figure("x", "y", "s", [1.0]).to_dict()["ratio"] is None
+
+
+def test_the_machine_is_described_without_its_name():
+    description = machine()
+    assert {"date", "processor", "cores", "memory_GB", "python", "packages"} <= set(description)
+    assert not {"host", "hostname", "node"} & set(description)
+
+
+def test_activations_checkpointed_twice_change_no_gradient(workload, small_vit):
+    config = engine.EngineSetup(workload.shards, small_vit, 1, "fp32").config(0)
+    classes_CD = torch.randn(10, 64, generator=torch.Generator().manual_seed(0))
+    gradients, calls = [], []
+    with build_loader(config, "train") as loader:
+        batch = next(iter(loader))
+        for twice in (False, True):
+            loop = engine.BareLoop(config, batch, classes_CD, twice=twice)
+            loop.optimizer.step = loop.optimizer.zero_grad = lambda: None
+            mlp = loop.model.visual.transformer.resblocks[0].mlp
+            mlp.register_forward_hook(lambda *_, twice=twice: calls.append(twice))
+            loop()
+            gradients.append({name: parameter.grad for name, parameter in loop.model.named_parameters()})
+    torch.testing.assert_close(gradients[1], gradients[0])
+    assert [calls.count(twice) for twice in (False, True)] == [1, 3]
+
+
+@pytest.mark.slow
+def test_the_bare_loop_computes_what_the_trainer_does(workload, small_vit):
+    from text4vis.cluster import distributed
+    from text4vis.cluster.stop import StopRequest
+    from text4vis.training.logs import Meter
+    from text4vis.training.trainer import Trainer
+
+    setup = engine.EngineSetup(workload.shards, small_vit, 2, "fp32")
+    distributed.start()
+    trainer = Trainer(setup.config(1), Path("unused"), StopRequest(), "never")
+    meter = Meter.new(trainer.device)
+    bare = engine.BareLoop(trainer.config, next(iter(trainer.train_loader)), trainer.objective.classes)
+    trainer.train_step(iter(trainer.train_loader), meter)
+    assert float(meter.loss) == pytest.approx(float(bare()), rel=1e-5)
+    trainer.close()
+    distributed.stop()
+
+
+def test_the_formula_of_memory():
+    """16 bytes a parameter on one rank; on infinitely many 4, 2 and 0 of them stay (ZeRO, figure 1)."""
+    assert [sum(engine.formula(10, stage, 1).values()) for stage in engine.STAGES] == [160] * 4
+    left = [sum(engine.formula(10, stage, 10**9).values()) for stage in engine.STAGES]
+    assert left == pytest.approx([160, 40, 20, 0], abs=1e-3)
+
+
+def test_shares_of_4096_ranks_are_a_partition():
+    ranks, num_videos, global_batch = 4096, 10_001, 8192
+    stream = Stream(num_videos, seed=3)
+    parts = [
+        stream.take(*rank_slice(start, global_batch, rank, ranks))[0]
+        for start in range(0, 5 * global_batch, global_batch)
+        for rank in range(ranks)
+    ]
+    ids = np.concatenate(parts)[: 4 * num_videos].reshape(4, num_videos)
+    assert (np.sort(ids, axis=1) == np.arange(num_videos)).all()
+    assert np.array_equal(ids.ravel(), stream.take(0, 4 * num_videos)[0])
+
+
+def test_scale_leaves_out_batches_larger_than_an_epoch():
+    figures = scale([500], world_sizes=[1, 4, 1000], batch_size=8, rounds=1)
+    assert [figure.unit for figure in figures] == ["s", "MB", "us", "us"]

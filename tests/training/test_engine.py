@@ -1,0 +1,266 @@
+"""What the engine section's options do, how launchers place the ranks, how the global batch is cut."""
+
+import json
+import os
+import socket
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from launch import finish, free_port, run, start, start_rank
+from project import TRAIN, losses
+
+from text4vis.cluster import distributed
+from text4vis.config.schema import Config, ConfigError, DataConfig, EngineConfig, SolverConfig, load_config
+from text4vis.saved.runs import cut_global_batch
+from text4vis.training.engine import engine_config, loss_scaler_state, restore_loss_scaler, start_engine
+from text4vis.training.logs import Metrics
+
+
+@given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 16))
+def test_the_global_batch_is_kept_or_refused(micro, total, ranks):
+    config = Config(data=DataConfig(batch_size=micro), solver=SolverConfig(global_batch=total))
+    if total % ranks:
+        with pytest.raises(ConfigError, match="cannot be shared equally"):
+            cut_global_batch(config, ranks)
+        return
+    cut = cut_global_batch(config, ranks)
+    assert cut.data.batch_size * cut.solver.grad_accumulation_steps * ranks == total == cut.solver.global_batch
+    assert cut.data.batch_size <= micro
+    assert cut_global_batch(config, ranks, total) == cut
+
+
+def test_the_global_batch_of_a_run_outlives_its_ranks():
+    config = Config(data=DataConfig(batch_size=8), solver=SolverConfig(grad_accumulation_steps=2))
+    assert cut_global_batch(config, 4).solver.global_batch == 64
+    moved = cut_global_batch(config, 2, 64)
+    assert (moved.data.batch_size, moved.solver.grad_accumulation_steps) == (8, 4)
+    with pytest.raises(ConfigError, match="63 or 66 can, or start 2 ranks"):
+        cut_global_batch(config, 3, 64)
+
+
+@pytest.fixture
+def launcher(monkeypatch):
+    """Sets a launcher's variables in place of this process's own."""
+
+    def set_variables(**variables: object) -> None:
+        for name in list(os.environ):
+            if name.startswith(("SLURM_", "OMPI_", "PMIX_")) or name in {
+                "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT",
+            }:  # fmt: skip
+                monkeypatch.delenv(name)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, str(value))
+
+    return set_variables
+
+
+SRUN = {
+    "SLURM_PROCID": 5, "SLURM_STEP_NUM_TASKS": 11, "SLURM_LOCALID": 1, "SLURM_NODEID": 1, "SLURM_JOB_ID": 77,
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2),3", "SLURM_STEP_NODELIST": "gpu[07-08,12]",
+}  # fmt: skip
+
+
+def test_each_launcher_places_the_ranks(launcher):
+    launcher()
+    assert distributed.ranks() == distributed.Ranks(0, 1, 0, 1)
+    launcher(**SRUN)
+    assert distributed.ranks() == distributed.Ranks(5, 11, 1, 4)
+    assert distributed._meeting_point(distributed.ranks())[0] == "gpu07"
+    launcher(SLURM_PROCID=0, SLURM_NTASKS=8)  # a batch script that has not called srun
+    assert distributed.ranks().world_size == 1
+    ranks = {"RANK": 3, "LOCAL_RANK": 1, "WORLD_SIZE": 4, "LOCAL_SIZE": 2}
+    launcher(**SRUN, **ranks)  # `deepspeed` or `torchrun` inside a Slurm step
+    assert distributed.ranks() == distributed.Ranks(3, 4, 1, 2)
+    launcher(**{f"OMPI_COMM_WORLD_{name}": value for name, value in
+                {"RANK": 2, "SIZE": 4, "LOCAL_RANK": 0, "LOCAL_SIZE": 2}.items()})  # fmt: skip
+    assert distributed.ranks() == distributed.Ranks(2, 4, 0, 2)
+    with pytest.raises(OSError, match="MASTER_ADDR is not set; pass it: mpirun -x"):
+        distributed._meeting_point(distributed.ranks())
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("node1", "node1"), ("a,b", "a"), ("gpu[07-09,12],cpu1", "gpu07"), ("n[3,5]", "n3"), ("x,gpu[1-2]", "x"),
+     ("r[1-2]-gpu", "r1-gpu")],
+)  # fmt: skip
+def test_the_first_node_of_slurms_list(nodes, first):
+    assert distributed._slurm_first_node(nodes) == first
+
+
+def job(project, output, variables: list[dict[str, object]], *settings: str) -> list[tuple[int, str]]:
+    """Processes with the given variables and no other launcher's."""
+    arguments = project.arguments(output, *settings)
+    return finish([start_rank(TRAIN, *arguments, variables=own) for own in variables])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "precision", "optim"), [(2, "bf16", "adamw"), (3, "fp32", "adamw"), (2, "fp32", "sgd")]
+)
+def test_the_state_moves_between_all_stages_and_a_wrong_step_changes_nothing(ranks, precision, optim):
+    """See tests/support/engine_states.py. At one number of ranks all stages even compute the same, to a rounding."""
+    said = run("tests/support/engine_states.py", precision, optim, ranks=ranks)
+    results = json.loads([line for line in said.splitlines() if line.startswith("[{")][-1])
+    single = [result for result in results if "kind" in result]
+    moves = [result for result in results if "from" in result]
+    assert len(single) == 6 and len(moves) == 36
+    for result in single:
+        assert result["losses"] == pytest.approx(single[0]["losses"], rel=1e-6)
+        assert result["moved"] > 1e-3 and result["applied"]
+        assert not result["applied_wrong"] and result["changed_by_wrong"] == 0
+    for result in moves:
+        assert result["kept"] == 0, result
+        assert abs(result["loss"]) < 1e-7 and result["last"] < 1e-6, result
+        if result["from"] == result["to"] and ranks == 2:  # the sum of two is the same in any order
+            assert result["loss"] == result["last"] == 0, result
+
+
+def test_fp16_keeps_its_loss_scale_and_needs_a_gpu():
+    from types import SimpleNamespace
+
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    def with_scaler() -> SimpleNamespace:
+        scaler = DynamicLossScaler(2.0**16, 1000, 1, 2, False)
+        return SimpleNamespace(fp16_enabled=lambda: True, optimizer=SimpleNamespace(loss_scaler=scaler))
+
+    used, fresh = with_scaler(), with_scaler()
+    for key, value in {"cur_scale": 2.0**15, "cur_iter": 7, "last_overflow_iter": 3, "cur_hysteresis": 1}.items():
+        setattr(used.optimizer.loss_scaler, key, value)
+    restore_loss_scaler(fresh, json.loads(json.dumps(loss_scaler_state(used))))
+    assert vars(fresh.optimizer.loss_scaler) == vars(used.optimizer.loss_scaler)
+    assert loss_scaler_state(fresh)["cur_scale"] == 2.0**15
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="fp16 on GPUs only"):
+            start_engine(torch.nn.Linear(1, 1), Config(engine=EngineConfig(precision="fp16")), 1)
+
+
+@pytest.mark.slow
+def test_srun_and_mpirun_start_the_same_job(project, tmp_path):
+    """The variables that the two launchers set, with real processes in the place of theirs."""
+    settings, number = ("solver.epochs=1", "engine.precision=fp32"), free_port()
+    srun = [
+        {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NODEID": 0, "SLURM_STEP_NUM_TASKS": 2,
+         "SLURM_JOB_ID": number, "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NODELIST": "localhost"}
+        for rank in range(2)
+    ]  # fmt: skip
+    mpirun = [
+        {"OMPI_COMM_WORLD_RANK": rank, "OMPI_COMM_WORLD_LOCAL_RANK": rank, "OMPI_COMM_WORLD_SIZE": 2,
+         "OMPI_COMM_WORLD_LOCAL_SIZE": 2, "PMIX_NAMESPACE": number}
+        for rank in range(2)
+    ]  # fmt: skip
+    for name, variables in (("srun", srun), ("mpirun", mpirun)):
+        results = job(project, tmp_path / name, variables, *settings)
+        assert [code for code, _ in results] == [0, 0], results
+    project.train(tmp_path / "plain", *settings)
+    assert losses(tmp_path / "srun") == losses(tmp_path / "mpirun") == losses(tmp_path / "plain")
+
+
+@pytest.mark.slow
+def test_a_port_that_is_taken_is_named(project, tmp_path):
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        place = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        ((code, said),) = finish([start_rank(TRAIN, *project.arguments(tmp_path / "run"), variables=place)])
+    assert code == 1 and f"port {port} is in use" in said and "--master_port" in said and "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_a_wrong_number_of_ranks_is_an_error_and_a_dry_run_leaves_nothing(project, tmp_path):
+    output = tmp_path / "run"
+    code, said = finish(start(TRAIN, *project.arguments(tmp_path / "wrong", "engine.world_size=2")))[0]
+    assert code == 1 and "expected 2 ranks, the job has 1" in said and "--hostfile" in said.splitlines()[-1]
+    said = run(TRAIN, *project.arguments(output, "solver.grad_accumulation_steps=3"), "--dry-run", ranks=2)
+    for row in ("global batch | 12 videos", "micro batch | 2 videos a rank", "accumulation | 3 x", "precision | bf16"):
+        name, value = row.split(" | ")
+        assert any(name in line and value in line for line in said.splitlines()), row
+    assert "GB on the fullest rank" in said
+    assert not output.exists()
+
+
+def test_deepspeeds_dictionary_follows_from_ours():
+    solver = SolverConfig(grad_accumulation_steps=2, clip_gradient=1.0)
+    config = Config(
+        data=DataConfig(batch_size=4), solver=solver,
+        engine=EngineConfig(precision="fp16", zero_stage=3, offload="parameters"),
+    )  # fmt: skip
+    derived = engine_config(config, 3, 1000)
+    assert derived["train_batch_size"] == 24 and derived["gradient_clipping"] == 1.0
+    assert derived["fp16"]["enabled"] and not derived["bf16"]["enabled"]
+    zero = derived["zero_optimization"]
+    assert zero["stage"] == 3 and zero["offload_param"]["device"] == zero["offload_optimizer"]["device"] == "cpu"
+    assert derived["zero_optimization"]["reduce_bucket_size"] == 1000, "a bucket no larger than the model"
+    assert "offload_param" not in engine_config(Config(), 1, 10**10)["zero_optimization"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("engine.offload=parameters", "engine.offload: parameters needs engine.zero_stage 3, got 1"),
+        ("engine.zero_stage=0", "engine.offload: optimizer needs engine.zero_stage 1, 2 or 3"),
+    ],
+)
+def test_offload_needs_its_stage(tmp_path, setting, message):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("engine:\n  offload: optimizer\n")
+    with pytest.raises(ConfigError, match=message):
+        load_config(recipe, [setting])
+
+
+OPTIONS = {
+    "activation checkpointing": ("engine.activation_checkpointing=true",),
+    "compile": ("engine.compile=true",),
+    "optimiser on the host": ("engine.offload=optimizer", "engine.zero_stage=2"),
+    "parameters on the host": ("engine.offload=parameters", "engine.zero_stage=3"),
+}
+
+
+@pytest.fixture(scope="module")
+def plain(project, tmp_path_factory):
+    output = tmp_path_factory.mktemp("plain") / "run"
+    project.train(output, "engine.precision=fp32", "solver.epochs=1")
+    return losses(output)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_compute_the_same_training(project, tmp_path, plain, option):
+    project.train(tmp_path / "run", "engine.precision=fp32", "solver.epochs=1", *OPTIONS[option])
+    assert losses(tmp_path / "run") == pytest.approx(plain, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_activation_checkpointing_saves_memory(project):
+    """Fewer bytes are kept for the backward pass."""
+    from tiny import random_frames
+
+    from text4vis.model.video_clip import build_model
+
+    config = load_config(project.config)
+
+    def kept(checkpointing: bool) -> int:
+        model = build_model(config.network, 4, image_size=32)
+        model.visual.set_grad_checkpointing(checkpointing)
+        tensors = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: tensors.setdefault(tensor.data_ptr(), tensor), lambda tensor: tensor
+        ):
+            model.encode_frames(random_frames(8, 4))
+        return sum(tensor.nbytes for tensor in tensors.values())
+
+    assert kept(True) < 0.5 * kept(False)
+
+
+def test_metrics_are_cut_to_the_step_a_run_goes_on_from(tmp_path):
+    metrics = Metrics(tmp_path, 0)
+    for step in (1, 2, 3):
+        metrics.write("train", {"step": step, "loss": 1.0 / step})
+    metrics.close()
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"kind": "train", "ste')  # killed while it wrote
+    Metrics(tmp_path, 2).close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]

@@ -1,0 +1,103 @@
+"""What `docs/config.md` and `--print-config` show: every key with its type, default and meaning, or value and origin.
+
+Imports config only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter
+
+from text4vis.config.schema import Config, resolve_config, schema
+
+_NAMES = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false"}
+
+
+def config_page() -> str:
+    """Markdown: one table a section."""
+    types = _types()
+    lines = [
+        "# Configuration keys",
+        "",
+        "A recipe is a YAML file with these keys, each with a default. `base: other.yaml` lays a file over another,",
+        "`--set section.key=value` overrides one key, `$NAME` stands for an environment variable. `--print-config`",
+        "shows the resolved values and where each came from. `python tools/document_config.py` writes this page.",
+    ]
+    section = None
+    for key, (meaning, default) in schema():
+        if (head := key.rpartition(".")[0].partition(".")[0]) != section:
+            section = head
+            title = f"`{head}`" if head else "Top level"
+            lines += ["", f"## {title}", "", "| key | type | default | meaning |", "|---|---|---|---|"]
+        lines.append(f"| `{key}` | {types[key]} | {_code(default)} | {meaning.replace('|', chr(92) + '|')} |")
+    return "\n".join(lines) + "\n"
+
+
+def print_config(path: str | Path, overrides: Sequence[str] = ()) -> str:
+    """The resolved configuration as YAML that can be used again, each value with its origin as a comment.
+
+    Raises ConfigError as `load_config` does.
+    """
+    config, origin = resolve_config(path, overrides)
+    lines: list[str] = []
+
+    def add(values: dict[str, Any], prefix: str, indent: str) -> None:
+        for name, value in values.items():
+            key = f"{prefix}{name}"
+            if isinstance(value, dict):
+                lines.append(f"{indent}{name}:")
+                add(value, f"{key}.", indent + "  ")
+            else:
+                line = f"{indent}{name}: {_one_line(value)}"
+                lines.append(f"{line:<48}  # {origin.get(key, 'default')}")
+
+    add(config.to_dict(), "", "")
+    return "\n".join(lines) + "\n"
+
+
+def _one_line(value: Any) -> str:
+    style = '"' if isinstance(value, str) and not value.isprintable() else None  # escapes what breaks a line
+    text = yaml.safe_dump(value, default_flow_style=True, default_style=style, allow_unicode=True, width=10**6)
+    return text.removesuffix("\n").removesuffix("...").rstrip()
+
+
+def _types() -> dict[str, str]:
+    """A few words on what each key takes, from the declared types."""
+    root = TypeAdapter(Config).json_schema()
+    types: dict[str, str] = {}
+
+    def walk(section: dict[str, Any], prefix: str) -> None:
+        for name, declared in section["properties"].items():
+            target = declared.get("$ref")
+            if target:
+                walk(root["$defs"][target.rpartition("/")[2]], f"{prefix}{name}.")
+            else:
+                types[f"{prefix}{name}"] = _words(declared)
+
+    walk(root, "")
+    return types
+
+
+def _words(declared: dict[str, Any]) -> str:
+    if "anyOf" in declared:
+        return " or ".join(_words(option) for option in declared["anyOf"])
+    if "const" in declared or "enum" in declared:
+        return ", ".join(_code(value) for value in declared.get("enum", [declared.get("const")]))
+    kind = declared.get("type")
+    if kind == "null":
+        return "nothing"
+    if kind == "array":
+        items = declared.get("prefixItems")
+        return f"list of {len(items)}" if items else f"list of {_words(declared['items'])}"
+    limits = [("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("exclusiveMaximum", "<")]
+    bounds = [f"{sign} {declared[name]:g}" for name, sign in limits if name in declared]
+    return " ".join([_NAMES[str(kind)], ", ".join(bounds)]).strip()
+
+
+def _code(value: Any) -> str:
+    return f"`{json.dumps(value, ensure_ascii=False)}`"

@@ -1,0 +1,252 @@
+"""What is done to a video's frames: region, size, crops, flip, colours, drawn in Python and applied by the pipeline.
+
+Randomness is counter-based: the generator of a training sample is keyed by (seed, epoch, sample id), so its content
+depends on nothing else: not on rank, world size, batch size, threads or restarts. Imports numpy and `sampling` only.
+
+    source frame (h, w) --region--> part that is decoded --resize--> (height, width) --crops--> side x side views
+
+With RandAugment the whole frame is decoded, its operations are done to it, and the drawn part is cut out after them.
+
+Presets of `data.augmentation`:
+    released    random resized crop, flip, grey, as the original project's code does it
+    paper       RandAugment of two operations of strength 9 before them, as its published runs on Kinetics list it
+    something   multi-scale crop at fixed places, and a flip that swaps the labels it turns into each other
+    none        the centre crop of the evaluation
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from text4vis.config.schema import DataConfig
+from text4vis.data import sampling
+
+Region = tuple[int, int, int, int]  # top, left, height, width, pixels
+
+# RandAugment's operations: magnitude at strength 0 and at strength 30, and whether its sign is drawn. Those of the
+# package that the original project uses (ildoonet/pytorch-randaugment). Rotation in degrees, shears as tangents,
+# translations and the side of the cut-out square in pixels of the stored frame, posterise in bits kept, solarise as
+# threshold, solarise_add as addend, the rest as Pillow's enhancement factors.
+OPERATIONS: dict[str, tuple[float, float, bool]] = {
+    "autocontrast": (0, 1, False),
+    "equalize": (0, 1, False),
+    "invert": (0, 1, False),
+    "rotate": (0, 30, True),
+    "posterize": (0, 4, False),
+    "solarize": (0, 256, False),
+    "solarize_add": (0, 110, False),
+    "color": (0.1, 1.9, False),
+    "contrast": (0.1, 1.9, False),
+    "brightness": (0.1, 1.9, False),
+    "sharpness": (0.1, 1.9, False),
+    "shear_x": (0, 0.3, True),
+    "shear_y": (0, 0.3, True),
+    "cutout": (0, 40, False),
+    "translate_x": (0, 100, True),
+    "translate_y": (0, 100, True),
+}
+MULTI_SCALES = (1, 0.875, 0.75, 0.66)
+# Labels of Something-Something that a mirror turns into each other: pulling, pushing and turning to the left or right.
+SOMETHING_SWAPS = ((86, 87), (93, 94), (166, 167))
+
+
+class Operation(NamedTuple):
+    """One step of RandAugment: a name of OPERATIONS and its magnitude; (x, y) in [0, 1) is the centre of a cut-out."""
+
+    name: str
+    value: float
+    x: float
+    y: float
+
+
+class Crop(NamedTuple):
+    """A square of the model's input size at (top, left) of the resized frame, and what is done to it, in this order.
+
+    blur: the standard deviation of a Gaussian, pixels; 0 for none. solarize: values from 128 up are inverted.
+    """
+
+    top: int
+    left: int
+    flip: bool = False
+    grey: bool = False
+    blur: float = 0.0
+    solarize: bool = False
+
+
+class Geometry(NamedTuple):
+    """How one source frame becomes views. Lengths in pixels.
+
+    region: the part of the source that is decoded. operations: done to it, before `part` of it is cut out (None
+    without operations). (height, width): what that is resized to.
+    """
+
+    region: Region
+    height: int
+    width: int
+    cubic: bool  # bicubic with antialias (evaluation); else bilinear (training)
+    crops: tuple[Crop, ...]
+    operations: tuple[Operation, ...] = ()
+    part: Region | None = None
+
+    @property
+    def decoded_size(self) -> tuple[int, int]:
+        """(height, width) of the image that a decoder which also resizes gives: operations come before the resize."""
+        return (self.height, self.width) if self.part is None else self.region[2:]
+
+
+class ResizedCrop(NamedTuple):
+    """Ten attempts at an area (share of the frame's) and an aspect ratio; x and y in [0, 1) place the one that fits."""
+
+    areas: list[float]
+    aspects: list[float]
+    swaps: list[bool]
+    x: float
+    y: float
+
+    def region(self, height: int, width: int, side: int) -> Region:
+        """The first attempt that fits into a (height, width) frame, else a square of its short side.
+
+        The original first scales the frame's short side to 256; the same region is cut from the source here, which is
+        the same up to rounding and decodes less.
+        """
+        crop_h = crop_w = min(height, width)
+        for area, aspect, swap in zip(self.areas, self.aspects, self.swaps, strict=True):
+            pixels = area * (height * width)
+            w, h = round(math.sqrt(pixels * aspect)), round(math.sqrt(pixels / aspect))
+            w, h = (h, w) if swap else (w, h)
+            if 0 < w <= width and 0 < h <= height:
+                crop_h, crop_w = h, w
+                break
+        return int(self.y * (height - crop_h + 1)), int(self.x * (width - crop_w + 1)), crop_h, crop_w
+
+
+class MultiScaleCrop(NamedTuple):
+    """The multi-scale crop of TSN (Wang et al., ECCV 2016): size and place, in [0, 1), choose among fixed ones."""
+
+    size: float
+    place: float
+
+    def region(self, height: int, width: int, side: int) -> Region:
+        """Sides are MULTI_SCALES times the frame's short side, at most one scale apart; within two pixels of the
+        model's `side` they are that. The place is one of thirteen: corners, centre, edges' centres, quarters.
+
+        The original also squeezes each frame to 240 x 320 first; here frames keep their shape, as in evaluation.
+        """
+        scaled = [max(1, int(min(height, width) * scale)) for scale in MULTI_SCALES]
+        lengths = [side if abs(length - side) < 3 else length for length in scaled]
+        near = [(h, w) for i, h in enumerate(lengths) for j, w in enumerate(lengths) if abs(i - j) <= 1]
+        crop_h, crop_w = near[int(self.size * len(near))]
+        crop_h, crop_w = min(crop_h, height), min(crop_w, width)  # a frame may be a pixel or two below `side`
+        step_y, step_x = (height - crop_h) // 4, (width - crop_w) // 4
+        places = [(y, x) for y in range(5) for x in range(5) if (x + y) % 2 == 0]
+        y, x = places[int(self.place * len(places))]
+        return y * step_y, x * step_x, crop_h, crop_w
+
+
+class Draw(NamedTuple):
+    """The random decisions for one training sample, the same for all its frames."""
+
+    indices: np.ndarray
+    crop: ResizedCrop | MultiScaleCrop
+    flip: bool
+    grey: bool
+    blur: float
+    solarize: bool
+    operations: tuple[Operation, ...]
+
+
+def generator(seed: int, time: int, sample: int, stream: int = 0) -> np.random.Generator:
+    """The random numbers of one sample at one time: Philox with the key (seed, sample) and the time as counter.
+
+    Stream 0 is augmentation's, its time the epoch. Another stream has other numbers, and may tell time otherwise.
+    """
+    return np.random.Generator(np.random.Philox(key=[seed, sample], counter=[0, 0, stream, time]))
+
+
+def draw(data: DataConfig, num_frames: int, rng: np.random.Generator) -> Draw:
+    """All random decisions for a training sample of `num_frames` frames.
+
+    The original draws RandAugment's operations for each frame anew; here a video's frames share them.
+    """
+    indices = sampling.train_indices(num_frames, data.num_segments, rng, data.dense)
+    low, high = data.crop_area
+    areas, aspects, swaps = rng.random((3, 10)).tolist()
+    x, y, flip, grey, blur, sigma, solarize = rng.random(7).tolist()
+    crop: ResizedCrop | MultiScaleCrop = MultiScaleCrop(x, y)
+    if data.augmentation != "something":
+        crop = ResizedCrop(
+            [low + area * (high - low) for area in areas],
+            [3 / 4 + aspect * (4 / 3 - 3 / 4) for aspect in aspects],
+            [swap < 0.5 for swap in swaps],
+            x,
+            y,
+        )
+    return Draw(
+        indices=indices,
+        crop=crop,
+        flip=flip < data.flip,
+        grey=grey < data.grey,
+        blur=0.1 + 1.9 * sigma if blur < data.blur else 0.0,
+        solarize=solarize < data.solarize,
+        operations=tuple(_operation(numbers, data.randaug.M) for numbers in rng.random((num_operations(data), 4))),
+    )
+
+
+def _operation(numbers_4: np.ndarray, strength: float) -> Operation:
+    """The operation that four numbers in [0, 1) choose, each kind equally often."""
+    which, sign, x, y = numbers_4.tolist()
+    name, (low, high, signed) = list(OPERATIONS.items())[int(which * len(OPERATIONS))]
+    value = low + strength / 30 * (high - low)
+    return Operation(name, -value if signed and sign > 0.5 else value, x, y)
+
+
+def num_operations(data: DataConfig) -> int:
+    """RandAugment's operations a video: `data.randaug.N`, or the preset's."""
+    preset = 2 if data.augmentation == "paper" else 0
+    return preset if data.randaug.N is None else data.randaug.N
+
+
+def flip_swaps(data: DataConfig) -> dict[int, int]:
+    """What the flip turns labels into: `data.flip_swaps`, or the preset's, both ways."""
+    preset = SOMETHING_SWAPS if data.augmentation == "something" else ()
+    pairs = preset if data.flip_swaps is None else data.flip_swaps
+    return {a: b for pair in pairs for a, b in (pair, pair[::-1])}
+
+
+def train_geometry(drawn: Draw, height: int, width: int, side: int) -> Geometry:
+    """The drawn crop of a (height, width) frame as one view of side x side."""
+    region = drawn.crop.region(height, width, side)
+    crop = Crop(0, 0, drawn.flip, drawn.grey, drawn.blur, drawn.solarize)
+    if drawn.operations:
+        return Geometry((0, 0, height, width), side, side, False, (crop,), drawn.operations, region)
+    return Geometry(region, side, side, False, (crop,))
+
+
+def scaled_size(height: int, width: int, short_side: int) -> tuple[int, int]:
+    """Size after scaling the short side to `short_side`; the long side is truncated, as torchvision's Resize does."""
+    if height <= width:
+        return short_side, int(short_side * width / height)
+    return int(short_side * height / width), short_side
+
+
+def eval_geometry(height: int, width: int, scale_size: int, side: int, num_crops: int) -> Geometry:
+    """Short side to `scale_size`, bicubic with antialias, then `num_crops` crops of `side`.
+
+    1: centre (rounded as torchvision's CenterCrop). 3: left, right, centre at steps of a quarter of the free margin.
+    5: corners and centre. 10: those and their mirror images. The order is the original's.
+    """
+    height_to, width_to = scaled_size(height, width, scale_size)
+    step_y, step_x = (height_to - side) // 4, (width_to - side) // 4
+    if num_crops == 1:
+        crops = [Crop(round((height_to - side) / 2), round((width_to - side) / 2))]
+    elif num_crops == 3:
+        crops = [Crop(2 * step_y, x * step_x) for x in (0, 4, 2)]
+    elif num_crops in {5, 10}:
+        places = [(0, 0), (0, 4), (4, 0), (4, 4), (2, 2)]
+        crops = [Crop(y * step_y, x * step_x, flip) for y, x in places for flip in (False, True)[: num_crops // 5]]
+    else:
+        raise ValueError(f"num_crops must be 1, 3, 5 or 10, got {num_crops}")
+    return Geometry((0, 0, height, width), height_to, width_to, True, tuple(crops))

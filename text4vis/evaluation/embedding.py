@@ -1,0 +1,274 @@
+"""Evaluation in one pass: every video is embedded once, everything reported follows from the embeddings.
+
+Ranks take unequal shares of the videos and send their embeddings to rank 0, which counts. Nothing is padded, repeated
+or averaged over ranks, so the figures do not depend on the number of ranks.
+
+B videos of a batch, N of the data set, V views, T frames, C classes, D embedding width.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from shards.annotations import parse_labels
+from shards.files import require_file
+from text4vis.cluster import distributed
+from text4vis.common.progress import track
+from text4vis.config.schema import Config, ConfigError
+from text4vis.data.bad_videos import BadVideos
+from text4vis.data.loader import Loader
+from text4vis.evaluation.protocols import FUSION, Views, figures
+from text4vis.model.tensors import fingerprint, write_tensors
+from text4vis.model.video_clip import VideoClip
+from text4vis.saved.weights import Parts
+
+logger = logging.getLogger("text4vis")
+
+PACKAGES = ("text4vis", "torch", "open_clip_torch", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "deepspeed", "numpy")
+FEATURES = "text4vis-features"
+# What a file of features depends on, beside the architecture: keys of the protocol card.
+FEATURES_ORIGIN = ("weights", "data_fingerprint", "views", "precision", "device", "decode")
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """embeddings_NVD float32 unnormalised, labels_N and ids_N int64, in the order of the data set.
+
+    N videos: all but those that `data.on_error: skip` left out.
+    """
+
+    embeddings_NVD: np.ndarray
+    labels_N: np.ndarray
+    ids_N: np.ndarray
+
+    def check(self) -> None:
+        """Raises ValueError for tables that do not belong together."""
+        tables = {"embeddings_NVD": (self.embeddings_NVD, np.float32, 3), "labels_N": (self.labels_N, np.int64, 1)}
+        for name, (table, dtype, axes) in {**tables, "ids_N": (self.ids_N, np.int64, 1)}.items():
+            if table.dtype != dtype or table.ndim != axes or len(table) != len(self.ids_N):
+                raise ValueError(f"{name} is {table.dtype} {table.shape}")
+
+
+@torch.no_grad()
+def embed_videos(
+    model: VideoClip, loader: Loader, *, before_batch: Callable[[], None] = lambda: None
+) -> Embeddings | None:
+    """Embeds the loader's share on every rank and joins the shares on rank 0; None on the others.
+
+    All ranks run the same number of forward passes, since parameters may be sharded over ranks (ZeRO-3): a rank that
+    has run out of videos embeds a blank one and throws the result away. What `data.on_error: skip` leaves out is in
+    rank 0's `loader.bad` afterwards; ShardError on all ranks if it is too much. Raises RuntimeError when another video
+    is missing or one is counted twice. before_batch: called before each pass, on all ranks alike; what it raises ends
+    the evaluation.
+    """
+    loader.bad.clear()  # what an earlier pass could not read may be read now
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    share = -(-len(loader.dataset) // loader.world_size)
+    num_batches = -(-share // loader.batch_size)
+    size = loader.config.data.input_size
+    blank_BTCHW = torch.zeros(1, loader.config.data.num_segments, 3, size, size, dtype=torch.uint8, device=device)
+    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    batches = iter(loader)
+    quiet = not distributed.ranks().is_main
+    for _ in track(range(num_batches), "evaluating", unit="batch", quiet=quiet, keep=False):
+        before_batch()
+        batch = next(batches, None)
+        if batch is None:
+            model.encode_video(blank_BTCHW)
+            continue
+        frames_BVTCHW = batch.frames.to(device, non_blocking=True)
+        views_BVD = model.encode_video(frames_BVTCHW.flatten(0, 1)).unflatten(0, frames_BVTCHW.shape[:2])
+        parts.append((views_BVD.float().cpu().numpy(), batch.labels.numpy(), batch.ids.numpy()))
+    batches.close()
+    model.train(was_training)
+    join_bad_videos(loader.bad)
+    gathered = distributed.gather_to_main(parts)
+    if gathered is None:
+        return None
+    joined = [np.concatenate(column) for column in zip(*(part for rank in gathered for part in rank), strict=True)]
+    order = np.argsort(joined[2], kind="stable")
+    expected = np.setdiff1d(np.arange(len(loader.dataset)), [entry["id"] for entry in loader.bad.entries()])
+    if not np.array_equal(joined[2][order], expected):
+        raise RuntimeError(f"evaluation saw {len(joined[2])} videos, the data set has {len(expected)} that can be used")
+    return Embeddings(*(column[order] for column in joined))
+
+
+def join_bad_videos(bad: BadVideos) -> None:
+    """Rank 0's bad videos become those of all ranks. Raises ShardError on all when they are too many. Collective."""
+    gathered = distributed.gather_to_main(bad.news())
+    distributed.from_main(lambda: bad.join(entry for entries in gathered or () for entry in entries))
+
+
+def embed_or_read(model: VideoClip, loader: Loader, path: Path, origin: Mapping[str, Any]) -> Embeddings | None:
+    """As `embed_videos`, but kept in a file: read from it if it is of this `origin`, else made and written to it.
+
+    A file of another origin is replaced, and a warning says what differs. Where videos were left out no file is
+    written. Rank 0 alone touches the file. Before any video is embedded it raises ConfigError for a file that
+    holds something else, OSError for one that cannot be written. Collective.
+    """
+    kept: list[Embeddings] = []
+
+    def look() -> bool:
+        kept.extend(_read_features(path, origin))
+        if not kept:
+            require_file(path, "--features")
+        return bool(kept)
+
+    if distributed.from_main(look):
+        return kept[0] if kept else None
+    embedded = embed_videos(model, loader)
+    if len(loader.bad):
+        logger.warning("%s: not written, for %d videos were left out", path, len(loader.bad))
+    elif embedded is not None:
+        partial = path.with_name(f"{path.name}.partial")
+        columns = {name: torch.from_numpy(column) for name, column in vars(embedded).items()}
+        write_tensors(partial, columns, {FEATURES: json.dumps(origin)})
+        partial.replace(path)
+    return embedded
+
+
+def _read_features(path: Path, origin: Mapping[str, Any]) -> list[Embeddings]:
+    """The file's features, or nothing if there is no file or one of another origin."""
+    if not path.exists():
+        return []
+    try:
+        with safe_open(path, framework="np") as file:
+            found = json.loads((file.metadata() or {}).get(FEATURES, "null"))
+            if not isinstance(found, dict):
+                raise ConfigError(f"--features: {path} holds something else; name another file")
+            changed = [key for key in origin if found.get(key) != origin[key]]
+            if not changed:
+                read = Embeddings(**{name: file.get_tensor(name) for name in Embeddings.__dataclass_fields__})
+                read.check()
+                return [read]
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise ConfigError(f"--features: {path} is not readable as features ({error}); name another file") from None
+    logger.warning("%s: made with other %s; embedding the videos again", path, ", ".join(changed))
+    return []
+
+
+def class_splits(config: Config, class_names: Sequence[str], labels_N: np.ndarray) -> dict[str, np.ndarray]:
+    """Ascending class ids of each list in `data.class_splits`, by file.
+
+    Raises ConfigError for a name that is no class, and for a list without videos among the labels.
+    """
+    ids = {name: number for number, name in enumerate(class_names)}
+    splits = {}
+    for path in config.data.class_splits:
+        names = parse_labels(path)
+        for name in names:
+            if name not in ids:
+                near = difflib.get_close_matches(name, class_names, n=1, cutoff=0.6)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ConfigError(f"data.class_splits: {path}: {name!r} is no class of data.val{hint}")
+        splits[path] = np.unique([ids[name] for name in names])
+        if not np.isin(labels_N, splits[path]).any():
+            raise ConfigError(f"data.class_splits: {path}: data.val holds no video of these {len(names)} classes")
+    return splits
+
+
+def evaluate(
+    model: VideoClip,
+    class_embeddings_CD: torch.Tensor,
+    class_names: Sequence[str],
+    loader: Loader,
+    *,
+    weights: str,
+    splits: Mapping[str, np.ndarray] | None = None,
+    features: Path | None = None,
+    before_batch: Callable[[], None] = lambda: None,
+) -> dict[str, Any] | None:
+    """Embeds every video of the loader's data set and reports on rank 0; None on the other ranks. Collective.
+
+    weights: their `weights_fingerprint`, on rank 0. splits: of `class_splits`. features: keeps the embeddings in this
+    file, see `embed_or_read`.
+    """
+    data = loader.config.data
+    card = protocol_card(model, class_embeddings_CD, class_names, loader, weights)
+    if features is None:
+        embedded = embed_videos(model, loader, before_batch=before_batch)
+    else:
+        origin = {key: card[key] for key in FEATURES_ORIGIN} | {"architecture": _architecture(model)}
+        embedded = embed_or_read(model, loader, features, origin)
+    if embedded is None:
+        return None
+    skipped = loader.bad.entries()
+    card |= {"missing": card["missing"] + len(skipped), "skipped": skipped}
+    return card | figures(
+        embedded.embeddings_NVD,
+        embedded.labels_N,
+        class_embeddings_CD.float().cpu().numpy(),
+        class_names,
+        views=Views(data.test_clips, data.test_crops, data.dense),
+        class_splits=splits,
+    )
+
+
+def protocol_card(
+    model: VideoClip, class_embeddings_CD: torch.Tensor, class_names: Sequence[str], loader: Loader, weights: str
+) -> dict[str, Any]:
+    """What the figures are measured with, ready for JSON."""
+    config, data = loader.config, loader.config.data
+    parameter = next(model.parameters())
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "data": data.dataset,
+        "data_fingerprint": loader.dataset.fingerprint,
+        "missing": len(loader.dataset.skipped),
+        "skipped": [],
+        "classes_fingerprint": hashlib.sha256(json.dumps(list(class_names)).encode()).hexdigest(),
+        "views": {
+            "clips": data.test_clips,
+            "crops": data.test_crops,
+            "frames": data.num_segments,
+            "sampling": "dense" if data.dense else "uniform",
+            "scale_size": config.scale_size,
+            "input_size": data.input_size,
+            "fusion": FUSION,
+        },
+        "classifier": config.network.classifier if model.classifier is None else "trained",
+        "template": config.network.template,
+        "class_embeddings": fingerprint({"class_embeddings": class_embeddings_CD.float()}),
+        "weights": weights,
+        "precision": str(parameter.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else "cpu",
+        "decode": loader.device.type,
+        "versions": versions(),
+    }
+
+
+def weights_fingerprint(state: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of the video part of a model's state in fp32: equal for a run, its checkpoint and its export."""
+    video = Parts.of(state).video
+    return fingerprint({name: value.float() if value.is_floating_point() else value for name, value in video.items()})
+
+
+def _architecture(model: VideoClip) -> str:
+    """Tells apart models that may share their weights: by their modules, CLIP's configuration and its pixels."""
+    parts = (str(model), json.dumps(model.clip_config, sort_keys=True), model.mean, model.std)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what the figures depend on."""
+    installed = {}
+    for package in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            installed[package] = metadata.version(package)
+    return installed

@@ -1,0 +1,147 @@
+"""The video recogniser: CLIP's visual tower on every frame, a temporal head, cosine with class embeddings.
+
+B videos, T frames, C classes, P prompts, L tokens, D embedding width; frames are (B, T, 3, H, W) uint8. Imports
+config, heads, temporal and towers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from text4vis.config.schema import ConfigError, NetworkConfig
+from text4vis.model.heads import build_head
+from text4vis.model.temporal import adapt
+from text4vis.model.towers import TextTower, Towers, build_towers
+
+
+def build_model(network: NetworkConfig, num_segments: int, *, image_size: int | None = None) -> VideoClip:
+    """A recogniser in fp32 on the CPU for videos of `num_segments` frames.
+
+    `image_size` (pixels, default: the tower's own) interpolates the position embedding where it differs. The head is
+    random, drawn from torch's global generator. Raises ConfigError, naming the key.
+    """
+    towers = build_towers(network, image_size)
+    towers = replace(towers, visual=adapt(towers.visual, network, num_segments))
+    try:
+        head = build_head(
+            network.sim_header,
+            embed_dim=towers.embed_dim,
+            text_width=towers.text_width,
+            num_segments=num_segments,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    model = VideoClip(towers, head, num_segments, fix_video=network.fix_video, fix_text=network.fix_text)
+    model.takes_fixed_frames = bool(network.tm or network.joint_st) or network.sim_header == "Transf_cls"
+    return model
+
+
+class VideoClip(nn.Module):
+    """`visual`, `fusion_model` and `logit_scale` are its parameters, under the names that Text4Vis's files use.
+
+    `logit_scale` has shape (1,): the engine cannot partition a parameter without dimensions. The frozen text tower
+    (`text`) is not a submodule: it stays in fp32 on the CPU, and neither the optimiser nor a checkpoint sees it. Two
+    more parts are there when they train: with `fix_text` false `text_tower`, which is the module within `text`, and
+    `classifier` (C, D) for `class_names`, after `set_classifier`.
+    """
+
+    def __init__(
+        self, towers: Towers, head: nn.Module, num_segments: int, *, fix_video: bool = False, fix_text: bool = True
+    ) -> None:
+        super().__init__()
+        self.visual = towers.visual
+        self.fusion_model = head
+        self.logit_scale = nn.Parameter(torch.tensor([towers.logit_scale]))
+        self.text: TextTower = towers.text
+        self.text_tower = None if fix_text else towers.text.module.requires_grad_(True)
+        self.classifier: nn.Parameter | None = None
+        self.class_names: tuple[str, ...] = ()
+        self.clip_config: dict[str, Any] = towers.config
+        self.mean, self.std = towers.mean, towers.std
+        self.embed_dim, self.image_size, self.num_segments = towers.embed_dim, towers.image_size, num_segments
+        self.takes_fixed_frames = False
+        self.fix_video = fix_video
+        if fix_video:
+            self.visual.requires_grad_(False)
+        self.train()
+
+    def train(self, mode: bool = True) -> VideoClip:
+        """A frozen visual tower stays in evaluation mode, so that its batch statistics stay frozen too."""
+        super().train(mode)
+        if self.fix_video:
+            self.visual.eval()
+        return self
+
+    def set_classifier(self, class_embeddings_CD: Tensor, class_names: Sequence[str]) -> None:
+        """Makes the class embeddings of these names a parameter of the model, in float32."""
+        self.classifier = nn.Parameter(class_embeddings_CD.detach().float().clone())
+        self.class_names = tuple(class_names)
+
+    def forward(self, frames_BTCHW: Tensor, classes: Tensor) -> Tensor:
+        """Logits (B, C) float32: exp(logit_scale) times the cosine of video and class, computed in float32.
+
+        `classes` are class embeddings (C, D), or what `embed_classes` takes in their place.
+        """
+        videos_BD = nn.functional.normalize(self.encode_video(frames_BTCHW), dim=-1)
+        classes_CD = nn.functional.normalize(self.embed_classes(classes.to(videos_BD.device)), dim=-1)
+        cosines_BC = videos_BD @ classes_CD.T
+        return self.logit_scale.float().exp() * cosines_BC
+
+    def embed_classes(self, classes: Tensor) -> Tensor:
+        """Class embeddings (C, D) float32, with gradient where they train, not normalised, from any of
+
+        - class embeddings (C, D) of a floating type: themselves;
+        - rows (C,) int64 of `classifier`;
+        - tokens (C, P, L) int64 of P prompts a class, for `text_tower`: the mean of the prompts' unit vectors.
+
+        The first axis is the class in all three, so a choice of classes is an index whatever they come from.
+        """
+        if classes.is_floating_point():
+            return classes.float()
+        if classes.dim() == 1:
+            assert self.classifier is not None, "the model has no classifier of its own"
+            return self.classifier[classes].float()
+        assert self.text_tower is not None, "the text tower is frozen"
+        prompts_CPD = self.text_tower(classes.flatten(0, 1)).float().unflatten(0, classes.shape[:2])
+        return nn.functional.normalize(prompts_CPD, dim=-1).mean(dim=1)
+
+    def encode_video(self, frames_BTCHW: Tensor) -> Tensor:
+        """Videos (B, D) float32, not normalised."""
+        return self.fusion_model(self.encode_frames(frames_BTCHW))
+
+    def encode_frames(self, frames_BTCHW: Tensor) -> Tensor:
+        """Frames' embeddings (B, T, D) in the visual tower's dtype, not normalised. Any memory format will do.
+
+        With `network.joint_st` the tower joins the frames itself: (B, 1, D).
+        """
+        size = self.image_size
+        if frames_BTCHW.dtype != torch.uint8 or tuple(frames_BTCHW.shape[2:]) != (3, size, size):
+            found = f"{tuple(frames_BTCHW.shape)} {frames_BTCHW.dtype}"
+            raise ValueError(f"frames: expected (B, T, 3, {size}, {size}) uint8 (data.input_size), got {found}")
+        if self.takes_fixed_frames and (num_frames := frames_BTCHW.shape[1]) != self.num_segments:
+            raise ValueError(f"frames: expected {self.num_segments} a video (data.num_segments), got {num_frames}")
+        scale, shift = _pixel_constants(self.mean, self.std, frames_BTCHW.device)
+        pixels = frames_BTCHW.flatten(0, 1).float() * scale + shift
+        embeddings = self.visual(pixels.to(next(self.visual.parameters()).dtype))
+        return embeddings.unflatten(0, (frames_BTCHW.shape[0], -1))
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Texts (C, D) float32 on the CPU, not normalised, without gradient. Raises ValueError if one is too long."""
+        return self.text.encode(texts)
+
+
+@functools.cache
+def _pixel_constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Scale and shift (3, 1, 1) that turn 0..255 into (x / 255 - mean) / std.
+
+    Not buffers, because the engine would round those to bf16; cached, because a copy to the device would stall a step.
+    """
+    mean_C11, std_C11 = (torch.tensor(values, dtype=torch.float64).reshape(3, 1, 1) for values in (mean, std))
+    scale, shift = 1 / (255 * std_C11), -mean_C11 / std_C11
+    return scale.float().to(device), shift.float().to(device)

@@ -1,0 +1,370 @@
+"""Training runs compared on one page of HTML that stands alone: no script, no network, no other file.
+
+    a run's config.yaml, metrics.jsonl, report.json ...  ->  Run  ->  curves, tables, example frames  ->  report.html.j2
+
+All that the files say is untrusted. The template escapes it, `redact_text` takes control characters and credentials
+out of every text on its way there, and what is calculated with is checked first.
+
+The first run with a report is the reference: differences are taken against it. S is the side of a frame in pixels.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from shards.address import redact_text
+from shards.format import ShardError
+from text4vis.config.schema import Config, ConfigError, config_from_dict, load_config, schema
+from text4vis.evaluation.comparison import (
+    Comparison,
+    card_of,
+    compare,
+    confusions,
+    figures_of,
+    read_report,
+    wilson_interval,
+)
+from text4vis.report.curves import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, charts
+
+REPORT, METRICS, CONFIG = "report.json", "metrics.jsonl", "config.yaml"
+FRAME_SIDE = 112  # pixels of a frame on the page, at most
+FINGERPRINTS = ("fingerprint", "weights", "class_embeddings")  # ends of keys whose values are long hashes
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the files of a run say.
+
+    config: config.yaml. train, val: the records of metrics.jsonl. report: report.json, None if nothing was evaluated.
+    others: further reports in the folder, by file name. notes: what a reader must know about the files. Of a report
+    without a run, `report` is all there is.
+    """
+
+    name: str
+    path: Path
+    config: Config | None = None
+    train: list[dict[str, Any]] = field(default_factory=list)
+    val: list[dict[str, Any]] = field(default_factory=list)
+    report: dict[str, Any] | None = None
+    others: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a run's model said about a video, probabilities in per cent or None. right: it is the true class."""
+
+    run: int
+    name: str
+    probability: float | None
+    label_probability: float | None
+    right: bool
+
+
+@dataclass(frozen=True)
+class Example:
+    """A video with its frames as `data:` addresses and what each run that was evaluated on it said."""
+
+    video: str
+    label: str
+    frames: list[Markup]
+    said: list[Said]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Of one run: the surest right and the surest wrong predictions, or why they cannot be shown."""
+
+    right: list[Example] = field(default_factory=list)
+    wrong: list[Example] = field(default_factory=list)
+    missing: str = ""
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """Runs by their folders, or reports of evaluate.py by their files, in order, named so that no two are alike.
+
+    Raises ConfigError for a file that is missing or damaged.
+    """
+    tails = [path.resolve().parts[1:] for path in paths]
+    depth = next(
+        (n for n in range(1, max(map(len, tails), default=1)) if len({tail[-n:] for tail in tails}) == len(tails)), 1
+    )
+    return [_read_run(path, "/".join(tail[-depth:])) for path, tail in zip(paths, tails, strict=True)]
+
+
+def _read_run(path: Path, name: str) -> Run:
+    if path.is_file():
+        return Run(name, path, report=read_report(path), notes=["a report alone: no curves, settings or frames"])
+    if not path.is_dir():
+        raise ConfigError(f"{path}: no such folder; name the --output folder of a training run")
+    config = load_config(path / CONFIG)
+    train, val, notes = _read_metrics(path / METRICS)
+    report = read_report(path / REPORT) if (path / REPORT).exists() else None
+    if report is None:
+        notes.append(f"not evaluated yet: there is no {REPORT}")
+    others = {}
+    for file in sorted(path.glob("*.json")):
+        if file.name != REPORT:
+            try:
+                others[file.name] = read_report(file)
+            except ConfigError as error:
+                notes.append(f"left out: {error}")
+    return Run(name, path, config, train, val, report, others, notes)
+
+
+def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
+    """Records of training, records of evaluations, notes. A job that was killed leaves half a line at the end."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path}: not readable ({error}); text4vis/train.py writes it into the folder of its run: copy it from "
+            "there, or leave this run out"
+        ) from None
+    *lines, rest = text.split("\n")
+    records = [_record(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+    train, val = ([record for record in records if record["kind"] == kind] for kind in ("train", "val"))
+    return train, val, [f"{METRICS} ends in the middle of a line, which is left out"] if rest else []
+
+
+def _record(line: str, where: str) -> dict[str, Any]:
+    """A line of metrics.jsonl with its numbers as floats; None stays None. Raises ConfigError."""
+    try:
+        record = json.loads(line)
+        numbers = {key: None if value is None else float(value) for key, value in record.items() if key != "kind"}
+        return {**numbers, "kind": str(record["kind"]), "step": int(record["step"])}
+    except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError):
+        raise ConfigError(
+            f"{where}: damaged: expected a JSON object with a kind, a step and numbers, got {line[:80]!r}; "
+            "remove the line, or copy the file from the run again"
+        ) from None
+
+
+def read_examples(runs: Sequence[Run], count: int) -> Iterator[Examples]:
+    """Of each run, `count` of the surest right and of the surest wrong predictions with the frames that the model saw.
+
+    The frames are read from the shards that config.yaml names. Where they cannot be, `missing` says why.
+    """
+    for run in runs:
+        try:
+            yield _examples(runs, run, count)
+        except (ConfigError, ShardError, OSError) as error:
+            yield Examples(missing=str(error))
+
+
+def _examples(runs: Sequence[Run], run: Run, count: int) -> Examples:
+    from text4vis.data.loader import build_loader
+    from text4vis.report.tensorboard import extremes, read_clips
+
+    if run.report is None:
+        raise ConfigError("it was not evaluated")
+    if not run.report.get("predictions"):
+        raise ConfigError("no predictions are listed in its report; evaluate it again with text4vis/evaluate.py")
+    if run.config is None:
+        raise ConfigError("a report does not say where the videos are; name the folder of the run instead")
+    chosen = extremes(run.report["predictions"], count)
+    with build_loader(config_from_dict(_evaluated(run), str(run.path / CONFIG)), "val") as loader:
+        fingerprint, skipped = _videos_of(run.report)
+        kept = np.setdiff1d(np.arange(len(loader.dataset)), skipped)
+        if loader.dataset.fingerprint != fingerprint or len(kept) != len(run.report["predictions"]["labels"]):
+            raise ConfigError(f"{', '.join(loader.config.data.val)}: other videos than those that were evaluated")
+        ids = {row: int(kept[row]) for rows in chosen.values() for row in rows}
+        frames = read_clips(loader, sorted(set(ids.values())))
+        found = {
+            kind: [
+                Example(
+                    loader.dataset.name(ids[row]),
+                    _class_name(run, run.report["predictions"]["labels"][row]),
+                    [_data_address(frame) for frame in frames[ids[row]]],
+                    _said(runs, run, row),
+                )
+                for row in rows
+            ]
+            for kind, rows in chosen.items()
+        }
+    return Examples(found["right"], found["wrong"])
+
+
+def _evaluated(run: Run) -> dict[str, Any]:
+    """The run's configuration with the views that its report was measured with."""
+    assert run.report is not None and run.config is not None
+    values = run.config.to_dict()
+    views = run.report.get("views", {})
+    same = {"test_clips": "clips", "test_crops": "crops", "num_segments": "frames", "scale_size": "scale_size",
+            "input_size": "input_size"}  # fmt: skip
+    values["data"] |= {key: views[name] for key, name in same.items() if name in views}
+    values["data"] |= {
+        "dense": views.get("sampling") == "dense",
+        "on_error": "fail",
+        "decode": "auto",
+        "cache_dir": None,
+        "cache_bytes": 0,
+    }
+    return values
+
+
+def _class_name(run: Run, label: int) -> str:
+    assert run.report is not None
+    return run.report["per_class"][label]["class"]
+
+
+def _said(runs: Sequence[Run], about: Run, row: int) -> list[Said]:
+    """What each run evaluated on the same videos said about one of them, by its row in the predictions."""
+    assert about.report is not None
+    said = []
+    for number, run in enumerate(runs):
+        report = run.report
+        if not report or not report.get("predictions"):
+            continue
+        if _videos_of(report) != _videos_of(about.report):
+            continue
+        label, predicted, *shares = (
+            report["predictions"][key][row] for key in ("labels", "predicted", "probability", "label_probability")
+        )
+        probability, of_label = (None if share is None else 100 * share for share in shares)
+        right = probability is not None and label == predicted
+        said.append(Said(number, _class_name(run, predicted), probability, of_label, right))
+    return said
+
+
+def _videos_of(report: Mapping[str, Any]) -> tuple[Any, list[int]]:
+    """Which videos the rows of a report's predictions are: the data's fingerprint, the ids that were left out."""
+    return report.get("data_fingerprint"), [entry["id"] for entry in report.get("skipped", [])]
+
+
+def _data_address(frame_SS3: np.ndarray) -> Markup:
+    image = Image.fromarray(frame_SS3)
+    image.thumbnail((FRAME_SIDE, FRAME_SIDE))
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=85)
+    return Markup("data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode())  # noqa: S704
+
+
+def render(runs: Sequence[Run], examples: Sequence[Examples] = ()) -> str:
+    """The page. examples: of `read_examples`, or nothing to leave that part out."""
+    environment = Environment(
+        loader=PackageLoader("text4vis.report", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: value if isinstance(value, Markup) else redact_text(str(value)),
+    )
+    environment.filters |= {"number": _number, "soft": _soft}
+    environment.globals |= {"WIDTH": WIDTH, "HEIGHT": HEIGHT, "LEFT": LEFT, "RIGHT": WIDTH - RIGHT, "TOP": TOP,
+                            "BOTTOM": HEIGHT - BOTTOM, "FRAME_SIDE": FRAME_SIDE}  # fmt: skip
+    reports = {number: run.report for number, run in enumerate(runs) if run.report is not None}
+    reference, *others = list(reports) or [-1]
+    comparisons = {number: compare(reports[reference], reports[number]) for number in others}
+    configured = {number: _shown(_settings(run.config)) for number, run in enumerate(runs) if run.config}
+    return environment.get_template("report.html.j2").render(
+        runs=runs,
+        reports=reports,
+        reference=reference,
+        comparisons=comparisons,
+        headlines=[_headline(run) for run in runs],
+        intervals={n: wilson_interval(report["top1_correct"], report["videos"]) for n, report in reports.items()},
+        figures=_rows({number: figures_of(report) for number, report in reports.items()}),
+        charts=charts([[*run.train, *run.val] for run in runs]),
+        classes=_class_rows(reports),
+        confusions={number: confusions(report)[:10] for number, report in reports.items()},
+        changes={number: _changes(found) for number, found in comparisons.items()},
+        examples=examples,
+        cards=_differing({number: _shown(card_of(report)) for number, report in reports.items()}),
+        configured=list(configured),
+        settings=_differing(configured),
+    )
+
+
+def _number(value: float | None, spec: str = ".2f") -> Markup:
+    """A number rounded for people, and whole for programs."""
+    if value is None:
+        return Markup("&ndash;")
+    return Markup('<data value="{}">{}</data>').format(repr(value), format(value, spec))
+
+
+def _soft(key: str) -> Markup:
+    """A key that may be broken after its dots and underscores."""
+    return Markup("<wbr>").join(re.split(r"(?<=[._])", redact_text(key)))
+
+
+def _headline(run: Run) -> dict[str, tuple[float, str, str]]:
+    """(value, format, unit) of what a run's log comes to, by name."""
+    found: dict[str, tuple[float, str, str]] = {}
+    if evaluated := [record for record in run.val if record.get("top1") is not None]:
+        best = max(evaluated, key=lambda record: record["top1"])
+        found["best top-1 while training"] = (best["top1"], ".2f", f"% at step {best['step']}")
+    if run.train:
+        last = run.train[-1]
+        found["steps"] = (last["step"], "d", "")
+        columns = {key: _column(run.train, key) for key in ("epoch", "loss", "videos_per_second", "data_wait_share")}
+        if columns["epoch"]:
+            found["epochs"] = (columns["epoch"][-1], ".2f", "")
+        if columns["loss"]:
+            found["last training loss"] = (columns["loss"][-1], ".4g", "")
+        if columns["videos_per_second"]:
+            found["speed, median"] = (median(columns["videos_per_second"]), ".4g", "videos/s")
+        if columns["data_wait_share"]:
+            found["waiting for data, median"] = (100 * median(columns["data_wait_share"]), ".2g", "%")
+    return found
+
+
+def _column(records: Iterable[Mapping[str, Any]], key: str) -> list[float]:
+    return [record[key] for record in records if record.get(key) is not None]
+
+
+def _rows(columns: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[int, Any]]:
+    """{key: {column: value}} of columns that need not have the same keys."""
+    keys = dict.fromkeys(key for column in columns.values() for key in column)
+    return {key: {number: column[key] for number, column in columns.items() if key in column} for key in keys}
+
+
+def _shown(values: Mapping[str, Any]) -> dict[str, str]:
+    """Values as text; long hashes cut to what tells them apart."""
+    return {
+        key: str(value)[: 12 if key.endswith(FINGERPRINTS) else None] if isinstance(value, str) else json.dumps(value)
+        for key, value in values.items()
+    }
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    return {key: attrgetter(key)(config) for key, _ in schema()}
+
+
+def _differing(columns: Mapping[int, Mapping[str, str]]) -> list[tuple[str, bool, dict[int, str]]]:
+    """(key, whether the columns differ in it, {column: value}), differing ones first."""
+    rows = _rows(columns)
+    marked = [(key, len(row) < len(columns) or len(set(row.values())) > 1, row) for key, row in rows.items()]
+    return sorted(marked, key=lambda row: not row[1])
+
+
+def _class_rows(reports: Mapping[int, Mapping[str, Any]]) -> list[tuple[str, int, dict[int, float]]]:
+    """(class, its videos in the first report that has it, {run: per cent right}); the reference's worst first."""
+    rows: dict[str, tuple[str, int, dict[int, float]]] = {}
+    for number, report in reports.items():
+        for row in report["per_class"]:
+            if row["videos"]:
+                entry = rows.setdefault(row["class"], (row["class"], row["videos"], {}))
+                entry[2][number] = 100 * row["correct"] / row["videos"]
+    return sorted(rows.values(), key=lambda row: next(iter(row[2].values())))
+
+
+def _changes(found: Comparison, count: int = 10) -> dict[str, list[Any]]:
+    """The classes that gained most and lost most."""
+    gained = [one for one in found.classes if one.difference > 0]
+    lost = [one for one in reversed(found.classes) if one.difference < 0]
+    return {"gained": gained[:count], "lost": lost[:count]}

@@ -1,0 +1,196 @@
+"""What TensorBoard shows beside scalars, so that a run can be understood by looking: rank 0's work alone.
+
+    config             the configuration as text, when a job starts
+    results/           the hyper-parameters that runs are compared by, with the evaluations' figures
+    train/clips        the first clips of a step as they reach the model, when a run starts and after each evaluation
+    val/right, wrong   the predictions of an evaluation that were surest and right, surest and wrong
+    val/confusion      the classes that are confused most, as a picture
+    val/classes        each class's share of videos that are right: a table, worst first, and a histogram
+    projector          the class embeddings with their names
+
+Everything but the few videos pictured follows from what the run has computed already. What a job writes belongs to a
+step that a job which takes its place writes again, so a resumed run shows everything once. Names come from data: they
+are stripped of control characters, and of meaning in Markdown.
+
+B videos of a batch, T frames, S side in pixels, C classes, D embedding width.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from text4vis.config.schema import Config, schema
+from text4vis.data.loader import Batch, Loader
+from text4vis.data.mixing import draw_mix, mix_frames
+from text4vis.evaluation.protocols import Views
+from text4vis.report.pictures import contact_sheet, draw_confusion, plain
+from text4vis.saved.runs import FREE_ON_RESUME
+
+MOST_FRAMES = 8  # of a clip that are shown, spread over it
+MOST_CLASSES = 200  # lines of the table
+RESULTS = ("top1", "top5", "mean_class_accuracy", "best_top1")  # beside the hyper-parameters
+PROJECTOR = """embeddings {
+  tensor_name: "class embeddings"
+  tensor_path: "class_embeddings.tsv"
+  metadata_path: "class_names.tsv"
+}
+"""
+
+
+class Story:
+    """The pictures, tables and texts of one job in `board`. config: as resolved. step: the one the job goes on from."""
+
+    def __init__(self, board: SummaryWriter, config: Config, class_names: Sequence[str], step: int) -> None:
+        self._board, self._config = board, config
+        self._names = [plain(name) for name in class_names]
+        board.add_text("config", "".join(f"    {line}\n" for line in config.to_yaml().splitlines()), step + 1)
+        # A folder of their own, for TensorBoard sets all its scalars beside the hyper-parameters. Its summary of the
+        # experiment is left out: TensorBoard then makes one of all runs, with the keys first in which they differ.
+        self._results = SummaryWriter(f"{board.log_dir}/results", purge_step=step + 1)
+        _, start, self._end = hparams(hyperparameters(config), {})
+        self._summarise(start, step + 1)
+        self._flush()
+
+    def training_clips(self, batch: Batch, consumed: int, step: int) -> None:
+        """The first videos of the micro batch that `step` begins with; `consumed`: of the stream, before the step."""
+        frames_BTCHW, ids, names = batch.frames[:, 0], batch.ids.tolist(), [self._names[c] for c in batch.labels]
+        mix = draw_mix(self._config.solver, self._config.seed, consumed, ids, frames_BTCHW.shape[-1])
+        if mix is not None:
+            frames_BTCHW = mix_frames(frames_BTCHW, mix)
+            names = [
+                f"{share:.0%} {name}, {1 - share:.0%} {names[partner]}"
+                for name, share, partner in zip(names, mix.shares, mix.partners, strict=True)
+            ]
+        count = self._config.logging.pictures
+        clips = [(_shown(frames), name) for frames, name in zip(frames_BTCHW[:count], names, strict=False)]
+        self._board.add_image("train/clips", contact_sheet(clips), step, dataformats="HWC")
+        self._flush()
+
+    def evaluation(self, report: Mapping[str, Any], class_embeddings_CD: torch.Tensor, loader: Loader) -> None:
+        """An evaluation as pictures and a table. report: with `step` and `best_top1`; loader: of `data.val`, for the
+        videos shown are read once more."""
+        step, predictions = report["step"], report["predictions"]
+        for key in RESULTS:
+            self._results.add_scalar(f"result/{key}", report[key], step)
+        chosen = extremes(predictions, self._config.logging.pictures)
+        ids = np.delete(np.arange(len(loader.dataset)), [entry["id"] for entry in report["skipped"]])
+        frames = read_clips(loader, ids[sorted(set().union(*chosen.values()))])
+        for kind, videos in chosen.items():
+            clips = [
+                (frames[ids[video]], self._caption(predictions, video)) for video in videos if ids[video] in frames
+            ]
+            if clips:
+                self._board.add_image(f"val/{kind}", contact_sheet(clips), step, dataformats="HWC")
+        confusion_CC = np.array(report["confusion"])
+        self._board.add_image("val/confusion", draw_confusion(confusion_CC, self._names), step, dataformats="HWC")
+        rows = [row | {"class": name} for row, name in zip(report["per_class"], self._names, strict=True)]
+        shares = np.array([_share(row) for row in rows if row["videos"]])
+        self._board.add_histogram("val/class_accuracy", shares, step)
+        self._board.add_text("val/classes", class_table(rows, confusion_CC), step)
+        _write_projector(Path(self._board.log_dir), class_embeddings_CD, self._names)
+        self._flush()
+
+    def end(self, step: int) -> None:
+        """The run is complete after `step`."""
+        self._summarise(self._end, step + 1)
+        self._results.close()
+
+    def _flush(self) -> None:
+        for writer in (self._board, self._results):
+            writer.flush()
+
+    def _summarise(self, summary: Any, step: int) -> None:
+        self._results.file_writer.add_summary(summary, step)  # type: ignore[attr-defined]
+
+    def _caption(self, predictions: Mapping[str, Any], video: int) -> str:
+        label, predicted = predictions["labels"][video], predictions["predicted"][video]
+        said = f"{self._names[predicted]}, {100 * predictions['probability'][video]:.1f} %"
+        if label == predicted:
+            return said
+        return f"predicted: {said}    true: {self._names[label]}, {100 * predictions['label_probability'][video]:.1f} %"
+
+
+def hyperparameters(config: Config) -> dict[str, str | float]:
+    """What the results depend on, by key: all that must stay when a run goes on, and the global batch."""
+    keys = [key for key, _ in schema() if not key.startswith(FREE_ON_RESUME)]
+    values = {key: attrgetter(key)(config) for key in [*keys, "solver.global_batch"]}
+    is_number = {key: isinstance(value, (int, float)) and not isinstance(value, bool) for key, value in values.items()}
+    return {key: value if is_number[key] else plain(str(value), 200) for key, value in values.items()}
+
+
+def extremes(predictions: Mapping[str, Any], count: int) -> dict[str, list[int]]:
+    """The videos whose prediction had the highest probability, surest first, of the right and of the wrong ones."""
+    probabilities = predictions["probability"]
+    surest = sorted(
+        (video for video, probability in enumerate(probabilities) if probability is not None),
+        key=lambda video: -probabilities[video],
+    )
+    right = [
+        predicted == label for predicted, label in zip(predictions["predicted"], predictions["labels"], strict=True)
+    ]
+    return {
+        "right": [video for video in surest if right[video]][:count],
+        "wrong": [video for video in surest if not right[video]][:count],
+    }
+
+
+def class_table(per_class: Sequence[Mapping[str, Any]], confusion_CC: np.ndarray) -> str:
+    """Markdown, worst class first: its videos, how many per cent of them are right, and what it is taken for most.
+
+    per_class: "class", "videos" and "correct", by label, as reports have them.
+    """
+    wrong_CC = confusion_CC - np.diag(np.diag(confusion_CC))
+    present = [c for c, row in enumerate(per_class) if row["videos"]]
+    lines = ["| class | videos | right % | most often taken for |", "|---|---:|---:|---|"]
+    for c in sorted(present, key=lambda c: _share(per_class[c]))[:MOST_CLASSES]:
+        row, other = per_class[c], int(wrong_CC[c].argmax())
+        taken_for = f"{_literal(per_class[other]['class'])} ({wrong_CC[c, other]})" if wrong_CC[c, other] else ""
+        lines.append(f"| {_literal(row['class'])} | {row['videos']} | {_share(row):.1f} | {taken_for} |")
+    if len(present) > MOST_CLASSES:
+        lines += ["", f"and {len(present) - MOST_CLASSES} classes with higher shares"]
+    return "\n".join(lines)
+
+
+def _share(row: Mapping[str, Any]) -> float:
+    """Per cent of a class's videos that are right."""
+    return 100 * row["correct"] / row["videos"]
+
+
+def _literal(text: str) -> str:
+    """Text that means only itself in Markdown and HTML."""
+    return re.sub(r"[^\w\s]|_", lambda found: f"&#{ord(found[0])};", text)
+
+
+def _shown(frames_TCHW: torch.Tensor) -> np.ndarray:
+    """At most MOST_FRAMES of the frames, (t, S, S, 3) uint8."""
+    count = len(frames_TCHW)
+    chosen = np.linspace(0, count - 1, min(count, MOST_FRAMES)).round().astype(int)
+    return frames_TCHW[chosen].permute(0, 2, 3, 1).cpu().numpy()
+
+
+def read_clips(loader: Loader, videos: Sequence[int] | np.ndarray) -> dict[int, np.ndarray]:
+    """The frames of some videos as an evaluation with one view saw them, by id; of those that can be read."""
+    data = loader.config.data
+    _, _, (view,), _ = next(Views(data.test_clips, data.test_crops, data.dense).subsets())
+    one = Loader(loader.config, "val", loader.dataset, rank=0, world_size=1, consumed=0, ids=np.array(videos, np.int64))
+    return {
+        video: _shown(frames_VTCHW[view])
+        for batch in one
+        for video, frames_VTCHW in zip(batch.ids.tolist(), batch.frames, strict=True)
+    }
+
+
+def _write_projector(folder: Path, class_embeddings_CD: torch.Tensor, class_names: Sequence[str]) -> None:
+    """Files of TensorBoard's projector, in place of those before: `add_embedding` would keep a copy of every step."""
+    np.savetxt(folder / "class_embeddings.tsv", class_embeddings_CD.float().cpu().numpy(), "%.6g", "\t")
+    (folder / "class_names.tsv").write_text("".join(f"{name}\n" for name in class_names), encoding="utf-8")
+    (folder / "projector_config.pbtxt").write_text(PROJECTOR, encoding="utf-8")

@@ -1,0 +1,157 @@
+"""Writes an export: the files of `weights.export_model`, a model card, and on demand an ONNX graph.
+
+README.md         the model card
+model.onnx        the visual side with the classes (text4vis/serving/onnx_graph.py); model.onnx.data from 2 GB on
+predict_onnx.py   text4vis/serving/standalone.py, which runs the graph without torch
+"""
+
+from __future__ import annotations
+
+import shutil
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from shards.files import require_folder
+from text4vis.config.schema import Config, ConfigError
+from text4vis.data.sampling import DENSE_WINDOW
+from text4vis.evaluation.comparison import read_report
+from text4vis.evaluation.embedding import versions, weights_fingerprint
+from text4vis.model.towers import CLIP_NAMES
+from text4vis.saved.checkpoint import STATE, find
+from text4vis.saved.weights import EXPORT_FILE, Parts, export_model
+from text4vis.serving.model_card import file_name, model_card
+from text4vis.serving.onnx_graph import OPSET, OnnxFile, remove_onnx, require_packages, write_onnx
+from text4vis.serving.predictor import Trained, takes_labels
+
+CARD_FILE = "README.md"
+ONNX_FILE = "model.onnx"
+ONNX_PROGRAM = "predict_onnx.py"
+# What a reader of the card wants to know of the training; the whole configuration is in export.json.
+UNFINISHED = ".exporting"  # an export that was killed may be written again
+TRAINING_KEYS = (
+    "seed", "pretrain", "network.pretrained", "network.init", "network.fix_video", "network.fix_text",
+    "network.classifier_trainable", "network.drop_out", "solver.type", "solver.epochs", "solver.lr_warmup_step",
+    "solver.optim", "solver.lr", "solver.clip_ratio", "solver.weight_decay", "solver.loss_type", "solver.smoothing",
+    "solver.mixup", "solver.cutmix", "data.augmentation", "data.shot", "engine.precision",
+)  # fmt: skip
+TABLES = ("per_class", "confusion", "predictions", "by_views", "half_classes", "class_splits", "skipped")
+
+
+def export(folder: Path, trained: Trained, *, report: Path | None = None, onnx: bool = False) -> OnnxFile | None:
+    """Writes the export of a trained model; an older one in the folder is replaced. Returns what `onnx` wrote.
+
+    report: of an evaluation, which the card quotes. Raises ConfigError, also for a folder
+    that holds something else, and OSError.
+    """
+    model, config, names = trained.model, trained.config, trained.class_names
+    evaluation = None if report is None else quote_report(report, trained)
+    rule = preprocessing(config)
+    require_folder(folder)
+    if any(folder.iterdir()) and not any((folder / name).is_file() for name in (EXPORT_FILE, UNFINISHED)):
+        raise ConfigError(
+            f"--output: {folder} holds other files, no export; some might be overwritten: name a new or empty folder"
+        )
+    (folder / UNFINISHED).touch()
+    (folder / EXPORT_FILE).unlink(missing_ok=True)  # without it the folder is no export
+    remove_onnx(folder / ONNX_FILE)
+    (folder / ONNX_PROGRAM).unlink(missing_ok=True)
+    graph, graph_facts = None, None
+    if onnx:
+        require_packages()
+        facts = {"class_names": list(names), "preprocessing": rule}
+        graph = write_onnx(folder / ONNX_FILE, model.eval(), trained.class_embeddings_CD, facts)
+        shutil.copyfile(Path(__file__).with_name("standalone.py"), folder / ONNX_PROGRAM)
+        difference = "not compared: onnxruntime is not installed" if graph.difference is None else graph.difference
+        graph_facts = {"opset": OPSET, "bytes": graph.bytes, "largest difference of logits to PyTorch": difference}
+    installed = versions()
+    card = {**trained.card, "preprocessing": rule, "evaluation": evaluation, "onnx": graph_facts, "versions": installed}
+    export_model(folder, model, config.network, config.to_dict(), names, trained.class_embeddings_CD, card)
+    page = model_card(
+        f"{file_name(config.network.arch)}{f', {config.data.dataset}' if config.data.dataset else ''}",
+        names,
+        facts={**_what_it_is(trained), "versions": installed},
+        training=_training(trained),
+        preprocessing=rule,
+        figures=trained.card.get("figures", {}),
+        evaluation=evaluation,
+        onnx=graph_facts,
+        takes_labels=takes_labels(config),
+    )
+    (folder / CARD_FILE).write_text(page, encoding="utf-8")
+    (folder / UNFINISHED).unlink()
+    return graph
+
+
+def last_report(path: Path) -> Path | None:
+    """The report of the last evaluation of the run that a run's folder or a checkpoint belongs to, if it has one."""
+    run = path.parent.parent if (path / STATE).is_file() else find(path).parent.parent
+    report = run / "report.json"
+    return report if report.is_file() else None
+
+
+def quote_report(path: Path, trained: Trained) -> dict[str, Any]:
+    """The protocol card and the figures of a report, without its tables, whether it is of the same weights, and whether
+    it was measured on the videos that the model was trained on.
+
+    Raises ConfigError for a file that is no report.
+    """
+    report = read_report(path)
+    quoted = {key: value for key, value in report.items() if key not in TABLES}
+    same = report.get("weights") == weights_fingerprint(trained.model.state_dict())
+    trained_on = report.get("data_fingerprint") == trained.card.get("data_fingerprint", "")
+    quoted["model"] = file_name(report.get("model"))
+    return {"of these weights": same, "of the training data": trained_on, **quoted}
+
+
+def preprocessing(config: Config) -> dict[str, Any]:
+    """What a program does to a video before the model sees it; frames are then uint8 RGB (T, 3, S, S)."""
+    data = config.data
+    return {
+        "num_segments": data.num_segments,
+        "sampling": "equal steps in the window in the middle" if data.dense else "the first frame of each segment",
+        "dense_window": DENSE_WINDOW if data.dense else None,
+        "scale_size": config.scale_size,
+        "resize": "short side to scale_size, long side rounded down, bicubic with antialias (Pillow's)",
+        "input_size": data.input_size,
+        "crop": "square of input_size in the centre",
+    }
+
+
+def _starting_weights(config: Config) -> str:
+    network = config.network
+    if config.pretrain:
+        return f"{file_name(config.pretrain)} (pretrain)"
+    if not network.init:
+        return "random"
+    if network.pretrained:
+        return f"{file_name(network.pretrained)} (network.pretrained)"
+    return f"OpenAI's CLIP {network.arch}" if network.arch in CLIP_NAMES else f"{file_name(network.arch)}'s own"
+
+
+def _training(trained: Trained) -> dict[str, Any]:
+    """What a run records of its training; a .pt file records nothing, and its recipe is whoever exports it's."""
+    recorded = {key: value for key, value in trained.card.items() if key != "figures"}
+    if "step" not in recorded:
+        return recorded
+    return recorded | {key: file_name(attrgetter(key)(trained.config)) for key in TRAINING_KEYS}
+
+
+def _what_it_is(trained: Trained) -> dict[str, Any]:
+    config, network = trained.config, trained.config.network
+    return {
+        "architecture": file_name(network.arch),
+        "weights before training": _starting_weights(config) if "step" in trained.card else None,
+        "temporal head": network.sim_header,
+        "temporal modelling in the tower": network.tm or ("joint_st" if network.joint_st else "none"),
+        "parameters of the visual side": sum(
+            tensor.numel() for tensor in Parts.of(trained.model.state_dict()).video.values()
+        ),
+        "frames a video": config.data.num_segments,
+        "embedding width": trained.model.embed_dim,
+        "weights": "float32",
+        "weights_fingerprint": weights_fingerprint(trained.model.state_dict()),
+        "classifier": network.classifier + (", trained" if network.classifier_trainable else ""),
+        "template": network.template,
+        "data set": config.data.dataset or "unnamed",
+    }

@@ -1,0 +1,127 @@
+"""From a micro batch to its loss: mixing, cross entropy or contrastive loss, gathering over ranks.
+
+B videos of a rank's micro batch, T frames, N videos of all ranks together, C classes. Imports config and mixing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from text4vis.config.schema import Config, ConfigError
+from text4vis.data.mixing import Mix, draw_mix, mix_frames
+
+TARGET_SHARPNESS = 10.0
+PRIOR_TEMPERATURE = 1000.0
+
+
+class Objective:
+    """The loss of `solver.loss_type`. `classes` are those of the run, as VideoClip's forward takes them.
+
+    Raises ConfigError where videos are to be mixed and a micro batch holds only one.
+    """
+
+    def __init__(self, config: Config, classes: Tensor) -> None:
+        self.config, self.classes = config, classes
+        for key in ("mixup", "cutmix"):
+            if getattr(config.solver, key) and config.data.batch_size == 1:
+                raise ConfigError(
+                    f"solver.{key}: mixes videos of a micro batch, but one holds a single video; raise "
+                    "data.batch_size or solver.global_batch, or start fewer ranks"
+                )
+
+    def __call__(
+        self,
+        forward: Callable[[Tensor, Tensor], Tensor],
+        frames_BTCHW: Tensor,
+        labels_B: Tensor,
+        ids: Sequence[int],
+        position: int,
+    ) -> Tensor:
+        """The loss of the micro batch of videos `ids`, with `forward` for VideoClip's. Collective.
+
+        position: samples that the job had consumed before the step.
+
+        The contrastive losses take the texts of the batch's own videos, on all ranks. Each rank compares its videos
+        with every class that any rank has, and the logits are gathered: the same numbers as from gathered embeddings,
+        and a class that comes twice is embedded once.
+        """
+        solver = self.config.solver
+        if solver.loss_type == "CE":
+            mix = draw_mix(solver, self.config.seed, position, ids, frames_BTCHW.shape[-1])
+            if mix is not None:
+                frames_BTCHW = mix_frames(frames_BTCHW, mix)
+            return cross_entropy(forward(frames_BTCHW, self.classes), labels_B, solver.smoothing, mix)
+        labels_N = gather_rows(labels_B)
+        present_C, columns_N = labels_N.unique(return_inverse=True)
+        logits_NC = gather_rows(forward(frames_BTCHW, self.classes[present_C]))
+        return contrastive(logits_NC[:, columns_N], labels_N, dual=solver.loss_type == "DS")
+
+
+def cross_entropy(logits_BC: Tensor, labels_B: Tensor, smoothing: float = 0.0, mix: Mix | None = None) -> Tensor:
+    """Mean cross entropy. With a mix, each video's is that of its own label and its partner's, in their shares.
+
+    smoothing: the part of the target that is spread evenly over all classes.
+    """
+
+    def losses_B(labels_B: Tensor) -> Tensor:
+        return F.cross_entropy(logits_BC, labels_B, reduction="none", label_smoothing=smoothing)
+
+    if mix is None:
+        return losses_B(labels_B).mean()
+    shares_B = torch.tensor(mix.shares, dtype=logits_BC.dtype, device=logits_BC.device)
+    return torch.lerp(losses_B(labels_B[mix.partners]), losses_B(labels_B), shares_B).mean()
+
+
+def contrastive(logits_NN: Tensor, labels_N: Tensor, *, dual: bool) -> Tensor:
+    """Contrastive loss of N videos (rows) and the N texts of their classes (columns); logits carry the logit scale.
+
+    The mean of two directions, rows against columns and columns against rows. Each is the Kullback-Leibler divergence
+    of softmax(logits) from soft targets, summed over a row and averaged over rows. A row's targets are the softmax of
+    10 where the labels are equal and 0 elsewhere, so all texts that read the same share the row, and the others keep
+    exp(-10) of a share each.
+
+    dual: logits are first multiplied by N * softmax(logits / 1000) over the other axis (dual softmax, CAMoE,
+    arXiv:2109.04290). Source: `NCELoss` (dual false) and `DualLoss` (dual true) of the Text4Vis release, used by its
+    `train_nce.py` for `solver.loss_type` NCE and DS; the divergence and targets are ActionCLIP's `KLLoss`.
+    """
+    same_NN = (labels_N[:, None] == labels_N).to(logits_NN.dtype)
+    targets_NN = torch.softmax(TARGET_SHARPNESS * same_NN, dim=1)
+
+    def divergence(logits_NN: Tensor) -> Tensor:
+        if dual:
+            logits_NN = logits_NN * torch.softmax(logits_NN / PRIOR_TEMPERATURE, dim=0) * len(logits_NN)
+        return F.kl_div(torch.log_softmax(logits_NN, dim=1), targets_NN, reduction="batchmean")
+
+    return (divergence(logits_NN) + divergence(logits_NN.T)) / 2
+
+
+def gather_rows(rows_BX: Tensor) -> Tensor:
+    """The rows (N, X) of all ranks, in rank order and with gradient. Every rank calls it, with as many rows.
+
+    The gradient is right for parameters' gradients that are averaged over ranks, as the engine does, when every rank
+    computes the same loss from the gathered rows: the average is then the gradient of that one loss. The original
+    keeps the gradient of the local rows only, which leaves 1/world size of it.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return rows_BX
+    return _GatherRows.apply(rows_BX)
+
+
+class _GatherRows(torch.autograd.Function):
+    """Backward, each rank's loss holds the rank's rows with the same gradient: their sum is world size times one."""
+
+    @staticmethod
+    def forward(context: Any, rows_BX: Tensor) -> Tensor:
+        gathered = [torch.empty_like(rows_BX) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, rows_BX.contiguous())
+        return torch.cat(gathered)
+
+    @staticmethod
+    def backward(context: Any, gradient_NX: Tensor) -> Tensor:
+        return gradient_NX.chunk(dist.get_world_size())[dist.get_rank()] * dist.get_world_size()

@@ -1,0 +1,315 @@
+"""The training engine beside a bare loop, the memory that each ZeRO stage leaves on a rank, and the time to go on.
+
+The model has random weights and the frames are made up, so nothing is decoded. B videos, V views, T frames.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as checkpointed
+
+from benchmarks.figures import Figure, against, compared, forks, interleaved, run_fresh
+from text4vis.cluster import distributed
+from text4vis.cluster.stop import StopRequest
+from text4vis.config.schema import Config, ConfigError, config_from_dict
+from text4vis.data.loader import Batch
+from text4vis.model.video_clip import VideoClip, build_model
+from text4vis.saved import checkpoint
+from text4vis.training import engine as engines
+from text4vis.training.logs import Meter
+from text4vis.training.losses import cross_entropy
+from text4vis.training.optim import build_optimizer
+from text4vis.training.trainer import Trainer
+
+STAGES = (0, 1, 2, 3)
+TURNS_A_ROUND = 2  # of single steps, so that contenders meet the same load
+_WARM_UP_STEPS = 2
+_CLASSES = 400
+
+
+@dataclass(frozen=True)
+class EngineSetup:
+    """What is trained. shards: videos to plan with; their frames are never read. arch: as network.arch, a ViT.
+
+    videos: in a step, of 8 frames. precision: as engine.precision.
+    """
+
+    shards: Path
+    arch: str
+    videos: int
+    precision: str
+
+    def config(self, zero_stage: int) -> Config:
+        folder = str(self.shards)
+        data = {"train": folder, "val": folder, "synthetic": True, "batch_size": self.videos}
+        network = {"arch": self.arch, "init": False, "classifier": "random"}
+        engine = {"precision": self.precision, "zero_stage": zero_stage}
+        values = {"data": data, "network": network, "engine": engine, "solver": {"epochs": 10**6}}
+        return config_from_dict(values, "benchmark")
+
+
+class BareLoop:
+    """The step in plain PyTorch: forward, backward, optimiser. A bf16 model has fp32 weights beside it.
+
+    twice: activations are checkpointed as the original does, always: each block of the visual tower, and within it its
+    attention and its MLP once more. Each of these then runs three times forward for once backward.
+    """
+
+    def __init__(self, config: Config, batch: Batch, classes_CD: Tensor, *, twice: bool = False) -> None:
+        torch.manual_seed(config.seed)
+        model = build_model(config.network, config.data.num_segments, image_size=config.data.input_size)
+        self.model = model.to(distributed.device())
+        self.batch, self.classes_CD = batch, classes_CD
+        self.optimizer = build_optimizer(self.model, config.solver)
+        self.pairs: list[tuple[nn.Parameter, nn.Parameter]] = []  # low precision and fp32
+        if config.engine.precision == "bf16":
+            for group in self.optimizer.param_groups:
+                masters = [nn.Parameter(parameter.detach().clone()) for parameter in group["params"]]
+                self.pairs += zip(group["params"], masters, strict=True)
+                group["params"] = masters
+            self.model.bfloat16()
+        if twice:
+            _checkpoint_twice(self.model, config.network.arch)
+
+    def __call__(self) -> Tensor:
+        """Takes a step; returns its loss."""
+        frames_BTCHW = self.batch.frames.to(self.classes_CD.device, non_blocking=True)[:, 0]
+        labels_B = self.batch.labels.to(self.classes_CD.device, non_blocking=True)
+        loss = cross_entropy(self.model(frames_BTCHW, self.classes_CD), labels_B)
+        loss.backward()
+        for low, master in self.pairs:
+            assert low.grad is not None
+            master.grad, low.grad = low.grad.float(), None
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        for low, master in self.pairs:
+            low.data.copy_(master.data)
+        return loss.detach()
+
+
+def _checkpoint_twice(model: VideoClip, arch: str) -> None:
+    blocks = getattr(getattr(model.visual, "transformer", None), "resblocks", None)
+    if blocks is None:
+        raise ConfigError(f"--model: {arch} has no transformer as its visual tower; give a ViT")
+
+    def forward(block: Any, x: Tensor) -> Tensor:
+        x = x + checkpointed(block.attention, block.ln_1(x), use_reentrant=True)
+        return x + checkpointed(block.mlp, block.ln_2(x), use_reentrant=True)
+
+    for block in blocks:
+        inner = functools.partial(forward, block)
+        block.forward = lambda x, *_, inner=inner, **__: checkpointed(inner, x, use_reentrant=True)
+
+
+def step_seconds(setup: EngineSetup, rounds: int) -> dict[str, list[float]]:
+    """Seconds of single steps by contender, ours first. Run it fresh."""
+    distributed.start()
+    trainers = [Trainer(setup.config(stage), Path("unused"), StopRequest(), "never") for stage in (1, 0)]
+
+    def ours(trainer: Trainer) -> Callable[[], object]:
+        return functools.partial(trainer.train_step, iter(trainer.train_loader), Meter.new(trainer.device))
+
+    config, classes_CD = trainers[0].config, trainers[0].objective.classes
+    batch = next(iter(trainers[0].train_loader))
+    contenders: dict[str, Callable[[], object]] = {
+        "ours": ours(trainers[0]),
+        "ours, ZeRO 0": ours(trainers[1]),
+        "bare PyTorch loop": BareLoop(config, batch, classes_CD),
+        "bare loop, activations checkpointed twice": BareLoop(config, batch, classes_CD, twice=True),
+    }
+    timed = {name: functools.partial(_seconds, contender) for name, contender in contenders.items()}
+    for contender in timed.values():
+        for _ in range(_WARM_UP_STEPS):
+            contender()
+    values = interleaved("step", timed, rounds)
+    for trainer in trainers:
+        trainer.close()
+    distributed.stop()
+    return values
+
+
+def step(setup: EngineSetup, rounds: int) -> list[Figure]:
+    """Our training step against the same in a bare loop, without and with activations checkpointed twice."""
+    values = run_fresh(step_seconds, setup, rounds * TURNS_A_ROUND)
+    targets = {"bare PyTorch loop": "at most 1.03", "bare loop, activations checkpointed twice": "at most 0.50"}
+    return compared("step", "s", values, targets)
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes that a rank holds between the backward pass and the optimiser's step, of `num_parameters` parameters.
+
+    optimiser: fp32 weights and two moments. rest: what else the engine has allocated, such as its buckets.
+    """
+
+    num_parameters: int
+    parameters: int
+    gradients: int
+    optimiser: int
+    rest: int
+
+
+def formula(num_parameters: int, stage: int, world_size: int) -> dict[str, float]:
+    """Bytes of a rank in mixed precision with Adam, by kind: of each parameter 2 for itself, 2 for its gradient and 12
+    for the optimiser (fp32 weight and two moments), the last, the last two or all three of these shared by the ranks
+    at ZeRO stage 1, 2 and 3. Source: Rajbhandari et al., ZeRO (arXiv:1910.02054), sections 3.1 and 5.
+    """
+
+    def shared_from(first_stage: int) -> float:
+        return num_parameters / (world_size if stage >= first_stage else 1)
+
+    return {"parameters": 2 * shared_from(3), "gradients": 2 * shared_from(2), "optimiser": 12 * shared_from(1)}
+
+
+def held_by_stage(arch: str, world_size: int) -> list[Held]:
+    """What this rank holds at each ZeRO stage in bf16, counted in the storages of its tensors. Collective."""
+    return [_held(arch, stage, world_size) for stage in STAGES]
+
+
+def _held(arch: str, stage: int, world_size: int) -> Held:
+    values = {
+        "data": {"batch_size": 1, "num_segments": 1},
+        "network": {"arch": arch, "init": False},
+        "engine": {"zero_stage": stage},
+    }
+    config = config_from_dict(values, "benchmark")
+    before = _storages(_live_tensors())
+    model = build_model(config.network, 1, image_size=config.data.input_size)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    first = {name: value.detach().clone() for name, value in model.named_parameters()}
+    engine = engines.start_engine(model, config, world_size)
+    engines.restore(engine, first.pop, None, 0)
+    side = config.data.input_size
+    logits_BC = engine(torch.zeros(1, 1, 3, side, side, dtype=torch.uint8), torch.randn(_CLASSES, model.embed_dim))
+    engine.backward(logits_BC.square().sum())
+    del logits_BC
+    gc.collect()
+
+    own = [getattr(parameter, "ds_tensor", parameter) for parameter in model.parameters()]
+    averaged = getattr(engine.optimizer, "averaged_gradients", {})  # ZeRO-1 to 3
+    gradients = [tensor for group in averaged.values() for tensor in group or ()]
+    gradients += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    states = engine.basic_optimizer.state
+    moments = [value for state in states.values() for value in state.values() if isinstance(value, Tensor)]
+    kinds = [_storages(own), _storages(gradients), _storages([*states, *moments])]
+    named = functools.reduce(lambda known, kind: known | kind, kinds)
+    foreign = before | _storages(model.text.module.state_dict().values()) | named
+    rest = {place: size for place, size in _storages(_live_tensors()).items() if place not in foreign}
+    engines.take_step(engine)
+    return Held(num_parameters, *(sum(kind.values()) for kind in (*kinds, rest)))
+
+
+def _live_tensors() -> list[Tensor]:
+    gc.collect()
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+
+
+def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Bytes of the storages by address: tensors that share one count once."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+def memory(arch: str, ranks: Iterable[int]) -> list[Figure]:
+    """Bytes of the fullest rank at each ZeRO stage, against `formula`."""
+    figures = []
+    for world_size in ranks:
+        by_rank = run_ranks(world_size, held_by_stage, arch, world_size)
+        for stage, held in zip(STAGES, zip(*by_rank, strict=True), strict=True):
+            expected = formula(held[0].num_parameters, stage, world_size)
+            for kind in ("parameters", "gradients", "optimiser", "rest"):
+                megabytes = [max(getattr(rank, kind) for rank in held) / 1e6]
+                ratios = against(megabytes, [expected[kind] / 1e6]) if kind in expected else None
+                what = f"{world_size} ranks, ZeRO {stage}: {kind}" + (" / formula" if ratios else "")
+                figures.append(Figure("memory", what, "MB", megabytes, ratios))
+    return figures
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """function(*arguments) on every rank of a job of new processes on this machine; its results in rank order."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    everywhere = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_PORT": port}
+    results = forks().SimpleQueue()
+    mp.start_processes(
+        _run_rank, (everywhere, results, function, arguments), nprocs=world_size, start_method="forkserver"
+    )
+    return [value for _, value in sorted((results.get() for _ in range(world_size)), key=lambda pair: pair[0])]
+
+
+def _run_rank(
+    rank: int, everywhere: dict[str, int], results: Any, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    place = everywhere | {"RANK": rank, "LOCAL_RANK": rank}
+    os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
+    distributed.start()
+    distributed.use_cores(0)
+    results.put((rank, function(*arguments)))
+    distributed.stop()
+
+
+@dataclass(frozen=True)
+class Resuming:
+    """Seconds from the start of the process to its first step done, to save, and to check and load; bytes saved."""
+
+    first_step: float
+    save: float
+    load: float
+    size: int
+
+
+def resuming(setup: EngineSetup, output: Path, started: float) -> Resuming:
+    """Goes on with the run in `output`, if there is one, for one step. started: monotonic time. Run it fresh."""
+    distributed.start()
+    trainer = Trainer(setup.config(1), output, StopRequest(), "auto")
+    _seconds(functools.partial(trainer.train_step, iter(trainer.train_loader), Meter.new(trainer.device)))
+    first_step = time.monotonic() - started
+    save = _seconds(trainer.save)
+    folder = checkpoint.latest(output)
+    assert folder is not None
+    load = _seconds(lambda: checkpoint.load(trainer.engine, folder, checkpoint.verify(folder)))
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    trainer.close()
+    distributed.stop()
+    return Resuming(first_step, save, load, size)
+
+
+def resume(setup: EngineSetup, work: Path, rounds: int) -> list[Figure]:
+    """Saving, loading, and starting again after a stop. Files come from the page cache."""
+    output = work / "resume"
+    shutil.rmtree(output, ignore_errors=True)
+
+    def run() -> Resuming:
+        return run_fresh(resuming, setup, output, time.monotonic(), imported=False)
+
+    run()  # the run that the others go on with
+    taken = interleaved("resume", {"resume": run}, rounds)["resume"]
+    shutil.rmtree(output)
+    size = f"{taken[0].size / 1e6:,.0f} MB"
+    return [
+        Figure("resume", f"save {size}, until it is on disk", "s", [value.save for value in taken]),
+        Figure("resume", f"check and load {size}", "s", [value.load for value in taken]),
+        Figure("resume", "from a new process to its first step done", "s", [value.first_step for value in taken]),
+    ]

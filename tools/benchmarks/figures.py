@@ -1,0 +1,175 @@
+"""Figures and how they are taken: interleaved, in processes of their own, with a description of the machine."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import platform
+import statistics
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+from text4vis.common.progress import Progress
+
+Value = TypeVar("Value")
+
+_PACKAGES = (
+    "text4vis", "numpy", "torch", "torchvision", "nvidia-dali-cuda130", "nvidia-dali-cuda120",
+    "opencv-python-headless", "pillow", "webdataset", "av",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of the result.
+
+    values: one a round. ratios: the round's value against that of the other contender, see `against`; None where the
+    figure stands alone. target: what the project promises about it, empty for none.
+    """
+
+    benchmark: str
+    what: str
+    unit: str
+    values: list[float]
+    ratios: list[float] | None = None
+    target: str = ""
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    @property
+    def ratio(self) -> float | None:
+        """Median over the rounds, so that a machine that grows slower meanwhile does not shift it."""
+        return None if self.ratios is None else statistics.median(self.ratios)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "benchmark": self.benchmark,
+            "what": self.what,
+            "unit": self.unit,
+            "median": self.median,
+            "min": min(self.values),
+            "max": max(self.values),
+            "values": self.values,
+            "ratio": self.ratio,
+            "ratios": self.ratios,
+            "target": self.target,
+        }
+
+
+def against(ours: list[float], other: list[float]) -> list[float]:
+    """Ours divided by the other, round by round."""
+    return [mine / theirs for mine, theirs in zip(ours, other, strict=True)]
+
+
+def compared(
+    benchmark: str, unit: str, values: Mapping[str, list[float]], targets: Mapping[str, str] | None = None
+) -> list[Figure]:
+    """A figure for each contender, the first of which is ours; the others carry ours divided by theirs."""
+    ours, *_ = values.values()
+    return [
+        Figure(
+            benchmark,
+            what,
+            unit,
+            series,
+            None if series is ours else against(ours, series),
+            (targets or {}).get(what, ""),
+        )
+        for what, series in values.items()
+    ]
+
+
+def interleaved(benchmark: str, contenders: Mapping[str, Callable[[], Value]], rounds: int) -> dict[str, list[Value]]:
+    """Runs A B C, A B C, …: what the machine does besides meets all of them alike."""
+    values: dict[str, list[Value]] = {name: [] for name in contenders}
+    with Progress(benchmark, rounds * len(contenders), unit="run") as bar:
+        for _ in range(rounds):
+            for name, contender in contenders.items():
+                values[name].append(contender())
+                bar.update(note=name)
+    return values
+
+
+class Processes:
+    """Helper processes by name, started when first used and kept. Use as a context manager.
+
+    Loaders made of threads and loaders that fork run in different ones: forking a process that has threads is not safe.
+    """
+
+    def __init__(self) -> None:
+        self._pools: dict[str, ProcessPoolExecutor] = {}
+
+    def run(self, name: str, function: Callable[..., Value], *arguments: Any) -> Value:
+        """function(*arguments) in the process `name`."""
+        if name not in self._pools:
+            self._pools[name] = _process()
+        return self._pools[name].submit(function, *arguments).result()
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pool in self._pools.values():
+            pool.shutdown()
+
+
+def run_fresh(function: Callable[..., Value], *arguments: Any, imported: bool = True) -> Value:
+    """function(*arguments) in a new process; imported: one that begins with the libraries in memory."""
+    with _process(imported) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def forks() -> Any:
+    """Starts processes as forks of one that has imported the libraries and done nothing else: imports take seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.suites"])
+    return context
+
+
+def _process(imported: bool = True) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, forks() if imported else multiprocessing.get_context("spawn"))
+
+
+def bytes_read_by_process() -> int:
+    """What this process has read with system calls so far, counted by the kernel. Mapped files do not count."""
+    counters = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(counters["rchar"])
+
+
+def forget_peak_memory() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory, system and versions. No names of hosts or users."""
+    model = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
+        platform.machine(),
+    )
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "processor": model,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_GB": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "load_average": os.getloadavg()[0],
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "packages": versions,
+    }

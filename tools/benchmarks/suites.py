@@ -1,0 +1,330 @@
+"""The benchmarks by name. Each takes a `Plan` and returns its figures."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+import webdataset as wds
+
+from benchmarks import contenders, engine
+from benchmarks.contenders import Contender, Setup
+from benchmarks.data import Workload, make_workload, multiplied
+from benchmarks.engine import EngineSetup
+from benchmarks.figures import (
+    Figure,
+    Processes,
+    against,
+    bytes_read_by_process,
+    compared,
+    forget_peak_memory,
+    interleaved,
+    run_fresh,
+)
+from benchmarks.scale import scale
+from shards.plan import epoch_order
+from shards.writer import build_shards
+from text4vis.config.schema import Config
+from text4vis.data import augmentation
+from text4vis.data.loader import build_loader
+from text4vis.data.prefetch import settled
+from text4vis.training.logs import resident_bytes
+
+_WARM_UP_TURNS = 8  # until the loaders have taken all the memory that they need
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure, and for how long.
+
+    find_workload: makes or opens the data, for the benchmarks that read it. batch_size, workers: of the loaders. work:
+    folder for what is made on the way. rounds: repetitions of each contender. seconds: least duration of one
+    measurement of throughput. index_videos, index_frames: size of the index of `open` and `position`. order_samples:
+    length of the permutation. model, step_videos, precision: see `EngineSetup`. ranks: numbers of ranks of `memory`.
+    scale_videos, world_sizes: sizes of data sets and jobs that `scale` plans.
+    """
+
+    find_workload: Callable[[], Workload]
+    batch_size: int
+    workers: int
+    processes: Processes
+    work: Path
+    rounds: int
+    seconds: float
+    index_videos: int
+    index_frames: int
+    order_samples: int
+    model: str
+    step_videos: int
+    precision: str
+    ranks: Sequence[int]
+    scale_videos: Sequence[int]
+    world_sizes: Sequence[int]
+
+    @cached_property
+    def setup(self) -> Setup:
+        return Setup(self.find_workload(), self.batch_size, self.workers)
+
+    @cached_property
+    def engine_setup(self) -> EngineSetup:
+        few = make_workload(self.work, num_videos=8, num_frames=16, clips=None)
+        return EngineSetup(few.shards, self.model, self.step_videos, self.precision)
+
+    @property
+    def large_index(self) -> Path:
+        shards = self.setup.workload.shards
+        return multiplied(shards, self.work, num_videos=self.index_videos, num_frames=self.index_frames)
+
+
+def throughput(contender: Contender, setup: Setup, seconds: float, producers: int) -> float:
+    """Videos a second of a loader that is just started, once it runs.
+
+    Batches come in turns of one from each of its `producers`; whole turns are counted. Nothing waits between batches,
+    so queues are as empty in the beginning as in the end.
+    """
+    with contender(setup) as batches, settled():  # as training does
+        for _ in range(_WARM_UP_TURNS * producers):
+            next(batches)
+        videos, started = 0, time.perf_counter()
+        while True:
+            videos += sum(len(batch) for batch in itertools.islice(batches, producers))
+            if (elapsed := time.perf_counter() - started) >= seconds:
+                return videos / elapsed
+
+
+def _throughputs(
+    plan: Plan, benchmark: str, by_threads: dict[str, Contender], by_processes: dict[str, Contender]
+) -> dict[str, list[float]]:
+    def run(process: str, contender: Contender, producers: int) -> Callable[[], float]:
+        return lambda: plan.processes.run(process, throughput, contender, plan.setup, plan.seconds, producers)
+
+    runs = {name: run("threads", contender, 1) for name, contender in by_threads.items()}
+    runs |= {name: run("workers", contender, plan.setup.workers) for name, contender in by_processes.items()}
+    return interleaved(benchmark, runs, plan.rounds)
+
+
+def loader(plan: Plan) -> list[Figure]:
+    """Training loaders, 8 x 224 px, the released recipe."""
+    by_threads: dict[str, Contender] = {"ours": contenders.ours_train, "decode only (limit)": contenders.decode_only}
+    by_processes: dict[str, Contender] = {
+        "original recipe": contenders.original_train,
+        "WebDataset + OpenCV": contenders.webdataset_train,
+        "torchvision v2 tensors": contenders.tensor_train,
+    }
+    targets = {
+        "decode only (limit)": "at least 0.70",
+        "original recipe": "at least 5",
+        "WebDataset + OpenCV": "at least 1.3",
+    }
+    return compared("loader", "videos/s", _throughputs(plan, "loader", by_threads, by_processes), targets)
+
+
+def views(plan: Plan) -> list[Figure]:
+    """Evaluation loaders, 4 clips x 3 crops."""
+    by_threads: dict[str, Contender] = {"ours, 12 views": contenders.ours_views}
+    by_processes: dict[str, Contender] = {"original recipe, 12 views": contenders.original_views}
+    targets = {"original recipe, 12 views": "at least 6"}
+    return compared("views", "videos/s", _throughputs(plan, "views", by_threads, by_processes), targets)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Samples read in `seconds`, the bytes the process read for them, and those of the sampled frames."""
+
+    samples: int
+    seconds: float
+    read_bytes: int
+    sampled_bytes: int
+
+
+def read_sampled_frames(config: Config, seconds: float) -> Reading:
+    """Reads the samples of the training stream as the loader does."""
+    with build_loader(config, "train") as running:
+        requests = (job.requests for job in running.jobs())
+        running.dataset.read_many(next(requests))
+        samples = sampled = 0
+        before, started = bytes_read_by_process(), time.perf_counter()
+        while (elapsed := time.perf_counter() - started) < seconds or not samples:
+            chunks = running.dataset.read_many(next(requests))
+            samples += len(chunks)
+            sampled += sum(map(len, itertools.chain(*chunks)))
+        return Reading(samples, elapsed, bytes_read_by_process() - before, sampled)
+
+
+def read_whole_videos(config: Config, tars: list[str], seconds: float) -> Reading:
+    """Reads the tars from end to end as WebDataset does, and takes the frames of the training recipe."""
+    samples = sampled = 0
+    before, started = bytes_read_by_process(), time.perf_counter()
+    for sample in wds.WebDataset(tars, shardshuffle=False).repeat():
+        names = sorted(name for name in sample if name.endswith((".jpg", ".png")))
+        rng = augmentation.generator(config.seed, 0, int(sample["__key__"]))
+        indices = augmentation.draw(config.data, len(names), rng).indices
+        sampled += sum(len(sample[names[index]]) for index in set(indices.tolist()))
+        samples += 1
+        if (elapsed := time.perf_counter() - started) >= seconds:
+            break
+    return Reading(samples, elapsed, bytes_read_by_process() - before, sampled)
+
+
+def read(plan: Plan) -> list[Figure]:
+    """Bytes and samples of reading, without decoding."""
+    config, tars = plan.setup.train, plan.setup.workload.tars
+    runs: dict[str, Callable[[], Reading]] = {
+        "pread of the sampled frames": lambda: plan.processes.run("threads", read_sampled_frames, config, plan.seconds),
+        "WebDataset, whole videos": lambda: plan.processes.run(
+            "workers", read_whole_videos, config, tars, plan.seconds
+        ),
+    }
+    readings = interleaved("read", runs, plan.rounds)
+    rates = {name: [r.samples / r.seconds for r in series] for name, series in readings.items()}
+    figures = compared("read", "samples/s", rates)
+    for (name, series), target in zip(readings.items(), ("at most 1.05", ""), strict=True):
+        kilobytes = [r.read_bytes / r.samples / 1e3 for r in series]
+        overhead = [r.read_bytes / r.sampled_bytes for r in series]
+        figures.append(
+            Figure("read", f"bytes read / of sampled frames: {name}", "kB/sample", kilobytes, overhead, target)
+        )
+    return figures
+
+
+def build_seconds(workload: Workload, output: Path) -> float:
+    """Builds the shards of the workload's folders, on disk when it returns."""
+    labels = [f"class {label}" for label in range(1 + max(label for _, _, label in workload.videos))]
+    started = time.perf_counter()
+    build_shards(
+        workload.annotations, root=workload.root, labels=labels, output=output, image_template=workload.template
+    )
+    return time.perf_counter() - started
+
+
+def tar_seconds(workload: Workload, output: Path, *, sync: bool) -> float:
+    """`tar cf` of the same folders; sync: until the archive is on disk."""
+    tar = shutil.which("tar")
+    if tar is None:
+        raise FileNotFoundError("tar: no such command; install it to compare with it")
+    output.mkdir(parents=True)
+    names = "\n".join(name for name, _, _ in workload.videos)
+    command = [tar, "-c", "-f", str(output / "all.tar"), "-C", str(workload.root), "--verbatim-files-from", "-T", "-"]
+    started = time.perf_counter()
+    subprocess.run(command, input=names, text=True, check=True)
+    if sync:
+        with (output / "all.tar").open("rb") as stream:
+            os.fsync(stream.fileno())
+    return time.perf_counter() - started
+
+
+def build(plan: Plan) -> list[Figure]:
+    """Shards from frame folders against `tar cf` of them, warm cache, the same output folder."""
+    workload, output = plan.setup.workload, plan.work / "build"
+    frames = [workload.frame(video, f) for video, (_, count, _) in enumerate(workload.videos) for f in range(count)]
+    megabytes = sum(len(path.read_bytes()) for path in frames) / 1e6
+
+    def rate(take_seconds: Callable[[Workload, Path], float]) -> float:
+        shutil.rmtree(output, ignore_errors=True)
+        os.sync()
+        seconds = take_seconds(workload, output)
+        shutil.rmtree(output)
+        return megabytes / seconds
+
+    runs = {
+        "build_shards": partial(rate, build_seconds),
+        "tar cf": partial(rate, partial(tar_seconds, sync=False)),
+        "tar cf, then fsync as build_shards does": partial(rate, partial(tar_seconds, sync=True)),
+    }
+    return compared("build", "MB/s", interleaved("build", runs, plan.rounds), {"tar cf": "at least 0.8"})
+
+
+def opening(config: Config) -> tuple[float, float]:
+    """Seconds from nothing to the first planned batch, and the memory in MB that this takes at most. Run it fresh."""
+    forget_peak_memory()
+    before, started = resident_bytes("VmRSS"), time.perf_counter()
+    with build_loader(config, "train") as running:
+        next(running.jobs())
+        elapsed = time.perf_counter() - started
+        return elapsed, (resident_bytes("VmHWM") - before) / 1e6
+
+
+def open_(plan: Plan) -> list[Figure]:
+    """Opening a data set as large as Kinetics-400."""
+    config = plan.setup.config(train=str(plan.large_index))
+    runs = {"opening": lambda: run_fresh(opening, config)}
+    seconds, megabytes = zip(*interleaved("open", runs, plan.rounds)["opening"], strict=True)
+    size = f"{plan.index_videos:,} videos x {plan.index_frames} frames"
+    return [
+        Figure("open", f"{size}: to the first planned batch", "s", list(seconds), target="at most 2"),
+        Figure("open", f"{size}: memory above import", "MB", list(megabytes), target="at most 300"),
+    ]
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def our_order_seconds(num_samples: int, epoch: int) -> float:
+    return _seconds(lambda: epoch_order(num_samples, 0, epoch))
+
+
+def numpy_order_seconds(num_samples: int, epoch: int) -> float:
+    return _seconds(lambda: np.random.default_rng(epoch).permutation(num_samples))
+
+
+def order(plan: Plan) -> list[Figure]:
+    """The permutation of an epoch."""
+    count, epochs = plan.order_samples, itertools.count()
+    runs: dict[str, Callable[[], float]] = {
+        f"order of {count:,} samples": lambda: plan.processes.run("threads", our_order_seconds, count, next(epochs)),
+        "numpy's permutation": lambda: plan.processes.run("threads", numpy_order_seconds, count, next(epochs)),
+    }
+    first, other = compared("order", "s", interleaved("order", runs, plan.rounds))
+    return [Figure("order", first.what, "s", first.values, target="at most 1"), other]
+
+
+def first_batch_seconds(config: Config, consumed: int) -> float:
+    """From `build_loader` to the first batch, as a job that starts or resumes waits for it."""
+    started = time.perf_counter()
+    with build_loader(config, "train", consumed=consumed) as running:
+        next(iter(running))
+        return time.perf_counter() - started
+
+
+def position(plan: Plan) -> list[Figure]:
+    """The first batch in mid-epoch against that of position 0, on the index as large as Kinetics-400."""
+    config = plan.setup.config(train=str(plan.large_index))
+    middle = plan.index_videos * 5 // 2
+
+    def run(consumed: int) -> Callable[[], float]:
+        return lambda: plan.processes.run("threads", first_batch_seconds, config, consumed)
+
+    run(0)()  # once per process: DALI's libraries
+    names = ("first batch at position 0", f"first batch at position {middle:,}, mid-epoch")
+    values = interleaved("position", dict(zip(names, map(run, (0, middle)), strict=True)), plan.rounds)
+    start, mid = (values[name] for name in names)
+    return [
+        Figure("position", names[0], "s", start),
+        Figure("position", names[1], "s", mid, against(mid, start), "at most 1.1"),
+    ]
+
+
+SUITES: dict[str, Callable[[Plan], list[Figure]]] = {
+    "loader": loader,
+    "views": views,
+    "read": read,
+    "build": build,
+    "open": open_,
+    "order": order,
+    "position": position,
+    "step": lambda plan: engine.step(plan.engine_setup, plan.rounds),
+    "memory": lambda plan: engine.memory(plan.model, plan.ranks),
+    "resume": lambda plan: engine.resume(plan.engine_setup, plan.work, plan.rounds),
+    "scale": lambda plan: scale(plan.scale_videos, plan.world_sizes, plan.batch_size, plan.rounds),
+}
