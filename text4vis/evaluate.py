@@ -28,6 +28,9 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+# Run by path, this folder comes first on sys.path: its rooms would hide installed packages of the same names.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+
 from shards.address import shown
 from shards.files import require_file
 from shards.format import ShardError

@@ -21,6 +21,9 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
+# Run by path, this folder comes first on sys.path: its rooms would hide installed packages of the same names.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+
 from shards.address import shown
 from shards.format import ShardError
 from text4vis.cluster import distributed

@@ -50,8 +50,8 @@ from shards.video import VideoError, probe_video
 from text4vis.classifier.embeddings import file_classifier
 from text4vis.cluster import distributed
 from text4vis.config.schema import Config, ConfigError, load_config
-from text4vis.evaluation.embedding import comparison
-from text4vis.evaluation.embedding import embedding as evaluation
+from text4vis.evaluation import comparison
+from text4vis.evaluation import embedding as evaluation
 from text4vis.model.tensors import read_weights
 from text4vis.saved import checkpoint
 from text4vis.saved.checkpoint import CheckpointError
