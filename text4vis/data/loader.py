@@ -32,9 +32,9 @@ from PIL import Image
 from shards.address import scheme_of
 from shards.annotations import parse_labels
 from shards.format import SampleError, ShardError
-from shards.images import ImageProbe
+from shards.images import ImageProbe, eight_bits
 from shards.reader import ShardDataset, open_dataset
-from shards.video import VideoError, decode_frames
+from shards.video import VideoError, decode_frames, nvdec_shows_the_same
 from text4vis.cluster.distributed import cores_per_rank
 from text4vis.config.schema import Config, ConfigError
 from text4vis.data import pixels
@@ -155,7 +155,7 @@ class Loader:
         ):
 
             def make_decoder() -> Any:
-                return _GpuDecoder(self) if self.device.type == "cuda" else _CpuDecoder(self, decodes)
+                return _GpuDecoder(self, decodes) if self.device.type == "cuda" else _CpuDecoder(self, decodes)
 
             decoder = make_decoder()
             repair = _Repair(self, make_decoder) if self.config.data.on_error == "skip" else None
@@ -198,16 +198,17 @@ class Loader:
         for (sample, numbers), files in zip(job.requests, by_video, strict=True):
             planned = list(itertools.islice(sizes, len(numbers)))
             if self.dataset.content(sample) == "frames":
-                self._check_headers(sample, numbers, planned, files)
+                files[:] = self._decodable(sample, numbers, planned, files)
         return job, by_video
 
-    def _check_headers(
+    def _decodable(
         self, sample: int, numbers: np.ndarray, planned: list[tuple[int, int]], files: list[bytes]
-    ) -> None:
+    ) -> Iterator[bytes]:
+        """The images, their headers compared with the index, as DALI decodes them to the pixels of `read_image`."""
         probe = ImageProbe()
         for number, (height, width), data in zip(numbers.tolist(), planned, files, strict=True):
             try:
-                info = probe(data)
+                info, image = probe(data), eight_bits(data)
             except ValueError as error:
                 raise SampleError(_undecodable(self.dataset, sample, error, number)) from None
             if (info.height, info.width) != (height, width):
@@ -216,6 +217,7 @@ class Loader:
                     f"says {width}x{height}; the index is damaged or of other data: check both with "
                     "tools/check_shards.py, then copy the data set again or rebuild it"
                 )
+            yield image
 
     def close(self) -> None:
         """Stops the threads of all passes and closes the data set."""
@@ -357,29 +359,42 @@ class _CpuDecoder:
         job = started.job
         stored = iter(_outputs(self._graph, self._dataset, started) if started.encoded else ())
         images: list[np.ndarray] = []
-        for b, (sample, numbers) in enumerate(job.requests):
-            if b not in started.videos:
+        for b, (_, numbers) in enumerate(job.requests):
+            if b in started.videos:
+                images += _video_regions(self._dataset, started, b, len(images))
+            else:
                 images += map(np.asarray, itertools.islice(stored, len(numbers)))
-                continue
-            try:
-                whole = started.videos[b].result()
-            except (VideoError, IndexError) as error:  # the file may hold fewer frames than the index says
-                raise SampleError(_undecodable(self._dataset, sample, error)) from error
-            for number, image in zip(numbers.tolist(), whole, strict=True):
-                height, width = job.sizes[len(images)]
-                if image.shape[:2] != (height, width):
-                    reason = f"{image.shape[1]}x{image.shape[0]} pixels, the index says {width}x{height}"
-                    raise SampleError(_undecodable(self._dataset, sample, reason, number))
-                top, left, height, width = job.frames[len(images)].geometry.region
-                images.append(image[top : top + height, left : left + width])
         return job, images
 
 
-class _GpuDecoder:
-    """Read bytes to resized images on the GPU, by DALI. A data set of frames and videos joined takes both graphs."""
+def _video_regions(dataset: ShardDataset, run: _Run, b: int, first: int) -> list[np.ndarray]:
+    """The planned regions (H, W, 3) uint8 of the batch's video b, which PyAV decodes; first: its first frame's number
+    in the batch. Raises SampleError."""
+    sample, numbers = run.job.requests[b]
+    try:
+        whole = run.videos[b].result()
+    except (VideoError, IndexError) as error:  # the file may hold fewer frames than the index says
+        raise SampleError(_undecodable(dataset, sample, error)) from error
+    regions = []
+    for position, (number, image) in enumerate(zip(numbers.tolist(), whole, strict=True), start=first):
+        height, width = run.job.sizes[position]
+        if image.shape[:2] != (height, width):
+            reason = f"{image.shape[1]}x{image.shape[0]} pixels, the index says {width}x{height}"
+            raise SampleError(_undecodable(dataset, sample, reason, number))
+        top, left, height, width = run.job.frames[position].geometry.region
+        regions.append(image[top : top + height, left : left + width])
+    return regions
 
-    def __init__(self, loader: Loader) -> None:
-        self._dataset = loader.dataset
+
+class _GpuDecoder:
+    """Read bytes to resized images on the GPU, by DALI. A data set of frames and videos joined takes both graphs.
+
+    Videos that DALI would show otherwise are decoded and resized on the CPU.
+    """
+
+    def __init__(self, loader: Loader, threads: ThreadPoolExecutor) -> None:
+        self._dataset, self._device, self._threads = loader.dataset, loader.device, threads
+        self._nvdec: dict[int, bool] = {}  # by sample, whether NVIDIA's decoder may decode it
         cubic = loader.split == "val" or loader.config.data.augmentation == "none"
         options: dict[str, Any] = {
             "device_id": loader.device.index,
@@ -391,11 +406,17 @@ class _GpuDecoder:
 
     def start(self, loaded: Loaded) -> tuple[_Run, list[bytes]]:
         job, by_video = loaded
-        encoded, stored, videos, wanted, first_frames = [], [], [], [], []
+        encoded, stored, videos, wanted, first_frames, on_cpu = [], [], [], [], [], {}
         frames = iter(job.frames)
-        for (sample, numbers), files in zip(job.requests, by_video, strict=True):
+        for b, ((sample, numbers), files) in enumerate(zip(job.requests, by_video, strict=True)):
             own = [next(frames) for _ in numbers]
             if self._dataset.content(sample) == "video":
+                num_frames = int(self._dataset.num_frames[sample])
+                if sample not in self._nvdec:
+                    self._nvdec[sample] = nvdec_shows_the_same(files[0], num_frames)
+                if not self._nvdec[sample]:
+                    on_cpu[b] = self._threads.submit(decode_frames, files[0], numbers, num_frames=num_frames)
+                    continue
                 videos += files
                 wanted.append(np.asarray(numbers, np.int32))
                 first_frames.append(own[0].geometry)
@@ -409,7 +430,7 @@ class _GpuDecoder:
             regions = [g.region for g in first_frames]
             feed(self._videos, videos, regions, [g.decoded_size for g in first_frames], wanted)
             self._videos.schedule_run()
-        return _Run(job, encoded, {}), videos
+        return _Run(job, encoded, on_cpu), videos
 
     def finish(self, started: tuple[_Run, list[bytes]]) -> tuple[Job, list[torch.Tensor]]:
         run, videos = started
@@ -417,8 +438,15 @@ class _GpuDecoder:
         stored = iter(_outputs(self._images, self._dataset, run) if run.encoded else ())
         sequences = iter(_outputs(self._videos, self._dataset, run) if videos else ())
         images: list[torch.Tensor] = []
-        for sample, numbers in job.requests:
-            if self._dataset.content(sample) == "video":
+        for b, (sample, numbers) in enumerate(job.requests):
+            if b in run.videos:
+                planned = job.frames[len(images) :]
+                regions = _video_regions(self._dataset, run, b, len(images))
+                images += [
+                    torch.from_numpy(_decoded_size(region, frame.geometry)).to(self._device)
+                    for region, frame in zip(regions, planned, strict=False)
+                ]
+            elif self._dataset.content(sample) == "video":
                 images += torch.from_dlpack(next(sequences)).unbind(0)
             else:
                 images += map(torch.from_dlpack, itertools.islice(stored, len(numbers)))
@@ -649,6 +677,11 @@ def _resize(image: np.ndarray, geometry: Geometry, into: np.ndarray | None = Non
     shrinks = image.shape[0] >= 2 * height or image.shape[1] >= 2 * width
     kind = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
     return cv2.resize(image, (width, height), dst=into, interpolation=kind)
+
+
+def _decoded_size(image: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """What a decoder that also resizes gives: operations come before the resize."""
+    return np.ascontiguousarray(image if geometry.part is not None else _resize(image, geometry))
 
 
 def place_on_device(frames: list[Frame], images_HW3: list[torch.Tensor], out_BVTSS3: torch.Tensor) -> None:
