@@ -443,7 +443,7 @@ class _GpuDecoder:
                 planned = job.frames[len(images) :]
                 regions = _video_regions(self._dataset, run, b, len(images))
                 images += [
-                    torch.from_numpy(_decoded_size(region, frame.geometry)).to(self._device)
+                    torch.tensor(_decoded_size(region, frame.geometry), device=self._device)
                     for region, frame in zip(regions, planned, strict=False)
                 ]
             elif self._dataset.content(sample) == "video":
@@ -681,7 +681,7 @@ def _resize(image: np.ndarray, geometry: Geometry, into: np.ndarray | None = Non
 
 def _decoded_size(image: np.ndarray, geometry: Geometry) -> np.ndarray:
     """What a decoder that also resizes gives: operations come before the resize."""
-    return np.ascontiguousarray(image if geometry.part is not None else _resize(image, geometry))
+    return image if geometry.part is not None else _resize(image, geometry)
 
 
 def place_on_device(frames: list[Frame], images_HW3: list[torch.Tensor], out_BVTSS3: torch.Tensor) -> None:
