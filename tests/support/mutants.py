@@ -54,7 +54,10 @@ MODULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("text4vis/training/trainer.py",),
         ("training/test_training.py", "training/test_training_options.py", "training/test_resume.py"),
     ),
-    "protocols": (("text4vis/evaluation/protocols.py",), ("evaluation/test_metrics.py", "evaluation/test_evaluation.py")),
+    "protocols": (
+        ("text4vis/evaluation/protocols.py",),
+        ("evaluation/test_metrics.py", "evaluation/test_evaluation.py"),
+    ),
     "metrics": (("text4vis/evaluation/metrics.py",), ("evaluation/test_metrics.py",)),
 }
 COMPARISONS = {
@@ -226,7 +229,10 @@ def start_tests(tree: Path, tests: tuple[str, ...], report: Path | None = None) 
         os.chdir(tree)
         os.environ |= {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(tree)}
         tempfile.tempdir = None
-        sys.path[:] = [str(tree), *(entry for entry in sys.path if Path(entry).resolve() not in (ROOT, EQUIVALENT.parent))]
+        sys.path[:] = [
+            str(tree),
+            *(entry for entry in sys.path if Path(entry).resolve() not in (ROOT, EQUIVALENT.parent)),
+        ]
         options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", f"--rootdir={tree}"]
         code = int(pytest.main([*options, f"--basetemp={tree}/tmp", *(f"tests/{test}" for test in tests)]))
         if report:
@@ -310,7 +316,9 @@ def try_module(name: str, arguments: argparse.Namespace, equivalent: dict[str, s
         print(f"{EQUIVALENT.name}: no such mutant any more: {gone}")
     changing = [mutant for mutant in every if mutant.name not in equivalent]
     size = len(changing) if arguments.all else min(arguments.sample, len(changing))
-    chosen = sorted(random.Random(arguments.seed).sample(changing, size), key=lambda mutant: (mutant.path, mutant.start))
+    chosen = sorted(
+        random.Random(arguments.seed).sample(changing, size), key=lambda mutant: (mutant.path, mutant.start)
+    )
     survivors: list[Mutant] = []
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         for mutant, end in Runner(Path(folder), tests, arguments.jobs).run(chosen):

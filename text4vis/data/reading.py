@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 from shards.format import SampleError
-from shards.images import ImageProbe
+from shards.images import ImageProbe, eight_bits
 from shards.reader import ShardDataset
 from text4vis.data.plan import Picked, Planner, VideoPlan
 
@@ -49,15 +50,16 @@ class PlanReader:
         ]
         for video in videos:
             if not video.is_stored_video:
-                self._check_sizes(video)
+                video.files[:] = self._checked(video)
         return videos
 
-    def _check_sizes(self, video: ReadVideo) -> None:
-        """Compares the frames' headers with the index: an image of another size would be cut in the wrong place."""
+    def _checked(self, video: ReadVideo) -> Iterator[bytes]:
+        """The frames as every decoder shows them alike, their headers compared with the index: an image of another
+        size would be cut in the wrong place."""
         probe, sample = ImageProbe(), video.plan.sample
         for frame, data in zip(video.plan.frames, video.files, strict=True):
             try:
-                info = probe(data)
+                info, image = probe(data), eight_bits(data)
             except ValueError as error:
                 raise SampleError(undecodable(self._dataset, sample, error, frame.number)) from None
             if (info.height, info.width) != frame.size:
@@ -67,6 +69,7 @@ class PlanReader:
                     f"index says {width}x{height}; the index is damaged or of other data: check both with "
                     "tools/check_shards.py, then copy the data set again or rebuild it"
                 )
+            yield image
 
 
 def undecodable(dataset: ShardDataset, sample: int, reason: object, frame: int | None = None) -> str:
