@@ -11,8 +11,9 @@ from launch import program
 from videos import write_video
 
 from shards.annotations import parse_annotations, parse_labels
-from shards.folders import Video, read_table, readable, scan_folders, split_videos, write_lists
+from shards.folders import Video, read_table, scan_folders
 from shards.format import ShardError
+from shards.preparing import readable, split_videos, write_lists
 from shards.reader import open_dataset
 
 
