@@ -33,8 +33,8 @@ _SPLIT_NAMES = {
 }
 _PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".heic", ".ppm", ".pgm", ".npy", ".exr")
 _UNFINISHED = (".part", ".crdownload", ".ytdl", ".aria2", ".download", ".tmp", ".!ut")
-# Files of other kinds have these names as well: TypeScript, single pictures, AMOS and Amiga modules, tables.
-_AMBIGUOUS = (".ts", ".gif", ".mod", ".dav", ".rm", ".264", ".265", ".nut", ".dv")
+_PICTURE_HEADS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*")
+_AMBIGUOUS = (".ts", ".mod", ".rm")  # texts have these names as well: TypeScript, modules, …
 _TABLE_COLUMNS = ("path", "label", "split")
 _SHOWN = 3
 
@@ -154,27 +154,26 @@ def _kinds_by_content(
 
 
 def _why_no_video(path: Path) -> str:
-    """Empty for a file that opens as a video with a frame; a GIF needs two, or it is a picture."""
-    wanted = 2 if path.suffix.lower() in (".gif", ".apng") else 1
+    """Empty for a file that opens as a video with a frame. What begins as a picture does, needs two of them."""
     try:
-        if sum(1 for _ in islice(iter_frames(path), wanted)) == wanted:
-            return ""
-        return "it holds no frame that decodes" if wanted == 1 else "it is a single picture"
+        wanted = 2 if _head(path).startswith(_PICTURE_HEADS) else 1
+        frames = sum(1 for _ in islice(iter_frames(path), wanted))
     except VideoError as error:
         return str(error)
     except OSError as error:
         raise ShardError(f"{path}: {error.strerror or error}; make the file readable, or move it away") from None
+    return "" if frames == wanted else "it is a single picture"
 
 
 def _may_be_other(path: Path) -> bool:
-    """Whether a file that does not open may be something else, though its name is one of videos."""
-    if path.suffix.lower() == ".gif":
-        return path.read_bytes()[:3] == b"GIF"  # a single picture
-    if not path.name.lower().endswith(_AMBIGUOUS):
-        return False
+    """Whether a file that is no video is something else, though its name is one of videos: a picture or a text."""
+    head = _head(path)
+    return head.startswith(_PICTURE_HEADS) or (path.name.lower().endswith(_AMBIGUOUS) and b"\0" not in head)
+
+
+def _head(path: Path) -> bytes:
     with path.open("rb") as stream:
-        head = stream.read(4096)
-    return b"\0" not in head
+        return stream.read(4096)
 
 
 def _no_videos(root: Path, found: Found) -> str:

@@ -21,7 +21,10 @@ import av.error
 import numpy as np
 
 # FFmpeg also "opens" playlists and scripts, which make it read other files and addresses; only real containers here.
-_FORMATS = "mov,mp4,avi,matroska,webm,mpegts,mpeg,mpegvideo,flv,asf,ogg,m4v"
+_FORMATS = (
+    "mov,mp4,avi,matroska,webm,mpegts,mpeg,mpegvideo,flv,live_flv,asf,ogg,m4v,gif,apng,dv,mxf,rm,nut,ivf,wtv,"
+    "h264,hevc,vvc,obu,av1,h261,h263,vc1,vc1test,mjpeg,yuv4mpegpipe,swf,nuv,dhav,gxf,amv,film_cpk,roq,smk,bink,nsv,pva"
+)
 
 # Containers round times, so a duration is known to a part of a frame only.
 _RATE_TOLERANCE = 0.05
