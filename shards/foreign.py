@@ -31,7 +31,6 @@ from isal import isal_zlib
 from webdataset.tariterators import base_plus_ext
 
 from shards.address import expand_sources, join_address, local_path, scheme_of
-from shards.annotations import VIDEO_EXTENSIONS
 from shards.building import Workspace, clean_up, write_index
 from shards.files import require_folder
 from shards.format import (
@@ -54,7 +53,10 @@ from shards.text import printable, redact, redact_text
 from shards.video import VideoError, probe_video
 
 _IMAGES = {"jpg", "jpeg", "png", "webp", "bmp"}
-_VIDEOS = {extension.removeprefix(".") for extension in VIDEO_EXTENSIONS}
+_VIDEOS = {
+    *("mp4", "m4v", "mov", "avi", "mkv", "webm", "mpg", "mpeg", "wmv", "flv", "f4v", "3gp", "ts", "mts", "m2ts"),
+    *("ogv", "vob", "asf", "gif"),
+}
 _LABELS = ("cls", "json", "txt")
 _JSON_KEYS = ("label", "class", "cls", "category")
 # webdataset passes over such members too.

@@ -388,7 +388,7 @@ def test_playlists_and_pictures_are_no_videos(tmp_path):
     first, *others = (PIL.Image.fromarray(image) for image in pictures(3))
     first.save(animated, "WEBP", save_all=True, append_images=others)
     for data in (encode_jpeg(RED, None, None), animated.getvalue(), b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n"):
-        with pytest.raises(VideoError, match="not a video format that is read|it does not decode"):
+        with pytest.raises(VideoError, match=r"not a video format that is read|it does not decode"):
             probe_video(data)
 
 

@@ -7,8 +7,8 @@ Examples:
 
 Works on copies of the tree in a temporary folder; the checkout stays as it is. Each mutant runs its module's tests in a
 process that is forked after the libraries were imported, and ends at the first test that fails. Docstrings, messages,
-annotations and decorators are left alone. A mutant that no test notices is printed with its line. Those that compute the
-same are named in mutants_equivalent.txt, with the reason, and do not count.
+annotations and decorators are left alone. A mutant that no test notices is printed with its line. Those that
+compute the same are named in mutants_equivalent.txt, with the reason, and do not count.
 
 Exit codes: 0 at least --least per cent were noticed, 1 fewer, 2 wrong usage.
 """

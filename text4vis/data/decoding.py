@@ -149,7 +149,7 @@ class GpuDecoder:
         return self._by_nvdec[sample]
 
     def finish(self, run: Run) -> Decoded[torch.Tensor]:
-        """The videos and, for each, its k images; without copies where DALI decoded. Raises SampleError, RuntimeError."""
+        """The videos and, for each, its k images, uncopied where DALI decoded. Raises SampleError, RuntimeError."""
         stored_frames = iter(_stored_frames(self._images, self._dataset, run))
         stored_videos = sum(video.is_stored_video for video in run.videos)
         sequences = iter(dali.outputs(self._videos) if stored_videos > len(run.stored_videos) else ())
