@@ -151,7 +151,7 @@ def verify(folder: Path, only: Collection[str] | None = None) -> State:
 
 
 def read_parts(folder: Path) -> Parts:
-    """The tensors of a checkpoint's model, fp32 on the CPU. Only `verify` checks their bytes. Raises CheckpointError."""
+    """The tensors of a checkpoint's model, fp32 on the CPU. Only `verify` checks bytes. Raises CheckpointError."""
     try:
         return Parts.of(load_file(folder / WEIGHTS))
     except (OSError, SafetensorError) as error:
