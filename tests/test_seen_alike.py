@@ -15,11 +15,16 @@ from shards.annotations import parse_annotations
 from shards.checker import check_datasets
 from shards.extraction import extract_frames
 from shards.images import eight_bits, read_image
+from shards.reader import open_dataset
 from shards.video import iter_frames
 from shards.writer import build_shards
 from text4vis.config.schema import config_from_dict
-from text4vis.data import loader as loader_module
+from text4vis.data import dali
+from text4vis.data.decoding import GpuDecoder
+from text4vis.data.finishing import place_on_device
 from text4vis.data.loader import build_loader
+from text4vis.data.plan import Planner
+from text4vis.data.reading import PlanReader
 from text4vis.serving import standalone
 from text4vis.serving.export import preprocessing
 from text4vis.serving.predictor import Predictor
@@ -92,19 +97,20 @@ def test_on_a_gpu_pyav_decodes_what_dali_would_show_otherwise(tmp_path, monkeypa
         parse_annotations(tmp_path / "list.txt"), root=tmp_path / "videos", labels=["a"], output=tmp_path / "stored",
         store="video",
     )  # fmt: skip
-    monkeypatch.setattr(loader_module, "image_graph", lambda **_: None)
-    monkeypatch.setattr(loader_module, "video_graph", lambda **_: None)
     expected = evaluated(tmp_path / "stored")
-    with build_loader(config_of(tmp_path / "stored"), "val") as batches, ThreadPoolExecutor(1) as threads:
-        decoder = loader_module._GpuDecoder(batches, threads)
-        for job in batches.jobs():
-            started = decoder.start(batches.load(job.ids, job.epochs))
-            assert started[1] == [], "given to DALI"
-            _, images = decoder.finish(started)
-            out = torch.empty((len(job.ids), 1, T, S, S, 3), dtype=torch.uint8)
-            loader_module.place_on_device(job.frames, images, out)
-            for sample, frames in zip(job.ids.tolist(), out[:, 0].numpy(), strict=True):
-                np.testing.assert_array_equal(frames, expected[batches.dataset.name(sample)])
+    monkeypatch.setattr(dali, "image_graph", lambda **_: None)
+    monkeypatch.setattr(dali, "video_graph", lambda **_: None)
+    options = {"num_threads": 1, "resize": "cubic", "max_frames": 99, "max_videos": 99}
+    dataset = open_dataset([str(tmp_path / "stored")])
+    planner = Planner(config_of(tmp_path / "stored"), "val", dataset, 0, 1)
+    with ThreadPoolExecutor(1) as threads, dataset:
+        decoder = GpuDecoder(dataset, threads, device_id=0, **options)
+        decoder._device = torch.device("cpu")
+        for picked in planner.batches():
+            for plan, images in decoder.finish(decoder.start(PlanReader(dataset, planner, threads).read(picked))):
+                out = torch.empty((1, T, S, S, 3), dtype=torch.uint8)
+                place_on_device(images, plan.frames, out)
+                np.testing.assert_array_equal(out[0].numpy(), expected[dataset.name(plan.sample)])
 
 
 def png(depth: int, colour: int, rows: np.ndarray, *chunks: tuple[bytes, bytes]) -> bytes:
