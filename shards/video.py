@@ -32,7 +32,7 @@ from av.stream import Disposition
 # FFmpeg also "opens" playlists and scripts, which make it read other files and addresses, and pictures: only these.
 _FORMATS = (
     "mov,mp4,avi,matroska,webm,mpegts,mpeg,mpegvideo,flv,live_flv,asf,ogg,m4v,gif,apng,dv,mxf,rm,nut,ivf,wtv,"
-    "h264,hevc,vvc,obu,av1,h261,h263,vc1,vc1test,mjpeg,yuv4mpegpipe,swf,nuv,dhav,gxf,amv,film_cpk,roq,smk,bink,nsv,pva"
+    "h264,hevc,vvc,obu,av1,h261,h263,vc1,vc1test,yuv4mpegpipe,swf,nuv,dhav,gxf,amv,film_cpk,roq,smk,bink,nsv,pva"
 )
 
 # Matroska, WebM, FLV and ASF round times to a millisecond: a frame counts as shown up to half of one before its time.
@@ -44,6 +44,7 @@ _REORDERED_FRAMES = 8  # frames may come out of order for so long; a clock that 
 _PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 _NVDEC_CODECS = {"h264", "hevc", "mpeg4", "vp8", "vp9", "libdav1d", "av1"}
 _UNSPECIFIED, _LIMITED, _BT470BG, _SMPTE170M = 2, 1, 5, 6  # ITU-T H.273
+_MATRICES = {0, 1, 2, 4, 5, 6, 7, 9}  # RGB, BT.709, unspecified, FCC, BT.601 twice, SMPTE 240M, BT.2020
 
 Use = Callable[[np.ndarray], np.ndarray]
 Source = str | Path | bytes
@@ -340,6 +341,9 @@ class _RgbConverter:
 
     def __call__(self, frame: av.VideoFrame) -> np.ndarray:
         turning = _turning(frame)
+        if int(frame.colorspace) not in _MATRICES:  # newer versions of FFmpeg refuse it, older convert like this
+            frame.colorspace = 9 if int(frame.colorspace) == 10 else _UNSPECIFIED
+        frame.color_trc = frame.color_primaries = _UNSPECIFIED  # not converted
         key = (frame.format.name, frame.width, frame.height, int(frame.colorspace), int(frame.color_range), turning)
         if key not in self._graphs:
             self._graphs[key] = self._graph(frame, turning)
@@ -363,7 +367,7 @@ class _RgbConverter:
 
 
 def _turning(frame: av.VideoFrame) -> tuple[_Filter, ...]:
-    """The filters by which `ffmpeg` turns and mirrors a frame as its display matrix wants it."""
+    """The filters by which `ffmpeg` turns and mirrors a frame."""
     matrix = cast("Any", frame.side_data).get(Type.DISPLAYMATRIX)  # the stubs have it map texts
     a, b, _, c, d = np.frombuffer(bytes(36) if matrix is None else bytes(matrix), np.int32)[:5].tolist()
     if not math.hypot(a, c) or not math.hypot(b, d):

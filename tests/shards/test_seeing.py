@@ -111,6 +111,13 @@ def test_colour_matrices_and_ranges(tmp_path, matrix, colours, codec, pix_fmt, n
     assert_as_ffmpeg_shows(path)
 
 
+@pytest.mark.parametrize("matrix", [3, 8, 10, 12, 14], ids=["reserved", "YCgCo", "BT.2020 c", "derived", "ICtCp"])
+def test_rare_colour_matrices(tmp_path, matrix):
+    """Newer versions of FFmpeg refuse these."""
+    path = encode(tmp_path / "v.webm", "libvpx-vp9", "yuv444p", colorspace=matrix, color_range=1)
+    assert_as_ffmpeg_shows(path)
+
+
 @pytest.mark.parametrize("kind", ORIENTATIONS)
 @pytest.mark.parametrize(("codec", "pix_fmt", "size"), [
     ("libx264", "yuv420p", (48, 32)), ("libx264", "yuv422p", (48, 32)), ("libx264", "yuv444p", (45, 31)),
