@@ -28,8 +28,10 @@ PROTOCOL = (
 FIGURES = ("top1", "top5", "mean_class_accuracy", "map")
 SPLIT_FIGURES = ("top1_mean", "top5_mean")
 # Neither settings nor figures of one line.
-CONTENT = ("date", "model", "step", "top1_correct", "top5_correct", "chance", "not_finite", "per_class", "confusion",
-           "predictions")  # fmt: skip
+CONTENT = (
+    "date", "model", "step", "top1_correct", "top5_correct", "chance", "not_finite", "calibration", "per_class",
+    "confusion", "predictions",
+)  # fmt: skip
 # Classifiers whose class embeddings do not come from the template's words.
 WORDLESS = ("random", "orthogonal", "lda", "file", "trained")
 
