@@ -351,8 +351,7 @@ class _RgbConverter:
 
     def _graph(self, frame: av.VideoFrame, turning: tuple[_Filter, ...]) -> av.filter.Graph:
         graph = av.filter.Graph()
-        if hasattr(graph, "threads"):  # since PyAV 17.1
-            graph.threads = 1  # videos are decoded beside each other
+        graph.threads = 1  # videos are decoded beside each other
         source = f"video_size={frame.width}x{frame.height}:pix_fmt={frame.format.name}:time_base=1/1"
         source += f":colorspace={int(frame.colorspace)}:range={int(frame.color_range)}"
         filters: list[_Filter] = [("buffer", source), *turning]

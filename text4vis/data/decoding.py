@@ -158,7 +158,7 @@ class GpuDecoder:
             if row in run.stored_videos:
                 regions = _regions(self._dataset, plan, run.stored_videos[row])
                 resized = map(at_decoded_size, regions, [frame.geometry for frame in plan.frames])
-                images = [torch.from_numpy(image).to(self._device) for image in resized]
+                images = [torch.tensor(image, device=self._device) for image in resized]
             elif is_stored_video:
                 images = list(torch.from_dlpack(next(sequences)).unbind(0))
             else:
