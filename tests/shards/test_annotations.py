@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shards.annotations import Annotation, parse_annotations, parse_labels
+from shards.annotations import Annotation, format_annotation, parse_annotations, parse_labels
 from shards.format import Manifest, ShardError
 from shards.list_lines import is_video_file
 
