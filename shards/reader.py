@@ -22,12 +22,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from isal import isal_zlib
 
-from shards.address import expand_sources, local_path, printable, scheme_of
+from shards.address import expand_sources, local_path, scheme_of
 from shards.cache import CachedShards, ShardCache, default_cache_dir, entry_name, fetch_once
 from shards.format import INDEX_ROLES, MANIFEST, Manifest, ShardError, video_crc32
 from shards.index import MAX_MANIFEST_BYTES, Index, check_crc32, open_index, read_local_manifest
 from shards.local import LocalShards, ShardSource
 from shards.remote import RemoteFiles, RemoteShards
+from shards.text import printable
 
 _OPENING_THREADS = 8
 
@@ -119,22 +120,41 @@ def _open_part(address: str, options: _Options) -> _Part:
     manifest = read_local_manifest(folder)
     files = {role: folder / manifest.index[role]["file"] for role in INDEX_ROLES}
     index = open_index(printable(str(folder)), manifest, files)
-    return _Part(index, LocalShards(folder, manifest.shards, options.retries))
+    place = manifest.tars
+    if place is None or place == ".":
+        return _Part(index, LocalShards(folder, manifest.shards, options.retries))
+    if scheme_of(place) is None:
+        return _Part(index, LocalShards(local_path(place), manifest.shards, options.retries))
+    return _Part(index, _remote_source(place, manifest, options))
 
 
 def _open_remote(address: str, options: _Options) -> _Part:
-    remote = RemoteFiles(
+    remote = _remote_files(address, options)
+    manifest = Manifest.from_json(remote.read_whole(MANIFEST, MAX_MANIFEST_BYTES), remote.place(MANIFEST))
+    if manifest.tars not in (None, "."):
+        raise ShardError(
+            f"{remote.place(MANIFEST)}: names tars in another place, which is followed from local folders alone; copy "
+            "the index to a local folder"
+        )
+    index = _open_fetched_index(remote, manifest, options.cache_path / "index")
+    return _Part(index, _remote_source(address, manifest, options))
+
+
+def _remote_files(address: str, options: _Options) -> RemoteFiles:
+    return RemoteFiles(
         address,
         retries=options.retries,
         timeout_seconds=options.timeout_seconds,
         storage_options=options.storage_options,
     )
-    manifest = Manifest.from_json(remote.read_whole(MANIFEST, MAX_MANIFEST_BYTES), remote.place(MANIFEST))
-    index = _open_fetched_index(remote, manifest, options.cache_path / "index")
+
+
+def _remote_source(address: str, manifest: Manifest, options: _Options) -> ShardSource:
+    """The tars below an address: whole in the cache, or by ranges."""
+    remote = _remote_files(address, options)
     if options.cache_bytes is None:
-        return _Part(index, RemoteShards(remote, manifest.shards))
-    cache = ShardCache(options.cache_path / "shards", options.cache_bytes)
-    return _Part(index, CachedShards(remote, manifest, cache))
+        return RemoteShards(remote, manifest.shards)
+    return CachedShards(remote, manifest, ShardCache(options.cache_path / "shards", options.cache_bytes))
 
 
 def _open_fetched_index(remote: RemoteFiles, manifest: Manifest, folder: Path) -> Index:
@@ -367,7 +387,7 @@ class ShardDataset:
         what = f"frame {number}" if index.manifest.content == "frames" else "the video"
         return (
             f"{self.describe(sample)}: {what} has the CRC-32 {actual:#010x}, the index says {expected:#010x}; the "
-            "shard is damaged: find what else is with tools/check_shards.py, then copy it again or rebuild"
+            "shard is damaged: find what else is with check_shards, then copy it again or rebuild"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -28,12 +28,13 @@ from typing import Any
 from rich.console import Console
 
 import text4vis
-from shards.address import redact, scheme_of, shown
+from shards.address import scheme_of
 from shards.annotations import parse_labels
 from shards.files import require_file
 from shards.folders import find_videos as list_videos
 from shards.format import ShardError
 from shards.list_lines import is_video_file
+from shards.text import redact, shown
 from shards.walk import describe, is_hidden
 from text4vis.common.console import console, table
 from text4vis.common.progress import Progress

@@ -18,9 +18,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from shards.address import shown
 from shards.format import ShardError
 from shards.preparing import LABELS, list_file, prepare_lists, shards_folder
+from shards.text import shown
 from shards.writer import build_shards
 from text4vis.common.progress import Progress
 

@@ -25,15 +25,17 @@ from text4vis.cluster import distributed
 from text4vis.cluster.stop import NonFiniteError, Stopped, StopRequest
 from text4vis.config.schema import Config, ConfigError
 from text4vis.data.bad_videos import SkippedList
-from text4vis.data.loader import Batch, Loader, build_loader, class_names
+from text4vis.data.datasets import class_names
+from text4vis.data.loader import Batch, Loader, build_loader
 from text4vis.data.traps import log_traps
 from text4vis.evaluation.embedding import evaluate, join_bad_videos, weights_fingerprint
 from text4vis.evaluation.protocols import write_report
 from text4vis.model.video_clip import build_model
 from text4vis.saved import checkpoint
 from text4vis.saved.checkpoint import CheckpointError, State
+from text4vis.saved.opening import load_pretrained
 from text4vis.saved.runs import check_same_run, cut_global_batch, find_start
-from text4vis.training import engine
+from text4vis.training import checkpointing, engine
 from text4vis.training.logs import Meter, Metrics, gpu_utilisation, memory_bytes, table
 from text4vis.training.losses import Objective
 from text4vis.training.optim import scheduled_rate
@@ -73,7 +75,7 @@ class Trainer:
         torch.manual_seed(config.seed)  # the head's first weights: equal on all ranks
         distributed.use_cores(config.engine.num_threads)
         self.val_loader = self._loader("val")
-        self.train_loader = self._loader("train")
+        self.train_loader = self._loader("train", consumed=start.consumed if start else 0)
         self.class_names = class_names(config, self.train_loader.dataset)
         _check_same_classes(config, self.train_loader.dataset.classes, self.val_loader.dataset.classes)
         self.num_steps = math.ceil(config.solver.epochs * self.train_loader.epoch_samples / self.global_batch)
@@ -83,7 +85,7 @@ class Trainer:
         if self.start_from is not None:
             checkpoint.load_checkpoint(model, self.start_from)  # the engine restores only what trains
         elif config.pretrain:
-            checkpoint.load_pretrained(model, Path(config.pretrain))
+            load_pretrained(model, Path(config.pretrain))
         self.objective = Objective(self.config, training_classes(config, model, self.class_names).to(self.device))
         self.engine = self._start_engine(model)
         self.metrics: Metrics | None = None
@@ -224,7 +226,7 @@ class Trainer:
 
     def save(self) -> None:
         self.list_skipped(self.train_loader)  # what a resumed run has behind it is not met again
-        checkpoint.save(self.engine, self.output, self.state, keep=self.config.logging.keep_checkpoints)
+        checkpointing.save(self.engine, self.output, self.state, keep=self.config.logging.keep_checkpoints)
         self.saved_at = time.monotonic()
         if self.ranks.is_main:
             (self.output / SAVE_NOW).unlink(missing_ok=True)
@@ -301,7 +303,7 @@ class Trainer:
         classes_CD = self.class_embeddings()
         result = evaluate(
             self.engine.module, classes_CD, self.class_names, self.val_loader,
-            weights=weights_fingerprint(checkpoint.gather_weights(self.engine)),
+            weights=weights_fingerprint(checkpointing.gather_weights(self.engine)),
             before_batch=self.save_and_stop_if_asked,
         )  # fmt: skip
         (top1,) = distributed.sum_over_ranks([result["top1"] if result else 0.0])
@@ -323,7 +325,7 @@ class Trainer:
         best_top1 = max(top1, self.state.best_top1)
         self.state = replace(self.state, evaluated_step=self.state.step, best_top1=best_top1, figures=figures)
         if is_best:
-            checkpoint.save_best(self.engine, self.output, self.state)
+            checkpointing.save_best(self.engine, self.output, self.state)
         self.save()
         return figures
 
@@ -357,7 +359,7 @@ class Trainer:
         settings = self.settings()
         if not self.ranks.is_main:
             return
-        checkpoint.check_room(self.output, self.config.logging.keep_checkpoints, *engine.state_bytes(self.engine))
+        checkpointing.check_room(self.output, self.config.logging.keep_checkpoints, *engine.state_bytes(self.engine))
         if self.start_from is not None:
             logger.info("resumed from %s at step %d", self.start_from, self.state.step)
         logger.info("%s", table("settings", settings))
@@ -380,8 +382,10 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.close()
 
-    def _loader(self, split: str) -> Loader:
-        return build_loader(self.config, split, rank=self.ranks.rank, world_size=self.ranks.world_size)
+    def _loader(self, split: str, consumed: int = 0) -> Loader:
+        return build_loader(
+            self.config, split, rank=self.ranks.rank, world_size=self.ranks.world_size, consumed=consumed
+        )
 
     def _first_state(self, config: Config) -> State:
         return State(
@@ -395,11 +399,10 @@ class Trainer:
         )
 
     def _joined_state(self, config: Config, found: State) -> State:
-        """The state of the checkpoint, if it is of this run; the loader starts where it stood."""
+        """The state of the checkpoint, if it is of this run."""
         assert self.start_from is not None
         check_same_run(found, config, self.train_loader.dataset.fingerprint, self.start_from)
         _check_few_shot(self.output / FEW_SHOT_LIST, self.train_loader.planner.few_shot_list())
-        self.train_loader.consumed = found.consumed
         return replace(found, config=config.to_dict())
 
     def _start_engine(self, model: torch.nn.Module) -> Any:
@@ -409,7 +412,7 @@ class Trainer:
         if self.start_from is None:
             engine.restore(started, first.__getitem__, None, 0)
         else:
-            checkpoint.load(started, self.start_from, self.state)
+            checkpointing.load(started, self.start_from, self.state)
         return started
 
 
