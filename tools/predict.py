@@ -29,10 +29,13 @@ from rich.console import Console
 
 import text4vis
 from shards.address import scheme_of
-from shards.annotations import is_video_file, parse_labels
+from shards.annotations import parse_labels
 from shards.files import require_file
+from shards.folders import find_videos as list_videos
 from shards.format import ShardError
+from shards.list_lines import is_video_file
 from shards.text import redact, shown
+from shards.walk import describe, is_hidden
 from text4vis.common.console import console, table
 from text4vis.common.progress import Progress
 from text4vis.config.schema import ConfigError
@@ -105,14 +108,17 @@ def find_videos(words: list[str]) -> list[str]:
 
 
 def _in_folder(folder: Path) -> list[str]:
-    files = [path for path in folder.iterdir() if path.is_file()]
+    """A folder of frames itself, or the videos below a folder."""
+    files = [path for path in folder.iterdir() if path.is_file() and not is_hidden(path.name)]
     has_frames = any(path.suffix.lower() in FRAME_SUFFIXES for path in files)
     if has_frames and not any(is_video_file(path.name) for path in files):
         return [str(folder)]
-    videos = sorted(str(path) for path in folder.rglob("*") if is_video_file(path.name) and path.is_file())
+    videos, left_out = list_videos(folder)
+    if said := describe(left_out):
+        print(f"predict: notice: {folder}: {said}", file=sys.stderr)
     if not videos:
         raise PredictionError(f"{folder}: holds neither videos nor frames ({', '.join(sorted(FRAME_SUFFIXES))})")
-    return videos
+    return [str(folder / path) for path in videos]
 
 
 def picture_path(path: Path, number: int, count: int) -> Path:
