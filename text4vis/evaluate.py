@@ -26,7 +26,7 @@ import sys
 from collections.abc import Mapping
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 # Run by path, this folder comes first on sys.path: its rooms would hide installed packages of the same names.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
@@ -36,13 +36,8 @@ from shards.format import ShardError
 from shards.text import shown
 from text4vis.cluster import distributed
 from text4vis.common.console import console, table
-from text4vis.config.schema import Config, ConfigError, config_from_dict, load_config
-from text4vis.saved import checkpoint
-from text4vis.saved.checkpoint import CheckpointError, load_model
-from text4vis.saved.weights import EXPORT_FILE, read_export_config
-
-if TYPE_CHECKING:
-    from text4vis.model.video_clip import VideoClip
+from text4vis.config.schema import Config, ConfigError, load_config
+from text4vis.saved.checkpoint import CheckpointError
 
 # Keys that decide which frames the model sees, what the model is (an export brings its own), and its classes' rows.
 FRAME_KEYS = ("data.num_segments", "data.dense", "data.input_size", "data.scale_size")
@@ -77,6 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
     from text4vis.data.loader import build_loader
     from text4vis.evaluation.embedding import class_splits, evaluate, weights_fingerprint
     from text4vis.evaluation.protocols import write_report
+    from text4vis.saved.opening import open_saved
 
     config = load_config(arguments.config, arguments.set)
     ranks = distributed.start()
@@ -86,12 +82,12 @@ def run(arguments: argparse.Namespace) -> None:
     with build_loader(config, "val", rank=ranks.rank, world_size=ranks.world_size) as loader:
         names = class_names(config, loader.dataset)
         splits = class_splits(config, names, loader.dataset.labels)
-        trained = trained_with(arguments.model)
-        differing = trained and differences(trained, config, is_export=is_export(arguments.model))
+        saved = open_saved(arguments.model)
+        differing = saved.config and differences(saved.config, config, is_export=saved.kind == "export")
         if differing and ranks.is_main:
             print(f"evaluate: warning: {warning(arguments.model, differing)}", file=sys.stderr)
-        model = load_model(arguments.model, config)
-        check_frames(model, config)
+        model = saved.load(config)
+        model.check_frames(config.data)
         classes_CD = build_classifier(config, model, names)
         weights = weights_fingerprint(model.state_dict()) if ranks.is_main else ""
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.engine.precision]
@@ -109,18 +105,6 @@ def run(arguments: argparse.Namespace) -> None:
     show(report)
     if arguments.report:
         write_report(arguments.report, {"model": str(arguments.model), **report})
-
-
-def is_export(path: Path) -> bool:
-    return (path / EXPORT_FILE).is_file()
-
-
-def trained_with(path: Path) -> Config | None:
-    """The configuration that a model records; None for a .pt file, which records none."""
-    if path.suffix in {".pt", ".pth"}:
-        return None
-    values = read_export_config(path) if is_export(path) else checkpoint.read_state(checkpoint.find(path)).config
-    return config_from_dict(values, str(path))
 
 
 def differences(trained: Config, given: Config, *, is_export: bool) -> dict[str, tuple[Any, Any]]:
@@ -141,28 +125,6 @@ def warning(path: Path, differing: Mapping[str, tuple[Any, Any]]) -> str:
         f"{path} was trained with other settings than are given here ({pairs}), so its figures can fall to chance; "
         "give the first ones with --set to measure it as it was trained"
     )
-
-
-def check_frames(model: VideoClip, config: Config) -> None:
-    """Raises ConfigError where a model that brings its own network cannot take the frames of `config`."""
-    from text4vis.model.heads import NUM_POSITIONS, TransformerHead
-
-    data = config.data
-    if model.image_size != data.input_size:
-        raise ConfigError(
-            f"data.input_size: {data.input_size}, but the model takes {model.image_size} pixels; "
-            f"add --set data.input_size={model.image_size}"
-        )
-    if model.takes_fixed_frames and model.num_segments != data.num_segments:
-        raise ConfigError(
-            f"data.num_segments: {data.num_segments}, but the model takes {model.num_segments} frames; "
-            f"add --set data.num_segments={model.num_segments}"
-        )
-    if isinstance(model.fusion_model, TransformerHead) and data.num_segments > NUM_POSITIONS:
-        raise ConfigError(
-            f"data.num_segments: {data.num_segments}, but the model's head has positions for {NUM_POSITIONS} frames; "
-            f"add --set data.num_segments={model.num_segments}"
-        )
 
 
 def show(report: dict[str, Any]) -> None:

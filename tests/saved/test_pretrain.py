@@ -11,7 +11,7 @@ from tiny import tiny_network
 from text4vis.classifier.embeddings import build_classifier
 from text4vis.config.schema import Config, ConfigError, NetworkConfig
 from text4vis.model.video_clip import build_model
-from text4vis.saved.checkpoint import load_pretrained
+from text4vis.saved.opening import load_pretrained
 from text4vis.saved.weights import export_model
 
 

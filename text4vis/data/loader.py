@@ -144,7 +144,9 @@ class Loader:
         ):
             reader, views_shape = PlanReader(self.dataset, self.planner, reads), self.planner.views_shape
             if self.device.type == "cuda":
-                yield from self._steps(reader, self._gpu_decoder, GpuFinisher(views_shape, self.device))
+                yield from self._steps(
+                    reader, lambda: self._gpu_decoder(decodes), GpuFinisher(views_shape, self.device)
+                )
             else:
                 finisher = CpuFinisher(views_shape, finishes, finish_threads)
                 yield from self._steps(reader, lambda: self._cpu_decoder(decodes), finisher)
@@ -170,10 +172,11 @@ class Loader:
     def _cpu_decoder(self, threads: ThreadPoolExecutor) -> CpuDecoder:
         return CpuDecoder(self.dataset, threads, num_threads=self._num_threads, max_frames=self.planner.max_frames)
 
-    def _gpu_decoder(self) -> GpuDecoder:
+    def _gpu_decoder(self, threads: ThreadPoolExecutor) -> GpuDecoder:
         assert self.device.index is not None
         return GpuDecoder(
             self.dataset,
+            threads,
             device_id=self.device.index,
             num_threads=self._num_threads,
             resize="linear" if self.planner.augments else "cubic",

@@ -179,8 +179,9 @@ def _data(config: Config) -> Iterator[Finding]:
 def _model_and_output(config: Config, output: Path) -> Iterator[Finding]:
     """Builds the model, so that missing weights show, and looks for room for its checkpoints."""
     from text4vis.model.video_clip import build_model
-    from text4vis.saved.checkpoint import CheckpointError, check_room, read_state
+    from text4vis.saved.checkpoint import CheckpointError, read_state
     from text4vis.saved.runs import find_start
+    from text4vis.training.checkpointing import check_room
 
     parameters = 0
     logging.disable()  # a download that is tried again and again says so line by line; what came of it is found below

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from text4vis.config.schema import ConfigError, NetworkConfig
-from text4vis.model.heads import build_head
+from text4vis.config.schema import ConfigError, DataConfig, NetworkConfig
+from text4vis.model.heads import NUM_POSITIONS, TransformerHead, build_head
 from text4vis.model.temporal import adapt
 from text4vis.model.towers import TextTower, Towers, build_towers
 
@@ -110,6 +110,24 @@ class VideoClip(nn.Module):
         assert self.text_tower is not None, "the text tower is frozen"
         prompts_CPD = self.text_tower(classes.flatten(0, 1)).float().unflatten(0, classes.shape[:2])
         return nn.functional.normalize(prompts_CPD, dim=-1).mean(dim=1)
+
+    def check_frames(self, data: DataConfig) -> None:
+        """Raises ConfigError where the model cannot take the frames of `data`, naming the key and the value to set."""
+        if self.image_size != data.input_size:
+            raise ConfigError(
+                f"data.input_size: {data.input_size}, but the model takes {self.image_size} pixels; "
+                f"add --set data.input_size={self.image_size}"
+            )
+        if self.takes_fixed_frames and self.num_segments != data.num_segments:
+            raise ConfigError(
+                f"data.num_segments: {data.num_segments}, but the model takes {self.num_segments} frames; "
+                f"add --set data.num_segments={self.num_segments}"
+            )
+        if isinstance(self.fusion_model, TransformerHead) and data.num_segments > NUM_POSITIONS:
+            raise ConfigError(
+                f"data.num_segments: {data.num_segments}, but the model's head has positions for {NUM_POSITIONS} "
+                f"frames; add --set data.num_segments={self.num_segments}"
+            )
 
     def encode_video(self, frames_BTCHW: Tensor) -> Tensor:
         """Videos (B, D) float32, not normalised."""

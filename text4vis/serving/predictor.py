@@ -23,22 +23,20 @@ from typing import Any
 import fsspec
 import numpy as np
 import torch
-from PIL import Image
 
 from shards.address import scheme_of
 from shards.format import ShardError
+from shards.images import read_image
 from shards.text import redact, redact_text
 from shards.video import FrameReader, VideoError, VideoInfo, probe_video
-from text4vis.classifier.embeddings import build_classifier, text_classifier
-from text4vis.config.schema import Config, ConfigError, config_from_dict
+from text4vis.classifier.embeddings import text_classifier
+from text4vis.config.schema import Config, ConfigError
 from text4vis.data.augmentation import eval_geometry
 from text4vis.data.finishing import place
 from text4vis.data.sampling import test_indices
 from text4vis.evaluation.protocols import class_scores
 from text4vis.model.video_clip import VideoClip
-from text4vis.saved import checkpoint
-from text4vis.saved.runs import check_same_classes
-from text4vis.saved.weights import EXPORT_FILE, load_export
+from text4vis.saved.opening import open_saved
 
 FRAME_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
@@ -70,35 +68,6 @@ class Timeline:
         return _top(self.class_names, self.scores_WC[window], count)
 
 
-@dataclass(frozen=True)
-class Trained:
-    """A trained model with its configuration, its classes' names and embeddings (C, D), and where it comes from."""
-
-    model: VideoClip
-    config: Config
-    class_names: list[str]
-    class_embeddings_CD: torch.Tensor
-    card: dict[str, Any]
-
-
-def open_run(path: Path) -> Trained:
-    """A run's best weights, or a checkpoint. Raises CheckpointError, ConfigError."""
-    state = checkpoint.read_state(checkpoint.find(path))
-    config = config_from_dict(state.config, str(path))
-    model = checkpoint.load_model(path, config)
-    if model.classifier is None:
-        check_same_classes(state, config, path)
-    classes_CD = build_classifier(config, model, state.class_names)
-    card = {
-        "step": state.step,
-        "videos seen": state.consumed,
-        "global_batch": state.global_batch,
-        "data_fingerprint": state.data_fingerprint,
-        "figures": state.figures,
-    }
-    return Trained(model, config, state.class_names, classes_CD, card)
-
-
 def takes_labels(config: Config) -> bool:
     """Whether a model of this configuration can be asked for classes that it was not trained on."""
     return config.network.classifier == "text" and not config.network.classifier_trainable
@@ -108,7 +77,7 @@ class Predictor:
     """A model with its classes and its way of sampling frames."""
 
     def __init__(
-        self, model: Any, config: Config, class_names: Sequence[str], class_embeddings_CD: torch.Tensor
+        self, model: VideoClip, config: Config, class_names: Sequence[str], class_embeddings_CD: torch.Tensor
     ) -> None:
         self.model, self.config = model.eval(), config
         self.class_names = list(class_names)
@@ -120,15 +89,11 @@ class Predictor:
     def load(cls, folder: str | Path, device: str | torch.device | None = None) -> Predictor:
         """Opens an export, a run (its best weights) or a checkpoint. device: by default the GPU if there is one.
 
-        Raises text4vis.config.ConfigError or text4vis.saved.checkpoint.CheckpointError.
+        Raises text4vis.config.ConfigError or text4vis.saved.CheckpointError.
         """
+        trained = open_saved(folder).trained()
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if not (Path(folder) / EXPORT_FILE).is_file():
-            run = open_run(Path(folder))
-            return cls(run.model.to(device), run.config, run.class_names, run.class_embeddings_CD)
-        export = load_export(folder)
-        config = config_from_dict(export.config, f"{folder}/{EXPORT_FILE}")
-        return cls(export.model.to(device), config, export.class_names, export.class_embeddings)
+        return cls(trained.model.to(device), trained.config, trained.class_names, trained.class_embeddings_CD)
 
     def predict(self, video: str | Path | np.ndarray, labels: Sequence[str] | None = None, top: int = 5) -> Prediction:
         """Recognises one video: a file or its address, a folder of frames, or an array (N, H, W, 3) uint8 RGB.
@@ -198,15 +163,12 @@ class Predictor:
         last = max(0.0, info.duration - window_seconds)
         starts = np.append(np.arange(0.0, last, step), last)
         seconds_W2 = np.stack([starts, np.minimum(starts + window_seconds, info.duration)], axis=1)
-        first_last_W2 = np.searchsorted(info.times_N, seconds_W2)
         frames = FrameReader(video, num_frames=info.num_frames)
         scores, thumbnails = [], []
         for begin in range(0, len(starts), batch_size):
-            windows = [
-                first + self._indices(max(1, stop - first))
-                for first, stop in first_last_W2[begin : begin + batch_size].tolist()
-            ]
-            indices = np.minimum(np.concatenate(windows), info.num_frames - 1)
+            shown = [info.shown(start, stop) for start, stop in seconds_W2[begin : begin + batch_size].tolist()]
+            windows = [frames_n[self._indices(len(frames_n))] for frames_n in shown]
+            indices = np.concatenate(windows)
             frames_NSS3 = np.stack(self._decode(video, frames, indices))
             frames_BTSS3 = frames_NSS3.reshape(len(windows), -1, *frames_NSS3.shape[1:])
             scores.append(self._scores(frames_BTSS3, classes_CD))
@@ -339,9 +301,8 @@ def _probe(path: str | Path) -> VideoInfo:
 
 def _read_image(path: Path) -> np.ndarray:
     try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return np.asarray(read_image(path.read_bytes()))
+    except (OSError, ValueError) as error:
         raise PredictionError(f"{path}: not a readable image ({error})") from error
 
 

@@ -32,8 +32,9 @@ from text4vis.evaluation.protocols import write_report
 from text4vis.model.video_clip import build_model
 from text4vis.saved import checkpoint
 from text4vis.saved.checkpoint import CheckpointError, State
+from text4vis.saved.opening import load_pretrained
 from text4vis.saved.runs import check_same_run, cut_global_batch, find_start
-from text4vis.training import engine
+from text4vis.training import checkpointing, engine
 from text4vis.training.logs import Meter, Metrics, gpu_utilisation, memory_bytes, table
 from text4vis.training.losses import Objective
 from text4vis.training.optim import scheduled_rate
@@ -83,7 +84,7 @@ class Trainer:
         if self.start_from is not None:
             checkpoint.load_checkpoint(model, self.start_from)  # the engine restores only what trains
         elif config.pretrain:
-            checkpoint.load_pretrained(model, Path(config.pretrain))
+            load_pretrained(model, Path(config.pretrain))
         self.objective = Objective(self.config, training_classes(config, model, self.class_names).to(self.device))
         self.engine = self._start_engine(model)
         self.metrics: Metrics | None = None
@@ -222,7 +223,7 @@ class Trainer:
 
     def save(self) -> None:
         self.list_skipped(self.train_loader)  # what a resumed run has behind it is not met again
-        checkpoint.save(self.engine, self.output, self.state, keep=self.config.logging.keep_checkpoints)
+        checkpointing.save(self.engine, self.output, self.state, keep=self.config.logging.keep_checkpoints)
         self.saved_at = time.monotonic()
         if self.ranks.is_main:
             (self.output / SAVE_NOW).unlink(missing_ok=True)
@@ -299,7 +300,7 @@ class Trainer:
         classes_CD = self.class_embeddings()
         result = evaluate(
             self.engine.module, classes_CD, self.class_names, self.val_loader,
-            weights=weights_fingerprint(checkpoint.gather_weights(self.engine)),
+            weights=weights_fingerprint(checkpointing.gather_weights(self.engine)),
             before_batch=self.save_and_stop_if_asked,
         )  # fmt: skip
         (top1,) = distributed.sum_over_ranks([result["top1"] if result else 0.0])
@@ -321,7 +322,7 @@ class Trainer:
         best_top1 = max(top1, self.state.best_top1)
         self.state = replace(self.state, evaluated_step=self.state.step, best_top1=best_top1, figures=figures)
         if is_best:
-            checkpoint.save_best(self.engine, self.output, self.state)
+            checkpointing.save_best(self.engine, self.output, self.state)
         self.save()
         return figures
 
@@ -355,7 +356,7 @@ class Trainer:
         settings = self.settings()
         if not self.ranks.is_main:
             return
-        checkpoint.check_room(self.output, self.config.logging.keep_checkpoints, *engine.state_bytes(self.engine))
+        checkpointing.check_room(self.output, self.config.logging.keep_checkpoints, *engine.state_bytes(self.engine))
         if self.start_from is not None:
             logger.info("resumed from %s at step %d", self.start_from, self.state.step)
         logger.info("%s", table("settings", settings))
@@ -406,7 +407,7 @@ class Trainer:
         if self.start_from is None:
             engine.restore(started, first.__getitem__, None, 0)
         else:
-            checkpoint.load(started, self.start_from, self.state)
+            checkpointing.load(started, self.start_from, self.state)
         return started
 
 

@@ -28,6 +28,7 @@ from text4vis.config.schema import Config, ConfigError, config_from_dict
 from text4vis.data.loader import Batch
 from text4vis.model.video_clip import VideoClip, build_model
 from text4vis.saved import checkpoint
+from text4vis.training import checkpointing
 from text4vis.training import engine as engines
 from text4vis.training.logs import Meter
 from text4vis.training.losses import cross_entropy
@@ -289,7 +290,7 @@ def resuming(setup: EngineSetup, output: Path, started: float) -> Resuming:
     save = _seconds(trainer.save)
     folder = checkpoint.latest(output)
     assert folder is not None
-    load = _seconds(lambda: checkpoint.load(trainer.engine, folder, checkpoint.verify(folder)))
+    load = _seconds(lambda: checkpointing.load(trainer.engine, folder, checkpoint.verify(folder)))
     size = sum(file.stat().st_size for file in folder.iterdir())
     trainer.close()
     distributed.stop()
