@@ -102,6 +102,18 @@ def test_probabilities_are_calibrated_and_unsure_answers_say_so(export, videos, 
         text4vis.load(export).predict(path, accuracy=80)
 
 
+def test_a_prediction_loads_neither_dali_nor_deepspeed(export, videos):
+    """Both take seconds to import, and neither is needed where models only serve."""
+    code = (
+        "import sys, text4vis\n"
+        f"print(text4vis.load({str(export)!r}).predict({str(videos / 'deep' / 'video0.mp4')!r}).top[0][0])\n"
+        "print(*sorted({name.partition('.')[0] for name in sys.modules} & {'nvidia', 'deepspeed'}))\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    name, loaded = ended.stdout.splitlines()
+    assert name in NAMES and loaded == ""
+
+
 def test_labels_that_a_model_cannot_take_are_refused_before_any_video(export):
     recogniser = text4vis.load(export)
     config = recogniser.config
