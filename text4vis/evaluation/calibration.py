@@ -91,6 +91,31 @@ def threshold_for_coverage(scores_NC: np.ndarray, labels_N: np.ndarray, coverage
     return float(own_N[rank - 1]) if rank <= len(own_N) else 0.0
 
 
+class _Halves:
+    """Two halves of the videos, each measured with what is fitted on the other. calibrated_NC: probabilities so made."""
+
+    def __init__(self, scores_NC: np.ndarray, labels_N: np.ndarray) -> None:
+        self.calibrated_NC = np.empty_like(scores_NC, dtype=np.float64)
+        self._folds: list[
+            tuple[np.ndarray, np.ndarray, np.ndarray]
+        ] = []  # scores and labels to fit on, who is measured
+        halves = np.array_split(np.random.default_rng(_SEED).permutation(len(labels_N)), 2)
+        for fitted, measured in (halves, halves[::-1]):
+            temperature = fit_temperature(scores_NC[fitted], labels_N[fitted])
+            self.calibrated_NC[measured] = at_temperature(scores_NC[measured], temperature)
+            self._folds.append((at_temperature(scores_NC[fitted], temperature), labels_N[fitted], measured))
+
+    def thresholds(
+        self, threshold: Callable[[np.ndarray, np.ndarray, float], float | None], share: float
+    ) -> np.ndarray:
+        """(N,): for each video the threshold of the other half, 2 (above every probability) where there is none."""
+        threshold_N = np.empty(len(self.calibrated_NC))
+        for scores, labels, measured in self._folds:
+            found = threshold(scores, labels, share)
+            threshold_N[measured] = 2.0 if found is None else found
+        return threshold_N
+
+
 def calibration_figures(scores_NC: np.ndarray, labels_N: np.ndarray) -> dict[str, Any] | None:
     """What a report says of a model's probabilities, ready for JSON; None for fewer than MIN_VIDEOS videos.
 
@@ -101,30 +126,14 @@ def calibration_figures(scores_NC: np.ndarray, labels_N: np.ndarray) -> dict[str
     num_videos = len(labels_N)
     if num_videos < MIN_VIDEOS:
         return None
-    halves = np.array_split(np.random.default_rng(_SEED).permutation(num_videos), 2)
-    calibrated_NC = np.empty_like(scores_NC, dtype=np.float64)
-    folds: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # scores and labels fitted on, videos measured
-    for fitted, measured in (halves, halves[::-1]):
-        temperature = fit_temperature(scores_NC[fitted], labels_N[fitted])
-        calibrated_NC[measured] = at_temperature(scores_NC[measured], temperature)
-        folds.append((at_temperature(scores_NC[fitted], temperature), labels_N[fitted], measured))
-
-    def fitted_elsewhere(
-        threshold: Callable[[np.ndarray, np.ndarray, float], float | None], share: float
-    ) -> np.ndarray:
-        """For each video the threshold of the other half, 2 (above every probability) where there is none."""
-        threshold_N = np.empty(num_videos)
-        for scores, labels, measured in folds:
-            found = threshold(scores, labels, share)
-            threshold_N[measured] = 2.0 if found is None else found
-        return threshold_N
-
+    halves = _Halves(scores_NC, labels_N)
+    calibrated_NC = halves.calibrated_NC
     temperature = fit_temperature(scores_NC, labels_N)
     final_NC = at_temperature(scores_NC, temperature)
     correct_N = calibrated_NC.argmax(axis=1) == labels_N
     answers, sets = [], []
     for accuracy in ACCURACIES:
-        sure_N = calibrated_NC.max(axis=1) >= fitted_elsewhere(threshold_for_accuracy, accuracy)
+        sure_N = calibrated_NC.max(axis=1) >= halves.thresholds(threshold_for_accuracy, accuracy)
         answers.append(
             {
                 "accuracy": accuracy,
@@ -134,7 +143,7 @@ def calibration_figures(scores_NC: np.ndarray, labels_N: np.ndarray) -> dict[str
             }
         )
     for coverage in COVERAGES:
-        set_NC = calibrated_NC >= fitted_elsewhere(threshold_for_coverage, coverage)[:, None]
+        set_NC = calibrated_NC >= halves.thresholds(threshold_for_coverage, coverage)[:, None]
         sets.append(
             {
                 "coverage": coverage,

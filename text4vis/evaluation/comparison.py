@@ -158,6 +158,7 @@ class Comparison:
 
     @property
     def is_comparable(self) -> bool:
+        """Whether both reports were made by one protocol."""
         return not self.protocol
 
 
@@ -198,6 +199,7 @@ def _damaged(path: Path, reason: str) -> ConfigError:
 
 
 def compare(a: Report, b: Report) -> Comparison:
+    """Holds two reports against each other: protocols, settings, figures, classes, confused pairs, McNemar's test."""
     a, b = _with_common_names(a, b)
     card_a, card_b = card_of(a), card_of(b)
     settings = [Setting(key, card_a.get(key), card_b.get(key)) for key in dict.fromkeys([*card_a, *card_b])]
