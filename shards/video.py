@@ -72,6 +72,7 @@ class VideoInfo:
 
     @property
     def num_frames(self) -> int:
+        """Frames that are shown."""
         return len(self.times_N)
 
     def shown(self, start: float, stop: float) -> np.ndarray:
