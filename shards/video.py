@@ -43,8 +43,8 @@ _LONGEST_STEP, _LONGEST_STEPS = 30 * 3600.0, {"mpegts": 10.0, "mpeg": 10.0}
 _REORDERED_FRAMES = 8  # frames may come out of order for so long; a clock that stays behind was reset
 _PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 _NVDEC_CODECS = {"h264", "hevc", "mpeg4", "vp8", "vp9", "libdav1d", "av1"}
-_UNSPECIFIED, _LIMITED, _BT470BG, _SMPTE170M = 2, 1, 5, 6  # ITU-T H.273
-_MATRICES = {0, 1, 2, 4, 5, 6, 7, 9}  # RGB, BT.709, unspecified, FCC, BT.601 twice, SMPTE 240M, BT.2020
+_UNSPECIFIED, _LIMITED, _BT601 = 2, 1, {5, 6}  # ITU-T H.273
+_MATRICES = {0, 1, 2, 4, 7, 9} | _BT601  # also RGB, BT.709, unspecified, FCC, SMPTE 240M, BT.2020
 
 Use = Callable[[np.ndarray], np.ndarray]
 Source = str | Path | bytes
@@ -189,7 +189,7 @@ def nvdec_shows_the_same(source: Source, num_frames: int) -> bool:
                 stream.codec_context.name in _NVDEC_CODECS
                 and frame.format.name == "yuv420p"
                 and not (frame.width % 2 or frame.height % 2 or frame.interlaced_frame or _turning(frame))
-                and int(frame.colorspace) in (_UNSPECIFIED, _BT470BG, _SMPTE170M)
+                and int(frame.colorspace) in _BT601 | {_UNSPECIFIED}
                 and int(frame.color_range) in (0, _LIMITED)
             )
     except (VideoError, StopIteration):

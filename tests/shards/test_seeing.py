@@ -122,6 +122,7 @@ def test_rare_colour_matrices(tmp_path, matrix):
 @pytest.mark.parametrize(("codec", "pix_fmt", "size"), [
     ("libx264", "yuv420p", (48, 32)), ("libx264", "yuv422p", (48, 32)), ("libx264", "yuv444p", (45, 31)),
     ("libx265", "yuv420p10le", (96, 64)), ("prores_ks", "yuv422p10le", (48, 32)), ("mjpeg", "yuvj420p", (48, 32)),
+    ("png", "rgb24", (45, 31)),
 ])  # fmt: skip
 def test_all_eight_orientations(tmp_path, kind, codec, pix_fmt, size):
     matrix, turn = ORIENTATIONS[kind]
