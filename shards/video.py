@@ -31,8 +31,8 @@ from av.stream import Disposition
 
 # FFmpeg also "opens" playlists and scripts, which make it read other files and addresses, and pictures: only these.
 _FORMATS = (
-    "mov,mp4,avi,matroska,webm,mpegts,mpeg,mpegvideo,flv,live_flv,asf,ogg,m4v,gif,apng,dv,mxf,rm,nut,ivf,wtv,"
-    "h264,hevc,vvc,obu,av1,h261,h263,vc1,vc1test,yuv4mpegpipe,swf,nuv,dhav,gxf,amv,film_cpk,roq,smk,bink,nsv,pva"
+    "mov,mp4,avi,matroska,webm,mpegts,mpeg,mpegvideo,flv,asf,ogg,m4v,gif,apng,dv,mxf,rm,nut,ivf,wtv,"
+    "h264,hevc,vvc,obu,av1,h261,h263,vc1,vc1test,yuv4mpegpipe,dhav,gxf,amv,nuv"
 )
 
 # Matroska, WebM, FLV and ASF round times to a millisecond: a frame counts as shown up to half of one before its time.
@@ -401,7 +401,6 @@ class _Clock:
         """Seconds (N,) from 0, increasing, and the duration. A step above `longest_step` seconds is a jump.
 
         Where the clock jumps, frames follow at the usual rate; frames without a time lie between their neighbours.
-        AVI has no presentation times.
         """
         stamps = min(([pts for pts, _ in self._stamps], [dts for _, dts in self._stamps]), key=_faults)
         steps = np.diff([stamp for stamp in stamps if stamp is not None])
