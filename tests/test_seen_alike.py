@@ -26,7 +26,7 @@ from text4vis.data.loader import build_loader
 from text4vis.data.plan import Planner
 from text4vis.data.reading import PlanReader
 from text4vis.serving import standalone
-from text4vis.serving.export import preprocessing
+from text4vis.serving.exporting import preprocessing
 from text4vis.serving.predictor import Predictor
 
 T, S = 3, 32

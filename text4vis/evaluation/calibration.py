@@ -92,7 +92,10 @@ def threshold_for_coverage(scores_NC: np.ndarray, labels_N: np.ndarray, coverage
 
 
 class _Halves:
-    """Two halves of the videos, each measured with what is fitted on the other. calibrated_NC: probabilities so made."""
+    """Two halves of the videos, each measured with what is fitted on the other.
+
+    calibrated_NC: the probabilities at the other half's temperature.
+    """
 
     def __init__(self, scores_NC: np.ndarray, labels_N: np.ndarray) -> None:
         self.calibrated_NC = np.empty_like(scores_NC, dtype=np.float64)
