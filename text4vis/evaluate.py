@@ -36,26 +36,15 @@ from shards.files import require_file
 from shards.format import ShardError
 from text4vis.cluster import distributed
 from text4vis.common.console import console, table
-from text4vis.config.schema import Config, ConfigError, config_from_dict, load_config
+from text4vis.config.loading import config_from_dict, load_config
+from text4vis.config.roles import Role
+from text4vis.config.schema import Config, ConfigError, classifier_keys, keys_of
 from text4vis.saved import checkpoint
 from text4vis.saved.checkpoint import CheckpointError, load_model
 from text4vis.saved.weights import EXPORT_FILE, read_export_config
 
 if TYPE_CHECKING:
     from text4vis.model.video_clip import VideoClip
-
-# Keys that decide which frames the model sees, what the model is (an export brings its own), and its classes' rows.
-FRAME_KEYS = ("data.num_segments", "data.dense", "data.input_size", "data.scale_size")
-MODEL_KEYS = ("network.arch", "network.pretrained", "network.sim_header", "network.tm", "network.joint_st")
-CLASSIFIER_KEYS = {
-    "text": ("network.template",),
-    "random": ("seed",),
-    "orthogonal": ("seed",),
-    "lda": ("seed", "network.lda_videos", "network.arch", "network.pretrained", "data.train", "data.shot",
-            "data.shot_seed"),
-    "sentence": ("network.template", "network.sentence_model", "network.sentence_projection"),
-    "file": ("network.classifier_file",),
-}  # fmt: skip
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -124,12 +113,13 @@ def trained_with(path: Path) -> Config | None:
 
 def differences(trained: Config, given: Config, *, is_export: bool) -> dict[str, tuple[Any, Any]]:
     """(value in training, value given) of each key that differs and on which the figures depend."""
-    keys, network = [*FRAME_KEYS, *(() if is_export else MODEL_KEYS)], trained.network
-    if not network.classifier_trainable:  # else the model has the rows
-        keys.append("network.classifier")
+    network = trained.network
+    keys = keys_of(Role.FRAMES) + (() if is_export else keys_of(Role.MODEL))  # an export brings its own network
+    if not network.classifier_trainable:  # else the model has the classes' embeddings
+        keys += ("network.classifier",)
         if network.classifier == given.network.classifier:
-            keys += CLASSIFIER_KEYS[network.classifier]
-            keys += ["seed"] if network.classifier == "sentence" and network.sentence_projection else []
+            unused = {"seed"} if network.classifier == "sentence" and not network.sentence_projection else set()
+            keys += tuple(key for key in classifier_keys(network.classifier) if key not in unused)
     pairs = {key: (attrgetter(key)(trained), attrgetter(key)(given)) for key in keys}
     return {key: (before, now) for key, (before, now) in pairs.items() if before != now}
 

@@ -29,8 +29,9 @@ from shards.format import ShardError
 from text4vis.cluster import distributed
 from text4vis.cluster.stop import EXIT_CODE, NonFiniteError, Stopped, StopRequest
 from text4vis.cluster.watch import Watch
+from text4vis.config.loading import load_config
 from text4vis.config.page import print_config
-from text4vis.config.schema import Config, ConfigError, load_config
+from text4vis.config.schema import Config, ConfigError
 from text4vis.saved.checkpoint import CheckpointError
 from text4vis.saved.runs import claim
 
@@ -53,12 +54,12 @@ def train(arguments: argparse.Namespace, config: Config, output: Path, stop: Sto
     from text4vis.training.trainer import Trainer
 
     log_to(None if arguments.dry_run else output)
-    trainer = Trainer(config, output, stop, arguments.resume)
-    if arguments.dry_run:
-        trainer.dry_run()
-    else:
-        with settled():
-            trainer.fit()
+    with Trainer(config, output, stop, arguments.resume) as trainer:
+        if arguments.dry_run:
+            trainer.dry_run()
+        else:
+            with settled():
+                trainer.fit()
 
 
 def main() -> int:

@@ -21,7 +21,8 @@ from shards.address import shown
 from shards.annotations import parse_labels
 from shards.format import ShardError
 from text4vis.classifier.embeddings import build_classifier
-from text4vis.config.schema import ConfigError, load_config
+from text4vis.config.loading import load_config
+from text4vis.config.schema import ConfigError
 from text4vis.saved import checkpoint
 from text4vis.saved.checkpoint import CheckpointError
 from text4vis.serving.export import export, last_report

@@ -19,7 +19,8 @@ from torchvision.transforms import v2
 from shards.annotations import parse_annotations, parse_labels
 from shards.format import ShardError
 from shards.writer import build_shards
-from text4vis.config.schema import Config, ConfigError, config_from_dict
+from text4vis.config.loading import config_from_dict
+from text4vis.config.schema import Config, ConfigError
 from text4vis.data.augmentation import Crop, Geometry
 from text4vis.data.loader import build_loader, image_graph, place, place_on_device, video_graph
 from text4vis.data.plan import Frame

@@ -36,6 +36,7 @@ from shards.images import ImageProbe
 from shards.reader import ShardDataset, open_dataset
 from shards.video import VideoError, decode_frames
 from text4vis.cluster.distributed import cores_per_rank
+from text4vis.config.batches import BatchSizes
 from text4vis.config.schema import Config, ConfigError
 from text4vis.data import pixels
 from text4vis.data.augmentation import Crop, Geometry
@@ -66,8 +67,16 @@ class Batch:
     ids: torch.Tensor
 
 
-def build_loader(config: Config, split: str, *, rank: int = 0, world_size: int = 1, consumed: int = 0) -> Loader:
-    """The batches of one rank.
+def build_loader(
+    config: Config,
+    split: str,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    consumed: int = 0,
+    sizes: BatchSizes | None = None,
+) -> Loader:
+    """The batches of one rank. sizes: of these batches; by default they follow from `config` and `world_size`.
 
     split: "train" is endless and starts after `consumed` samples of the whole job; "val" is one finite pass over the
     rank's share, every video once over all ranks. Raises ConfigError or shards.format.ShardError.
@@ -75,7 +84,7 @@ def build_loader(config: Config, split: str, *, rank: int = 0, world_size: int =
     if split not in {"train", "val"}:
         raise ValueError(f"split must be 'train' or 'val', got {split!r}")
     dataset = open_split(config, split)
-    return Loader(config, split, dataset, rank=rank, world_size=world_size, consumed=consumed)
+    return Loader(config, split, dataset, rank=rank, world_size=world_size, consumed=consumed, sizes=sizes)
 
 
 def open_split(config: Config, split: str) -> ShardDataset:
@@ -125,9 +134,10 @@ class Loader:
         world_size: int,
         consumed: int,
         ids: np.ndarray | None = None,
+        sizes: BatchSizes | None = None,
     ) -> None:
         self.config, self.split, self.dataset = config, split, dataset
-        self.planner = Planner(config, split, dataset, rank, world_size, ids)
+        self.planner = Planner(config, split, dataset, rank, world_size, ids, sizes)
         self.world_size, self.consumed = world_size, consumed
         if not len(dataset):
             raise ConfigError(f"data.{split}: the data set {', '.join(getattr(config.data, split))} holds no videos")

@@ -19,6 +19,7 @@ from shards.format import SampleError
 from shards.images import MAX_FRAME_PIXELS
 from shards.plan import Stream, eval_slice, few_shot_subset, rank_slice
 from shards.reader import ShardDataset
+from text4vis.config.batches import BatchSizes
 from text4vis.config.schema import Config, ConfigError
 from text4vis.data import augmentation, sampling
 from text4vis.data.augmentation import Geometry
@@ -58,7 +59,8 @@ class Job:
 class Planner:
     """The plans of one rank's batches of the split "train" or "val". Raises ConfigError for what the data forbid.
 
-    ids: the videos of "val" where not all are wanted.
+    ids: the videos of "val" where not all are wanted. sizes: of the batches; by default those that follow from `config`
+    and `world_size`.
     """
 
     config: Config
@@ -67,6 +69,7 @@ class Planner:
     rank: int
     world_size: int
     ids: np.ndarray | None = None
+    sizes: BatchSizes | None = None
 
     def __post_init__(self) -> None:
         num_classes = len(self.dataset.classes)
@@ -122,7 +125,13 @@ class Planner:
     @property
     def batch_size(self) -> int:
         """Videos per batch: views of an evaluation share the memory of one training batch."""
-        return max(1, self.config.data.batch_size // self.num_views)
+        if self.split == "train":
+            return self._sizes.micro
+        return max(1, (self.sizes.micro if self.sizes else self.config.data.batch_size) // self.num_views)
+
+    @cached_property
+    def _sizes(self) -> BatchSizes:
+        return self.sizes or BatchSizes.of(self.config, self.world_size)
 
     @property
     def max_frames(self) -> int:
@@ -166,8 +175,7 @@ class Planner:
 
         A pass goes once over all videos, or over the few that were chosen.
         """
-        steps = self.config.solver.grad_accumulation_steps
-        global_batch = self.batch_size * steps * self.world_size
+        global_batch = self._sizes.global_batch
         chosen = self.few_shot
         shard_of = self.dataset.shard_of if chosen is None else self.dataset.shard_of[chosen]
         stream = Stream(len(shard_of), self.config.seed, self.config.data.shuffle, shard_of)

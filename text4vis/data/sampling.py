@@ -1,4 +1,4 @@
-"""Which frames of a video are looked at. Pure functions of counts and a generator; imports numpy only.
+"""Which frames of a video are looked at. Pure functions of counts and a generator.
 
 Segment sampling cuts n frames into T segments ("ticks" at i*n//T) and takes one frame of each:
 
@@ -17,7 +17,7 @@ import itertools
 
 import numpy as np
 
-DENSE_WINDOW = 128
+from text4vis.config.schema import DENSE_WINDOW
 
 
 def train_indices(num_frames: int, num_segments: int, rng: np.random.Generator, dense: bool = False) -> np.ndarray:

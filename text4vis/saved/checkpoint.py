@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import StringConstraints, TypeAdapter
 from safetensors import SafetensorError, safe_open
@@ -42,15 +42,9 @@ from text4vis.saved.weights import (
     read_text4vis,
     start_from,
 )
-from text4vis.training.engine import (
-    loss_scaler_state,
-    moment_names,
-    named_moments,
-    named_weights,
-    restore,
-    restore_loss_scaler,
-    state_bytes,
-)
+
+if TYPE_CHECKING:
+    from text4vis.training.engine import Engine
 
 FileName = Annotated[str, StringConstraints(pattern=r"^[a-z_]+\.safetensors\z")]  # beside state.json, nowhere else
 Files = dict[str, Callable[[], Iterator[tuple[str, Tensor]]]]  # by name: what gives the tensors, collectively
@@ -91,12 +85,12 @@ class State:
 _STATE = TypeAdapter(State)
 
 
-def save(engine: Any, output: Path, state: State, *, keep: int = 2) -> Path:
+def save(engine: Engine, output: Path, state: State, *, keep: int = 2) -> Path:
     """Writes the checkpoint of this step and removes all but the last `keep`. Collective. Raises CheckpointError."""
     final = output / "checkpoints" / f"step-{state.step:08d}"
-    files: Files = {WEIGHTS: lambda: named_weights(engine)}
-    files |= {_file(key): functools.partial(named_moments, engine, key) for key in moment_names(engine)}
-    _write(final, files, replace(state, loss_scaler=loss_scaler_state(engine)), sum(state_bytes(engine)))
+    files: Files = {WEIGHTS: engine.named_weights}
+    files |= {_file(key): functools.partial(engine.named_moments, key) for key in engine.moment_names}
+    _write(final, files, replace(state, loss_scaler=engine.loss_scaler_state()), sum(engine.state_bytes()))
     if distributed.ranks().is_main:
         for old in _complete(output)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
@@ -104,18 +98,18 @@ def save(engine: Any, output: Path, state: State, *, keep: int = 2) -> Path:
     return final
 
 
-def save_best(engine: Any, output: Path, state: State) -> None:
+def save_best(engine: Engine, output: Path, state: State) -> None:
     """Replaces OUT/checkpoints/best by the present weights. Collective. Raises CheckpointError."""
-    files: Files = {WEIGHTS: lambda: named_weights(engine)}
-    _write(output / "checkpoints" / "best", files, state, state_bytes(engine)[0])
+    files: Files = {WEIGHTS: engine.named_weights}
+    _write(output / "checkpoints" / "best", files, state, engine.state_bytes()[0])
     distributed.barrier()
 
 
-def load(engine: Any, folder: Path, state: State) -> None:
+def load(engine: Engine, folder: Path, state: State) -> None:
     """Gives the engine the fp32 weights and moments of a checkpoint of `save`. Every rank calls it and reads."""
-    opened = {name: safe_open(str(folder / _file(name)), "pt") for name in ("model", *moment_names(engine))}
-    restore(engine, opened["model"].get_tensor, lambda key, name: opened[key].get_tensor(name), state.updates)
-    restore_loss_scaler(engine, state.loss_scaler)
+    opened = {name: safe_open(str(folder / _file(name)), "pt") for name in ("model", *engine.moment_names)}
+    engine.restore(opened["model"].get_tensor, lambda key, name: opened[key].get_tensor(name), state.updates)
+    engine.restore_loss_scaler(state.loss_scaler)
 
 
 def check_room(output: Path, keep: int, weights: int, moments: int) -> None:
@@ -243,9 +237,9 @@ def read_state(folder: Path) -> State:
     return state
 
 
-def gather_weights(engine: Any) -> dict[str, Tensor]:
+def gather_weights(engine: Engine) -> dict[str, Tensor]:
     """The whole model in fp32 on rank 0 (empty elsewhere), whatever the ZeRO stage. Collective."""
-    return _gather(named_weights(engine))
+    return _gather(engine.named_weights())
 
 
 def _gather(tensors: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:

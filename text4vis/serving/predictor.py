@@ -29,7 +29,8 @@ from shards.address import redact, redact_text, scheme_of
 from shards.format import ShardError
 from shards.video import FrameReader, VideoError, VideoInfo, probe_video
 from text4vis.classifier.embeddings import build_classifier, text_classifier
-from text4vis.config.schema import Config, ConfigError, config_from_dict
+from text4vis.config.loading import config_from_dict
+from text4vis.config.schema import Config, ConfigError
 from text4vis.data.augmentation import eval_geometry
 from text4vis.data.loader import place
 from text4vis.data.plan import Frame
