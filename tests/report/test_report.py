@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from shards.address import redact_text
+from shards.text import redact_text
 from text4vis.config.loading import load_config
 from text4vis.config.schema import ConfigError
 from text4vis.evaluation.comparison import compare

@@ -15,7 +15,7 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, StrictInt, StrictStr, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from shards.address import redact
+from shards.text import redact
 from text4vis.config.roles import Key, Role, key, read_key
 from text4vis.config.values import (
     Bool,
