@@ -16,17 +16,23 @@ names what it was measured with; tools/compare_reports.py compares two.
 
 --model: a run's folder (its best weights), a checkpoint, an export, or a .pt file of the original project. Classifier
 and sampling are those of --config and --set: a warning names what the model was trained with where that differs.
-Exit codes: 0 done, 1 failed, 2 wrong usage.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
+import traceback
 from collections.abc import Mapping
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` runs, Ctrl-C ends the program without a traceback
 
 # Run by path, this folder comes first on sys.path: its rooms would hide installed packages of the same names.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
@@ -34,7 +40,9 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Pa
 from shards.files import require_file
 from shards.format import ShardError
 from shards.text import shown
-from text4vis.cluster import distributed
+from text4vis.cluster import distributed, interrupt
+from text4vis.cluster.interrupt import Interrupts
+from text4vis.cluster.watch import Watch
 from text4vis.common.console import console, table
 from text4vis.config.loading import config_from_dict, load_config
 from text4vis.config.roles import Role
@@ -58,7 +66,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace, config: Config) -> None:
     import torch
 
     from text4vis.classifier.embeddings import build_classifier
@@ -66,8 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
     from text4vis.evaluation.embedding import class_splits, evaluate, weights_fingerprint
     from text4vis.evaluation.protocols import write_report
 
-    config = load_config(arguments.config, arguments.set)
-    ranks = distributed.start()
+    ranks = distributed.ranks()
     distributed.use_cores(config.engine.num_threads)
     if arguments.report:
         distributed.from_main(lambda: require_file(arguments.report, "--report"))
@@ -181,14 +188,41 @@ def show(report: dict[str, Any]) -> None:
 
 def main() -> int:
     arguments = parse_arguments()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    interrupts = Interrupts("")
     try:
-        run(arguments)
+        config = load_config(arguments.config, arguments.set)
+        distributed.start()
+    except (ConfigError, OSError) as error:
+        return fail(str(error))
+    except KeyboardInterrupt:
+        return interrupt.EXIT_CODE
+    watch = Watch(config.engine.silence_seconds, lambda cause: end(cause, interrupts))
+    try:
+        run(arguments, config)
+    except KeyboardInterrupt:
+        watch.fail("stopped by Ctrl-C; no report was written")
     except (ConfigError, ShardError, CheckpointError, OSError) as error:
-        print(f"evaluate: error: {shown(error)}", file=sys.stderr)
-        return 1
-    finally:
-        distributed.stop()
+        watch.fail(str(error))
+    except Exception as error:
+        print(shown(traceback.format_exc()), file=sys.stderr)
+        watch.fail(f"{type(error).__name__}: {error}", sure=not distributed.is_consequence(error))
+    watch.close()
+    distributed.stop()
     return 0
+
+
+def end(cause: str, interrupts: Interrupts) -> None:
+    """Ends this process at once, from any thread: the main one may wait for a rank that is gone."""
+    fail(cause)
+    sys.stderr.flush()
+    os._exit(interrupt.EXIT_CODE if interrupts.happened else 1)
+
+
+def fail(reason: str) -> int:
+    """Says on standard error what went wrong. Returns the exit code."""
+    print(f"evaluate: error: {shown(reason)}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

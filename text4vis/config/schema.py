@@ -48,6 +48,8 @@ _section = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"
 
 @_section
 class RandAugConfig:
+    """RandAugment (Cubuk et al., 2020) over the frames of a video."""
+
     N: Natural | None = key(
         None, Role.AUGMENTATION, "RandAugment operations per video; default: 2 with data.augmentation paper, else 0"
     )
@@ -58,6 +60,8 @@ class RandAugConfig:
 
 @_section
 class DataConfig:
+    """Which videos, and how they are read, sampled and augmented."""
+
     dataset: Str = key("", Role.DATA, "name of the data set, for titles and reports")
     train: Sources = key(
         (), Role.PLACE, "training shards: a folder, an address, or a list of them", classifiers=("lda",)
@@ -140,6 +144,8 @@ class DataConfig:
 
 @_section
 class NetworkConfig:
+    """The video model and its classifier."""
+
     arch: Str = key(
         "ViT-B/16",
         Role.MODEL,
@@ -215,6 +221,8 @@ class NetworkConfig:
 
 @_section
 class SolverConfig:
+    """The optimiser, its schedule and the loss."""
+
     type: Literal["cosine", "multistep"] = key(
         "cosine",
         Role.TRAINING,
@@ -270,6 +278,8 @@ class SolverConfig:
 
 @_section
 class EngineConfig:
+    """How DeepSpeed and the ranks carry out the steps."""
+
     precision: Literal["bf16", "fp16", "fp32"] = key(
         "bf16", Role.TRAINING, "arithmetic of the step; master weights stay fp32, fp16 scales the loss", on_card=True
     )
@@ -297,6 +307,8 @@ class EngineConfig:
 
 @_section
 class LoggingConfig:
+    """What a run logs, evaluates and keeps."""
+
     print_freq: Count = key(10, Role.REPORTING, "optimiser steps between log lines")
     eval_freq: Count = key(1, Role.REPORTING, "epochs between evaluations")
     save_steps: Count | None = key(
@@ -315,6 +327,8 @@ class LoggingConfig:
 
 @_section
 class Config:
+    """The configuration of a run: frozen, compared by value; made by `load_config`."""
+
     seed: Natural = key(
         1024,
         Role.DATA,

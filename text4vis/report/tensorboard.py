@@ -106,6 +106,9 @@ class Story:
     def end(self, step: int) -> None:
         """The run is complete after `step`."""
         self._summarise(self._end, step + 1)
+
+    def close(self) -> None:
+        """Closes the file of the results; `board` belongs to the caller."""
         self._results.close()
 
     def _flush(self) -> None:

@@ -59,5 +59,7 @@ class RunLog:
 
     def close(self) -> None:
         """Closes the files."""
+        if self.story is not None:
+            self.story.close()
         if self.metrics is not None:
             self.metrics.close()
