@@ -1,4 +1,5 @@
 """text4vis/train.py as it is, with something going on beside it: a ledger of what was trained on, faults on purpose.
+At the end it names the threads that are left.
 
 Arguments before `--` are for this program, those after it for text4vis/train.py:
 
@@ -15,6 +16,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -91,7 +93,9 @@ def main() -> int:
         checkpoint.write_tensors = signalling(write_tensors)
     if call == "evaluate" and is_last:
         Trainer.save_and_stop_if_asked = signalling(embed)
-    return train.main()
+    code = train.main()
+    print("threads left:", *sorted(thread.name for thread in threading.enumerate()), flush=True)
+    return code
 
 
 if __name__ == "__main__":
