@@ -18,7 +18,7 @@ from shards.images import eight_bits, read_image
 from shards.reader import open_dataset
 from shards.video import iter_frames
 from shards.writer import build_shards
-from text4vis.config.schema import config_from_dict
+from text4vis.config.loading import config_from_dict
 from text4vis.data import dali
 from text4vis.data.decoding import GpuDecoder
 from text4vis.data.finishing import place_on_device

@@ -16,17 +16,23 @@ names what it was measured with; tools/compare_reports.py compares two.
 
 --model: a run's folder (its best weights), a checkpoint, an export, or a .pt file of the original project. Classifier
 and sampling are those of --config and --set: a warning names what the model was trained with where that differs.
-Exit codes: 0 done, 1 failed, 2 wrong usage.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
+import traceback
 from collections.abc import Mapping
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` runs, Ctrl-C ends the program without a traceback
 
 # Run by path, this folder comes first on sys.path: its rooms would hide installed packages of the same names.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
@@ -34,26 +40,18 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Pa
 from shards.files import require_file
 from shards.format import ShardError
 from shards.text import shown
-from text4vis.cluster import distributed
+from text4vis.cluster import distributed, interrupt
+from text4vis.cluster.interrupt import Interrupts
+from text4vis.cluster.watch import Watch
 from text4vis.common.console import console, table
-from text4vis.config.schema import Config, ConfigError, load_config
+from text4vis.config.loading import load_config
+from text4vis.config.roles import Role
+from text4vis.config.schema import Config, ConfigError, classifier_keys, keys_of
 from text4vis.saved.checkpoint import CheckpointError
-
-# Keys that decide which frames the model sees, what the model is (an export brings its own), and its classes' rows.
-FRAME_KEYS = ("data.num_segments", "data.dense", "data.input_size", "data.scale_size")
-MODEL_KEYS = ("network.arch", "network.pretrained", "network.sim_header", "network.tm", "network.joint_st")
-CLASSIFIER_KEYS = {
-    "text": ("network.template",),
-    "random": ("seed",),
-    "orthogonal": ("seed",),
-    "lda": ("seed", "network.lda_videos", "network.arch", "network.pretrained", "data.train", "data.shot",
-            "data.shot_seed"),
-    "sentence": ("network.template", "network.sentence_model", "network.sentence_projection"),
-    "file": ("network.classifier_file",),
-}  # fmt: skip
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="recipe, e.g. configs/demo.yaml")
     parser.add_argument("--model", required=True, type=Path, help="run, checkpoint, export, or the original's .pt file")
@@ -64,7 +62,8 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace, config: Config) -> None:
+    """Embeds the videos, writes the report and shows its main figures. Raises ConfigError, ShardError, CheckpointError, OSError."""
     import torch
 
     from text4vis.classifier.embeddings import build_classifier
@@ -74,8 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
     from text4vis.evaluation.protocols import write_report
     from text4vis.saved.opening import open_saved
 
-    config = load_config(arguments.config, arguments.set)
-    ranks = distributed.start()
+    ranks = distributed.ranks()
     distributed.use_cores(config.engine.num_threads)
     if arguments.report:
         distributed.from_main(lambda: require_file(arguments.report, "--report"))
@@ -109,17 +107,19 @@ def run(arguments: argparse.Namespace) -> None:
 
 def differences(trained: Config, given: Config, *, is_export: bool) -> dict[str, tuple[Any, Any]]:
     """(value in training, value given) of each key that differs and on which the figures depend."""
-    keys, network = [*FRAME_KEYS, *(() if is_export else MODEL_KEYS)], trained.network
-    if not network.classifier_trainable:  # else the model has the rows
-        keys.append("network.classifier")
+    network = trained.network
+    keys = keys_of(Role.FRAMES) + (() if is_export else keys_of(Role.MODEL))  # an export brings its own network
+    if not network.classifier_trainable:  # else the model has the classes' embeddings
+        keys += ("network.classifier",)
         if network.classifier == given.network.classifier:
-            keys += CLASSIFIER_KEYS[network.classifier]
-            keys += ["seed"] if network.classifier == "sentence" and network.sentence_projection else []
+            unused = {"seed"} if network.classifier == "sentence" and not network.sentence_projection else set()
+            keys += tuple(key for key in classifier_keys(network.classifier) if key not in unused)
     pairs = {key: (attrgetter(key)(trained), attrgetter(key)(given)) for key in keys}
     return {key: (before, now) for key, (before, now) in pairs.items() if before != now}
 
 
 def warning(path: Path, differing: Mapping[str, tuple[Any, Any]]) -> str:
+    """What to say where a model is evaluated with other settings than it was trained with."""
     pairs = ", ".join(f"{key}: {before!r} -> {now!r}" for key, (before, now) in differing.items())
     return (
         f"{path} was trained with other settings than are given here ({pairs}), so its figures can fall to chance; "
@@ -160,15 +160,43 @@ def show(report: dict[str, Any]) -> None:
 
 
 def main() -> int:
+    """Returns the exit code."""
     arguments = parse_arguments()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    interrupts = Interrupts("")
     try:
-        run(arguments)
+        config = load_config(arguments.config, arguments.set)
+        distributed.start()
+    except (ConfigError, OSError) as error:
+        return fail(str(error))
+    except KeyboardInterrupt:
+        return interrupt.EXIT_CODE
+    watch = Watch(config.engine.silence_seconds, lambda cause: end(cause, interrupts))
+    try:
+        run(arguments, config)
+    except KeyboardInterrupt:
+        watch.fail("stopped by Ctrl-C; no report was written")
     except (ConfigError, ShardError, CheckpointError, OSError) as error:
-        print(f"evaluate: error: {shown(error)}", file=sys.stderr)
-        return 1
-    finally:
-        distributed.stop()
+        watch.fail(str(error))
+    except Exception as error:
+        print(shown(traceback.format_exc()), file=sys.stderr)
+        watch.fail(f"{type(error).__name__}: {error}", sure=not distributed.is_consequence(error))
+    watch.close()
+    distributed.stop()
     return 0
+
+
+def end(cause: str, interrupts: Interrupts) -> None:
+    """Ends this process at once, from any thread: the main one may wait for a rank that is gone."""
+    fail(cause)
+    sys.stderr.flush()
+    os._exit(interrupt.EXIT_CODE if interrupts.happened else 1)
+
+
+def fail(reason: str) -> int:
+    """Says on standard error what went wrong. Returns the exit code."""
+    print(f"evaluate: error: {shown(reason)}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from shards.annotations import parse_labels
 from shards.format import ShardError
 from shards.text import shown
 from text4vis.classifier.embeddings import build_classifier
-from text4vis.config.schema import ConfigError, load_config
+from text4vis.config.loading import load_config
+from text4vis.config.schema import ConfigError
 from text4vis.saved.checkpoint import CheckpointError
 from text4vis.saved.opening import SavedModel, TrainedModel, open_saved
 from text4vis.serving.exporting import export, last_report

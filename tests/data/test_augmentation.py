@@ -14,7 +14,8 @@ from torchvision.transforms import v2
 
 from shards.annotations import parse_annotations, parse_labels
 from shards.writer import build_shards
-from text4vis.config.schema import Config, ConfigError, DataConfig, RandAugConfig, config_from_dict
+from text4vis.config.loading import config_from_dict
+from text4vis.config.schema import Config, ConfigError, DataConfig, RandAugConfig
 from text4vis.data import pixels
 from text4vis.data.augmentation import (
     OPERATIONS,

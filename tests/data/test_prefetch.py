@@ -51,6 +51,12 @@ def test_training_is_settled(monkeypatch, tmp_path, dry_run):
         def __init__(self, *_):
             assert gc.get_freeze_count() == 0  # the model is built before
 
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
         def fit(self):
             seen.append(gc.get_freeze_count())
 

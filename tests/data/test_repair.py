@@ -25,7 +25,8 @@ from shards.format import ShardError
 from shards.reader import open_dataset
 from shards.writer import build_shards
 from text4vis.classifier.embeddings import build_classifier
-from text4vis.config.schema import Config, ConfigError, DataConfig, config_from_dict, load_config
+from text4vis.config.loading import config_from_dict, load_config
+from text4vis.config.schema import Config, ConfigError, DataConfig
 from text4vis.data.loader import build_loader
 from text4vis.data.repair import Repair
 from text4vis.evaluation.embedding import embed_videos, evaluate

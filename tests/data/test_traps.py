@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from shards.annotations import parse_labels
-from text4vis.config.schema import load_config
+from text4vis.config.loading import load_config
 from text4vis.data import traps
 from text4vis.data.traps import find_traps
 

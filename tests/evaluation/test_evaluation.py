@@ -16,7 +16,8 @@ from tiny import tiny_network
 from shards.annotations import parse_annotations, parse_labels
 from shards.writer import build_shards
 from text4vis.classifier.embeddings import build_classifier
-from text4vis.config.schema import Config, ConfigError, DataConfig, EngineConfig, config_from_dict
+from text4vis.config.loading import config_from_dict
+from text4vis.config.schema import Config, ConfigError, DataConfig, EngineConfig
 from text4vis.data.augmentation import eval_geometry
 from text4vis.data.loader import build_loader
 from text4vis.data.sampling import test_indices as clip_indices

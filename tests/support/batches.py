@@ -10,7 +10,8 @@ from read_stream import identify
 
 from shards.annotations import parse_annotations, parse_labels
 from shards.writer import build_shards
-from text4vis.config.schema import Config, config_from_dict
+from text4vis.config.loading import config_from_dict
+from text4vis.config.schema import Config
 from text4vis.data.loader import build_loader
 
 

@@ -50,7 +50,8 @@ from shards.text import redact, redact_text, shown
 from shards.video import VideoError, probe_video
 from text4vis.classifier.embeddings import file_classifier
 from text4vis.cluster import distributed
-from text4vis.config.schema import Config, ConfigError, load_config
+from text4vis.config.loading import load_config
+from text4vis.config.schema import Config, ConfigError
 from text4vis.evaluation import comparison
 from text4vis.evaluation import embedding as evaluation
 from text4vis.model.tensors import read_weights

@@ -17,7 +17,7 @@ import itertools
 
 import numpy as np
 
-DENSE_WINDOW = 128
+from text4vis.config.schema import DENSE_WINDOW
 
 
 def train_indices(num_frames: int, num_segments: int, rng: np.random.Generator, dense: bool = False) -> np.ndarray:

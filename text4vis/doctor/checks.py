@@ -22,7 +22,9 @@ from typing import Any
 
 from shards.address import scheme_of
 from shards.format import ShardError
-from text4vis.config.schema import Config, ConfigError, load_config
+from text4vis.config.batches import BatchSizes
+from text4vis.config.loading import load_config
+from text4vis.config.schema import Config, ConfigError
 from text4vis.doctor.probe import SHARED_MEMORY, probe
 
 FINE, WARNING, PROBLEM = "fine", "warning", "PROBLEM"
@@ -263,8 +265,6 @@ def hosts(
 
 
 def _batch(config: Config, ranks: int) -> Iterator[Finding]:
-    from text4vis.saved.runs import cut_global_batch
-
     expected = config.engine.world_size
     if expected not in (None, ranks):
         yield Finding(
@@ -272,10 +272,10 @@ def _batch(config: Config, ranks: int) -> Iterator[Finding]:
             "change one of the two",
         )  # fmt: skip
     try:
-        cut = cut_global_batch(config, ranks)
+        sizes = BatchSizes.of(config, ranks)
         yield Finding(
-            "hostfile", FINE, f"global batch of {cut.solver.global_batch}: {cut.data.batch_size} videos a rank, "
-            f"{cut.solver.grad_accumulation_steps} x accumulated",
+            "hostfile", FINE, f"global batch of {sizes.global_batch}: {sizes.micro} videos a rank, "
+            f"{sizes.accumulation} x accumulated",
         )  # fmt: skip
     except ConfigError as error:
         yield Finding("hostfile", PROBLEM, str(error), "change solver.global_batch or the number of slots")

@@ -19,7 +19,8 @@ from typing import Any
 from torch import Tensor
 
 from text4vis.classifier.embeddings import build_classifier
-from text4vis.config.schema import Config, ConfigError, config_from_dict
+from text4vis.config.loading import config_from_dict
+from text4vis.config.schema import Config, ConfigError
 from text4vis.model.video_clip import VideoClip, build_model
 from text4vis.saved import checkpoint
 from text4vis.saved.checkpoint import CheckpointError, State
@@ -107,6 +108,7 @@ class SavedRun(SavedModel):
 
     @cached_property
     def state(self) -> State:
+        """The checkpoint's state, read once."""
         return checkpoint.read_state(self.folder)
 
     @cached_property

@@ -15,8 +15,7 @@ from typing import Any
 
 import shards.video
 from shards.files import require_folder
-from text4vis.config.schema import Config, ConfigError
-from text4vis.data.sampling import DENSE_WINDOW
+from text4vis.config.schema import DENSE_WINDOW, Config, ConfigError, schema
 from text4vis.evaluation.comparison import read_report
 from text4vis.evaluation.embedding import versions, weights_fingerprint
 from text4vis.model.towers import CLIP_NAMES
@@ -29,14 +28,7 @@ from text4vis.serving.predictor import takes_labels
 CARD_FILE = "README.md"
 ONNX_FILE = "model.onnx"
 ONNX_PROGRAM, ONNX_VIDEO = "predict_onnx.py", "predict_onnx_video.py"
-# What a reader of the card wants to know of the training; the whole configuration is in export.json.
 UNFINISHED = ".exporting"  # an export that was killed may be written again
-TRAINING_KEYS = (
-    "seed", "pretrain", "network.pretrained", "network.init", "network.fix_video", "network.fix_text",
-    "network.classifier_trainable", "network.drop_out", "solver.type", "solver.epochs", "solver.lr_warmup_step",
-    "solver.optim", "solver.lr", "solver.clip_ratio", "solver.weight_decay", "solver.loss_type", "solver.smoothing",
-    "solver.mixup", "solver.cutmix", "data.augmentation", "data.shot", "engine.precision",
-)  # fmt: skip
 TABLES = ("per_class", "confusion", "predictions", "by_views", "half_classes", "class_splits", "skipped")
 
 
@@ -148,7 +140,7 @@ def _training(trained: TrainedModel) -> dict[str, Any]:
     recorded = {key: value for key, value in trained.card.items() if key != "figures"}
     if "step" not in recorded:
         return recorded
-    return recorded | {key: file_name(attrgetter(key)(trained.config)) for key in TRAINING_KEYS}
+    return recorded | {key.name: file_name(attrgetter(key.name)(trained.config)) for key in schema() if key.on_card}
 
 
 def _what_it_is(trained: TrainedModel) -> dict[str, Any]:

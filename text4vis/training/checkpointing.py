@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -20,27 +19,19 @@ from shards.files import sync
 from text4vis.cluster import distributed
 from text4vis.model.tensors import write_tensors
 from text4vis.saved.checkpoint import BEST, STATE, WEIGHTS, CheckpointError, State, complete, sha256_of, tensor_file
-from text4vis.training.engine import (
-    loss_scaler_state,
-    moment_names,
-    named_moments,
-    named_weights,
-    restore,
-    restore_loss_scaler,
-    state_bytes,
-)
+from text4vis.training.engine import Engine
 
 Files = dict[str, Callable[[], Iterator[tuple[str, Tensor]]]]  # by name: what gives the tensors, collectively
 
 SPARE_BYTES = 1 << 20  # for logs, metrics and state.json
 
 
-def save(engine: Any, output: Path, state: State, *, keep: int = 2) -> Path:
+def save(engine: Engine, output: Path, state: State, *, keep: int = 2) -> Path:
     """Writes the checkpoint of this step and removes all but the last `keep`. Collective. Raises CheckpointError."""
     final = output / "checkpoints" / f"step-{state.step:08d}"
-    files: Files = {WEIGHTS: lambda: named_weights(engine)}
-    files |= {tensor_file(key): functools.partial(named_moments, engine, key) for key in moment_names(engine)}
-    _write(final, files, replace(state, loss_scaler=loss_scaler_state(engine)), sum(state_bytes(engine)))
+    files: Files = {WEIGHTS: engine.named_weights}
+    files |= {tensor_file(key): functools.partial(engine.named_moments, key) for key in engine.moment_names}
+    _write(final, files, replace(state, loss_scaler=engine.loss_scaler_state()), sum(engine.state_bytes()))
     if distributed.ranks().is_main:
         for old in complete(output)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
@@ -48,18 +39,18 @@ def save(engine: Any, output: Path, state: State, *, keep: int = 2) -> Path:
     return final
 
 
-def save_best(engine: Any, output: Path, state: State) -> None:
+def save_best(engine: Engine, output: Path, state: State) -> None:
     """Replaces OUT/checkpoints/best by the present weights. Collective. Raises CheckpointError."""
-    files: Files = {WEIGHTS: lambda: named_weights(engine)}
-    _write(output / "checkpoints" / BEST, files, state, state_bytes(engine)[0])
+    files: Files = {WEIGHTS: engine.named_weights}
+    _write(output / "checkpoints" / BEST, files, state, engine.state_bytes()[0])
     distributed.barrier()
 
 
-def load(engine: Any, folder: Path, state: State) -> None:
+def load(engine: Engine, folder: Path, state: State) -> None:
     """Gives the engine the fp32 weights and moments of a checkpoint of `save`. Every rank calls it and reads."""
-    opened = {name: safe_open(str(folder / tensor_file(name)), "pt") for name in ("model", *moment_names(engine))}
-    restore(engine, opened["model"].get_tensor, lambda key, name: opened[key].get_tensor(name), state.updates)
-    restore_loss_scaler(engine, state.loss_scaler)
+    opened = {name: safe_open(str(folder / tensor_file(name)), "pt") for name in ("model", *engine.moment_names)}
+    engine.restore(opened["model"].get_tensor, lambda key, name: opened[key].get_tensor(name), state.updates)
+    engine.restore_loss_scaler(state.loss_scaler)
 
 
 def check_room(output: Path, keep: int, weights: int, moments: int) -> None:
@@ -72,9 +63,9 @@ def check_room(output: Path, keep: int, weights: int, moments: int) -> None:
     _require_room(output, missing * (weights + moments) + (0 if has_best else weights), f"{missing} more checkpoints")
 
 
-def gather_weights(engine: Any) -> dict[str, Tensor]:
+def gather_weights(engine: Engine) -> dict[str, Tensor]:
     """The whole model in fp32 on rank 0 (empty elsewhere), whatever the ZeRO stage. Collective."""
-    return _gather(named_weights(engine))
+    return _gather(engine.named_weights())
 
 
 def _gather(tensors: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:

@@ -23,13 +23,13 @@ PRIOR_TEMPERATURE = 1000.0
 class Objective:
     """The loss of `solver.loss_type`. `classes` are those of the run, as VideoClip's forward takes them.
 
-    Raises ConfigError where videos are to be mixed and a micro batch holds only one.
+    micro_batch: videos of a micro batch. Raises ConfigError where videos are to be mixed and it holds only one.
     """
 
-    def __init__(self, config: Config, classes: Tensor) -> None:
+    def __init__(self, config: Config, classes: Tensor, micro_batch: int) -> None:
         self.config, self.classes = config, classes
         for key in ("mixup", "cutmix"):
-            if getattr(config.solver, key) and config.data.batch_size == 1:
+            if getattr(config.solver, key) and micro_batch == 1:
                 raise ConfigError(
                     f"solver.{key}: mixes videos of a micro batch, but one holds a single video; raise "
                     "data.batch_size or solver.global_batch, or start fewer ranks"
