@@ -63,7 +63,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace, config: Config) -> None:
-    """Embeds the videos, writes the report and shows its main figures. Raises ConfigError, ShardError, CheckpointError, OSError."""
+    """Embeds the videos, writes the report and shows its main figures.
+
+    Raises ConfigError, ShardError, CheckpointError, OSError.
+    """
     import torch
 
     from text4vis.classifier.embeddings import build_classifier

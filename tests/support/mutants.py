@@ -43,7 +43,7 @@ MODULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "order": (("shards/plan.py",), ("shards/test_plan.py",)),
     "sampling": (("text4vis/data/sampling.py",), ("data/test_sampling.py",)),
     "augmentation": (("text4vis/data/augmentation.py",), ("data/test_augmentation.py",)),
-    "plan": (("text4vis/data/plan.py",), ("data/test_loader.py", "data/test_fewshot.py", "data/test_on_error.py")),
+    "plan": (("text4vis/data/plan.py",), ("data/test_loader.py", "data/test_fewshot.py", "data/test_repair.py")),
     "reader": (("shards/reader.py",), ("shards/test_reader.py", "shards/test_remote.py")),
     "index": (("shards/format.py",), ("shards/test_reader.py", "shards/test_writer.py", "shards/test_checker.py")),
     "cache": (("shards/cache.py",), ("shards/test_cache.py",)),
