@@ -36,8 +36,8 @@ from shards.text import redact, shown
 from text4vis.common.console import console, table
 from text4vis.common.progress import Progress
 from text4vis.config.schema import ConfigError
-from text4vis.report.pictures import save_prediction, save_timeline
 from text4vis.saved.checkpoint import CheckpointError
+from text4vis.serving.pictures import save_prediction, save_timeline
 from text4vis.serving.predictor import FRAME_SUFFIXES, PredictionError, Predictor, Timeline
 
 Row = dict[str, Any]  # {"video", "top": [{"class", "probability"}]}, with "start" and "end" of a window; or an "error"
