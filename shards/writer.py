@@ -47,6 +47,7 @@ def build_shards(
     workers: int | None = None,
     on_error: str = "fail",
     append: bool = False,
+    replace_unfinished: bool = False,
     store: str = "frames",
     fps: float | None = None,
     progress: Progress | None = None,
@@ -62,7 +63,8 @@ def build_shards(
     bytes are kept unless short_side (pixels) or quality is given; image_template, max_frames, fps: see `SourceOptions`.
     store: "frames", or "video" to keep encoded videos whole. workers: threads; by default one a core, and two where
     frames are copied as they are: more help on network mounts only. on_error: "skip" leaves bad videos out and records
-    them in `Manifest.skipped`. append: adds videos as new shards to a finished data set. progress: called with the
+    them in `Manifest.skipped`. append: adds videos as new shards to a finished data set. replace_unfinished: an
+    unfinished build of other input in the folder is deleted, instead of an error. progress: called with the
     videos, frames and bytes that were added since its last call. list_name: the list's file, for messages.
 
     Memory: about 256 MiB of waiting frames, however long the videos are; stored videos are read whole.
@@ -112,6 +114,7 @@ def build_shards(
                 options=options,
                 record=record,
                 existing=index,
+                replace_unfinished=replace_unfinished,
                 progress=progress,
                 list_name=list_name,
             )
@@ -137,6 +140,7 @@ class _Builder:
         options: SourceOptions,
         record: dict[str, Any],
         existing: Index | None,
+        replace_unfinished: bool,
         progress: Progress | None,
         list_name: str | Path,
     ) -> None:
@@ -148,6 +152,7 @@ class _Builder:
         self.options = options
         self.record = record
         self.existing = existing
+        self.replace_unfinished = replace_unfinished
         self.progress: Progress = progress or (lambda videos, frames, size: None)
         self.list_name = list_name
         self.finished: list[FinishedShard] = []
@@ -197,6 +202,12 @@ class _Builder:
             self.workspace.begin(settings)
             return 0
         difference = _difference(begun, settings, any(shard.skipped for shard in self.finished))
+        if difference and self.replace_unfinished:
+            self.workspace.begin(settings)
+            for shard in self.finished:
+                (self.workspace.output / shard.info.name).unlink()
+            self.finished = []
+            return 0
         if difference:
             raise ShardError(
                 f"{self.workspace.output}: holds an unfinished build of other input ({difference}); run that one to "

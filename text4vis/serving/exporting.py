@@ -2,7 +2,8 @@
 
 README.md         the model card
 model.onnx        the visual side with the classes (text4vis/serving/onnx_graph.py); model.onnx.data from 2 GB on
-predict_onnx.py   text4vis/serving/standalone.py, which runs the graph without torch
+predict_onnx.py   text4vis/serving/standalone.py, which runs the graph without torch; beside it shards/video.py as
+predict_onnx_video.py, which decides what a video shows
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import shards.video
 from shards.files import require_folder
 from text4vis.config.schema import Config, ConfigError
 from text4vis.data.sampling import DENSE_WINDOW
@@ -26,7 +28,7 @@ from text4vis.serving.predictor import takes_labels
 
 CARD_FILE = "README.md"
 ONNX_FILE = "model.onnx"
-ONNX_PROGRAM = "predict_onnx.py"
+ONNX_PROGRAM, ONNX_VIDEO = "predict_onnx.py", "predict_onnx_video.py"
 # What a reader of the card wants to know of the training; the whole configuration is in export.json.
 UNFINISHED = ".exporting"  # an export that was killed may be written again
 TRAINING_KEYS = (
@@ -55,13 +57,14 @@ def export(folder: Path, trained: TrainedModel, *, report: Path | None = None, o
     (folder / UNFINISHED).touch()
     (folder / EXPORT_FILE).unlink(missing_ok=True)  # without it the folder is no export
     remove_onnx(folder / ONNX_FILE)
-    (folder / ONNX_PROGRAM).unlink(missing_ok=True)
+    for name in (ONNX_PROGRAM, ONNX_VIDEO):
+        (folder / name).unlink(missing_ok=True)
     graph, graph_facts = None, None
     if onnx:
         require_packages()
         facts = {"class_names": list(names), "preprocessing": rule}
         graph = write_onnx(folder / ONNX_FILE, model.eval(), trained.class_embeddings_CD, facts)
-        shutil.copyfile(Path(__file__).with_name("standalone.py"), folder / ONNX_PROGRAM)
+        _write_program(folder)
         difference = "not compared: onnxruntime is not installed" if graph.difference is None else graph.difference
         graph_facts = {"opset": OPSET, "bytes": graph.bytes, "largest difference of logits to PyTorch": difference}
     installed = versions()
@@ -81,6 +84,15 @@ def export(folder: Path, trained: TrainedModel, *, report: Path | None = None, o
     (folder / CARD_FILE).write_text(page, encoding="utf-8")
     (folder / UNFINISHED).unlink()
     return graph
+
+
+def _write_program(folder: Path) -> None:
+    """The program and the module that reads its videos: the very one that made what the model was trained on."""
+    program = Path(__file__).with_name("standalone.py").read_text(encoding="utf-8")
+    own = program.replace(f"from {shards.video.__name__} import", f"from {Path(ONNX_VIDEO).stem} import")
+    assert own != program
+    (folder / ONNX_PROGRAM).write_text(own, encoding="utf-8")
+    shutil.copyfile(str(shards.video.__file__), folder / ONNX_VIDEO)
 
 
 def last_report(saved: SavedModel) -> Path | None:

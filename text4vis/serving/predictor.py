@@ -23,17 +23,16 @@ from typing import Any
 import fsspec
 import numpy as np
 import torch
-from PIL import Image
 
 from shards.address import scheme_of
 from shards.format import ShardError
+from shards.images import read_image
 from shards.text import redact, redact_text
 from shards.video import FrameReader, VideoError, VideoInfo, probe_video
 from text4vis.classifier.embeddings import text_classifier
 from text4vis.config.schema import Config, ConfigError
 from text4vis.data.augmentation import eval_geometry
-from text4vis.data.loader import place
-from text4vis.data.plan import Frame
+from text4vis.data.finishing import place
 from text4vis.data.sampling import test_indices
 from text4vis.evaluation.protocols import class_scores
 from text4vis.model.video_clip import VideoClip
@@ -164,15 +163,12 @@ class Predictor:
         last = max(0.0, info.duration - window_seconds)
         starts = np.append(np.arange(0.0, last, step), last)
         seconds_W2 = np.stack([starts, np.minimum(starts + window_seconds, info.duration)], axis=1)
-        first_last_W2 = np.searchsorted(info.times_N, seconds_W2)
         frames = FrameReader(video, num_frames=info.num_frames)
         scores, thumbnails = [], []
         for begin in range(0, len(starts), batch_size):
-            windows = [
-                first + self._indices(max(1, stop - first))
-                for first, stop in first_last_W2[begin : begin + batch_size].tolist()
-            ]
-            indices = np.minimum(np.concatenate(windows), info.num_frames - 1)
+            shown = [info.shown(start, stop) for start, stop in seconds_W2[begin : begin + batch_size].tolist()]
+            windows = [frames_n[self._indices(len(frames_n))] for frames_n in shown]
+            indices = np.concatenate(windows)
             frames_NSS3 = np.stack(self._decode(video, frames, indices))
             frames_BTSS3 = frames_NSS3.reshape(len(windows), -1, *frames_NSS3.shape[1:])
             scores.append(self._scores(frames_BTSS3, classes_CD))
@@ -258,10 +254,10 @@ class Predictor:
     def _prepare(self, image: np.ndarray) -> np.ndarray:
         """A frame (H, W, 3) as (S, S, 3) uint8: scaled and centre-cropped as in evaluation."""
         side = self.config.data.input_size
-        out_BVTSS3 = np.empty((1, 1, 1, side, side, 3), np.uint8)
+        out_VTSS3 = np.empty((1, 1, side, side, 3), np.uint8)
         geometry = eval_geometry(image.shape[0], image.shape[1], self.config.scale_size, side, 1)
-        place(Frame(geometry, ((0, 0, 0, 0),)), image, out_BVTSS3)
-        return out_BVTSS3[0, 0, 0]
+        place(image, geometry, [(0, 0, 0)], out_VTSS3)
+        return out_VTSS3[0, 0]
 
 
 def _names(labels: Iterable[str]) -> list[str]:
@@ -305,9 +301,8 @@ def _probe(path: str | Path) -> VideoInfo:
 
 def _read_image(path: Path) -> np.ndarray:
     try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return np.asarray(read_image(path.read_bytes()))
+    except (OSError, ValueError) as error:
         raise PredictionError(f"{path}: not a readable image ({error})") from error
 
 
