@@ -39,8 +39,8 @@ from shards.walk import describe, is_hidden
 from text4vis.common.console import console, table
 from text4vis.common.progress import Progress
 from text4vis.config.schema import ConfigError
-from text4vis.report.pictures import save_prediction, save_timeline
 from text4vis.saved.checkpoint import CheckpointError
+from text4vis.serving.pictures import save_prediction, save_timeline
 from text4vis.serving.predictor import FRAME_SUFFIXES, PredictionError, Predictor, Timeline
 
 # {"video", "top": [{"class", "probability"}], "calibrated"}, on demand with "sure" and "candidates"; of a window

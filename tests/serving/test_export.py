@@ -24,7 +24,7 @@ from text4vis.evaluation.protocols import class_scores
 from text4vis.model import heads
 from text4vis.model.video_clip import build_model
 from text4vis.saved.checkpoint import CheckpointError, State
-from text4vis.saved.opening import TrainedModel
+from text4vis.saved.opening import TrainedModel, open_saved
 from text4vis.saved.runs import check_same_classes
 from text4vis.serving import onnx_graph
 from text4vis.serving.exporting import export, last_report, preprocessing
@@ -230,9 +230,11 @@ def test_the_last_evaluation_of_a_run_is_found(tmp_path):
     best = tmp_path / "checkpoints" / "best"
     best.mkdir(parents=True)
     (best / "state.json").touch()
-    assert last_report(tmp_path) is None
+    assert last_report(open_saved(tmp_path)) is None
     (tmp_path / "report.json").touch()
-    assert last_report(tmp_path) == last_report(best) == tmp_path / "report.json"
+    assert {last_report(open_saved(path)) for path in (tmp_path, best)} == {tmp_path / "report.json"}
+    (tmp_path / "best.pt").touch()
+    assert last_report(open_saved(tmp_path / "best.pt")) is None
 
 
 def test_another_file_of_class_embeddings_is_noticed(tmp_path):

@@ -23,9 +23,9 @@ from shards.video import _PacketTable
 from text4vis.classifier.embeddings import build_classifier
 from text4vis.config.schema import Config, DataConfig
 from text4vis.model.video_clip import build_model
-from text4vis.report.pictures import save_timeline
 from text4vis.saved.checkpoint import CheckpointError
 from text4vis.saved.weights import export_model
+from text4vis.serving.pictures import save_timeline
 from text4vis.serving.predictor import PredictionError
 
 NAMES = ["archery", "surfing", "playing the flute"]

@@ -137,15 +137,15 @@ def _calibration(
     return calibration_figures(scores_NC[finite_N], labels_N[finite_N])
 
 
-def within(scores_NC: np.ndarray, labels_N: np.ndarray, classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scores (n, c) and labels (n,) of the videos of some classes, among these alone. classes: ascending ids."""
-    chosen_N = np.isin(labels_N, classes)
-    return scores_NC[chosen_N][:, classes], np.searchsorted(classes, labels_N[chosen_N])
+def within(scores_NC: np.ndarray, labels_N: np.ndarray, class_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scores (n, c) and labels (n,) of the videos of some classes, among these alone. class_ids: (c,), ascending."""
+    chosen_N = np.isin(labels_N, class_ids)
+    return scores_NC[chosen_N][:, class_ids], np.searchsorted(class_ids, labels_N[chosen_N])
 
 
 def _over_splits(scores_NC: np.ndarray, labels_N: np.ndarray, splits: Mapping[str, np.ndarray]) -> dict | None:
     """Each split by itself, mean and standard deviation (of the population, as numpy's) over them."""
-    parts = {name: within(scores_NC, labels_N, classes) for name, classes in splits.items()}
+    parts = {name: within(scores_NC, labels_N, class_ids) for name, class_ids in splits.items()}
     if not parts or not all(len(labels) for _, labels in parts.values()):
         return None
     each = [

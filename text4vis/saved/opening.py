@@ -92,7 +92,7 @@ class SavedModel(ABC):
 
     @abstractmethod
     def trained(self) -> TrainedModel:
-        """The model with everything that is recorded of it. Raises ConfigError where that is not enough."""
+        """The model with everything that is recorded of it. Raises CheckpointError where that is not enough."""
 
 
 class SavedRun(SavedModel):
@@ -216,8 +216,8 @@ class OriginalFile(SavedModel):
     def trained(self) -> TrainedModel:
         raise self._records_nothing()
 
-    def _records_nothing(self) -> ConfigError:
-        return ConfigError(
+    def _records_nothing(self) -> CheckpointError:
+        return CheckpointError(
             f"{self.path}: a .pt file does not tell its recipe and classes; export it first: tools/export.py "
             f"{self.path} --config RECIPE --labels CSV --output FOLDER"
         )

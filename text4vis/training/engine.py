@@ -82,7 +82,7 @@ class Engine:
         if config.engine.compile:
             self.runtime.compile()
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor | Classes) -> Tensor:
         """The model's forward pass."""
         return self.runtime(*inputs)
 

@@ -255,6 +255,7 @@ class Trainer:
             return self.engine.whole(model.classifier)
         if model.text_tower is not None:
             return build_classifier(self.config, model, self.class_names)
+        assert isinstance(self.objective.classes, torch.Tensor), "what trains is embedded anew"
         return self.objective.classes
 
     def log_step(self, meter: Meter) -> None:

@@ -125,7 +125,7 @@ def step_seconds(setup: EngineSetup, rounds: int) -> dict[str, list[float]]:
     def ours(trainer: Trainer) -> Callable[[], object]:
         return functools.partial(trainer.train_step, iter(trainer.train_loader), Meter.new(trainer.device))
 
-    config, classes_CD = trainers[0].config, trainers[0].objective.classes
+    config, classes_CD = trainers[0].config, trainers[0].class_embeddings()
     batch = next(iter(trainers[0].train_loader))
     contenders: dict[str, Callable[[], object]] = {
         "ours": ours(trainers[0]),
