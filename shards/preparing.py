@@ -203,15 +203,20 @@ def write_lists(videos: Sequence[Video], output: str | Path, *, finished: Collec
                 lists[list_file(split)] = "".join(lines).encode()
     except ValueError as error:
         raise ShardError(f"{error}; nothing was written") from None
-    table = io.StringIO(newline="")
-    csv.writer(table, lineterminator="\n").writerows([("id", "name"), *enumerate(names)])
-    lists[LABELS] = table.getvalue().encode()
+    lists[LABELS] = format_labels(names)
     require_folder(output)
     for name, content in lists.items():
         write_atomically(output / name, content)
     if not counts["test"] and "test" not in finished:
         (output / list_file("test")).unlink(missing_ok=True)
     return {split: count for split, count in counts.items() if count}
+
+
+def format_labels(names: Sequence[str]) -> bytes:
+    """A class list of these names."""
+    table = io.StringIO(newline="")
+    csv.writer(table, lineterminator="\n").writerows([("id", "name"), *enumerate(names)])
+    return table.getvalue().encode()
 
 
 def _read_lists(root: Path, output: Path) -> dict[str, list[Annotation]]:
