@@ -63,9 +63,11 @@ class Report:
 
     @property
     def sound(self) -> bool:
+        """Whether no data set has a problem and no video is in two of them."""
         return not self.leaks and not any(dataset.problems for dataset in self.datasets)
 
     def to_json(self) -> str:
+        """The report as JSON, with `sound` first."""
         return json.dumps({"sound": self.sound, **asdict(self)}, ensure_ascii=False, indent=1) + "\n"
 
 

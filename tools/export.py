@@ -24,7 +24,7 @@ from text4vis.classifier.embeddings import build_classifier
 from text4vis.config.schema import ConfigError, load_config
 from text4vis.saved.checkpoint import CheckpointError
 from text4vis.saved.opening import SavedModel, TrainedModel, open_saved
-from text4vis.serving.export import export, last_report
+from text4vis.serving.exporting import export, last_report
 from text4vis.serving.onnx_graph import require_packages
 
 

@@ -27,7 +27,7 @@ from text4vis.saved.checkpoint import CheckpointError, State
 from text4vis.saved.opening import TrainedModel
 from text4vis.saved.runs import check_same_classes
 from text4vis.serving import onnx_graph
-from text4vis.serving.export import export, last_report, preprocessing
+from text4vis.serving.exporting import export, last_report, preprocessing
 from text4vis.serving.onnx_graph import write_onnx
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'text4vis[onnx]'")
@@ -201,7 +201,7 @@ def test_a_folder_of_other_files_is_left_alone(exported, tmp_path):
 
 def test_an_export_that_was_killed_is_written_again(exported, tmp_path, monkeypatch):
     with monkeypatch.context() as killed:
-        killed.setattr("text4vis.serving.export.model_card", lambda *_, **__: 1 / 0)
+        killed.setattr("text4vis.serving.exporting.model_card", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             export(tmp_path / "x", exported[0])
     (tmp_path / "x" / "export.json").unlink()  # as if it had been killed before that

@@ -45,6 +45,7 @@ def find_traps(config: Config, names: Sequence[str], train: ShardDataset) -> lis
 
 
 def log_traps(logger: logging.Logger, config: Config, names: Sequence[str], train: ShardDataset) -> None:
+    """Warns of each trap, with its fix, in the run's log."""
     for trap in find_traps(config, names, train):
         logger.warning("%s; %s", trap.said, trap.fix)
 
