@@ -113,10 +113,11 @@ def _settle_broken(root: Path, found: Found, skip_broken: bool) -> None:
     """Videos that do not open are an error, or left out."""
     if found.broken and not skip_broken:
         first, reason = next(iter(found.broken.items()))
-        more = f", and {len(found.broken) - 1} more do not open" if len(found.broken) > 1 else ""
+        others = [*found.broken][1:]
+        more = f"; {len(others)} more do not open: {_some(others)}" if others else ""
         raise ShardError(
-            f"{str(root / first)!r}: {reason}{more}: {_some([*found.broken])}. Nothing was written; replace or remove "
-            "them, or leave such videos out with --on-error skip"
+            f"{str(root / first)!r}: {reason}{more}. Nothing was written; replace or remove such videos, or leave them "
+            "out with --on-error skip"
         )
     found.left_out["video that does not open"] = [*found.broken]
     if not found.videos:
