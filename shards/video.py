@@ -31,8 +31,8 @@ from av.stream import Disposition
 
 # FFmpeg also "opens" playlists and scripts, which make it read other files and addresses, and pictures: only these.
 _FORMATS = (
-    "mov,mp4,avi,matroska,webm,mpegts,mpeg,mpegvideo,flv,live_flv,asf,ogg,m4v,gif,apng,dv,mxf,rm,nut,ivf,wtv,"
-    "h264,hevc,vvc,obu,av1,h261,h263,vc1,vc1test,mjpeg,yuv4mpegpipe,swf,nuv,dhav,gxf,amv,film_cpk,roq,smk,bink,nsv,pva"
+    "mov,mp4,avi,matroska,webm,mpegts,mpeg,mpegvideo,flv,asf,ogg,m4v,gif,apng,dv,mxf,rm,nut,ivf,wtv,"
+    "h264,hevc,vvc,obu,av1,h261,h263,vc1,vc1test,yuv4mpegpipe,dhav,gxf,amv,nuv"
 )
 
 # Matroska, WebM, FLV and ASF round times to a millisecond: a frame counts as shown up to half of one before its time.
@@ -43,7 +43,8 @@ _LONGEST_STEP, _LONGEST_STEPS = 30 * 3600.0, {"mpegts": 10.0, "mpeg": 10.0}
 _REORDERED_FRAMES = 8  # frames may come out of order for so long; a clock that stays behind was reset
 _PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 _NVDEC_CODECS = {"h264", "hevc", "mpeg4", "vp8", "vp9", "libdav1d", "av1"}
-_UNSPECIFIED, _LIMITED, _BT470BG, _SMPTE170M = 2, 1, 5, 6  # ITU-T H.273
+_UNSPECIFIED, _LIMITED, _BT601 = 2, 1, {5, 6}  # ITU-T H.273
+_MATRICES = {0, 1, 2, 4, 7, 9} | _BT601  # also RGB, BT.709, unspecified, FCC, SMPTE 240M, BT.2020
 
 Use = Callable[[np.ndarray], np.ndarray]
 Source = str | Path | bytes
@@ -188,7 +189,7 @@ def nvdec_shows_the_same(source: Source, num_frames: int) -> bool:
                 stream.codec_context.name in _NVDEC_CODECS
                 and frame.format.name == "yuv420p"
                 and not (frame.width % 2 or frame.height % 2 or frame.interlaced_frame or _turning(frame))
-                and int(frame.colorspace) in (_UNSPECIFIED, _BT470BG, _SMPTE170M)
+                and int(frame.colorspace) in _BT601 | {_UNSPECIFIED}
                 and int(frame.color_range) in (0, _LIMITED)
             )
     except (VideoError, StopIteration):
@@ -341,6 +342,9 @@ class _RgbConverter:
 
     def __call__(self, frame: av.VideoFrame) -> np.ndarray:
         turning = _turning(frame)
+        if int(frame.colorspace) not in _MATRICES:  # newer versions of FFmpeg refuse it, older convert like this
+            frame.colorspace = 9 if int(frame.colorspace) == 10 else _UNSPECIFIED
+        frame.color_trc = frame.color_primaries = _UNSPECIFIED  # not converted
         key = (frame.format.name, frame.width, frame.height, int(frame.colorspace), int(frame.color_range), turning)
         if key not in self._graphs:
             self._graphs[key] = self._graph(frame, turning)
@@ -364,7 +368,7 @@ class _RgbConverter:
 
 
 def _turning(frame: av.VideoFrame) -> tuple[_Filter, ...]:
-    """The filters by which `ffmpeg` turns and mirrors a frame as its display matrix wants it."""
+    """The filters by which `ffmpeg` turns and mirrors a frame."""
     matrix = cast("Any", frame.side_data).get(Type.DISPLAYMATRIX)  # the stubs have it map texts
     a, b, _, c, d = np.frombuffer(bytes(36) if matrix is None else bytes(matrix), np.int32)[:5].tolist()
     if not math.hypot(a, c) or not math.hypot(b, d):
@@ -397,7 +401,6 @@ class _Clock:
         """Seconds (N,) from 0, increasing, and the duration. A step above `longest_step` seconds is a jump.
 
         Where the clock jumps, frames follow at the usual rate; frames without a time lie between their neighbours.
-        AVI has no presentation times.
         """
         stamps = min(([pts for pts, _ in self._stamps], [dts for _, dts in self._stamps]), key=_faults)
         steps = np.diff([stamp for stamp in stamps if stamp is not None])

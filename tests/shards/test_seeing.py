@@ -89,6 +89,25 @@ def test_codecs_and_containers(tmp_path, codec, pix_fmt, name, options):
     assert difference.mean() < (25 if codec == "gif" else 12), "ffmpeg may be wrong too"
 
 
+@pytest.mark.parametrize(("name", "codec", "muxer", "rate"), [
+    ("fragments.mp4", "libx264", {"movflags": "frag_keyframe+empty_moov"}, 20),
+    ("live.webm", "libvpx", {"live": "1"}, 20),
+    ("late.mkv", "libx264", {"output_ts_offset": "7.3"}, 20),
+    ("early.mkv", "libx264", {"output_ts_offset": "-0.15", "avoid_negative_ts": "disabled"}, 20),
+    ("v.mxf", "mpeg2video", {}, 25),
+    ("v.nut", "libx264", {}, 20),
+    ("v.ivf", "libvpx", {}, 20),
+    ("v.h264", "libx264", {}, 25),
+    ("v.wtv", "mpeg2video", {}, 25),
+])  # fmt: skip
+def test_containers_without_index_or_duration_and_clocks_that_start_elsewhere(tmp_path, name, codec, muxer, rate):
+    path = encode(tmp_path / name, codec, images=pictures(12), muxer=muxer, rate=rate)
+    info = probe_video(path)
+    assert (info.num_frames, info.duration) == (12, pytest.approx(12 / rate, abs=0.002))
+    np.testing.assert_allclose(info.times_N, np.arange(12) / rate, atol=0.0011)
+    assert_as_ffmpeg_shows(path, times=name != "early.mkv")  # ffmpeg moves what is before 0
+
+
 def size_for(codec: str) -> tuple[int, int]:
     return (96, 64) if codec == "libx265" else (48, 32)  # x265 writes behind its buffers when the picture is smaller
 
@@ -111,10 +130,18 @@ def test_colour_matrices_and_ranges(tmp_path, matrix, colours, codec, pix_fmt, n
     assert_as_ffmpeg_shows(path)
 
 
+@pytest.mark.parametrize("matrix", [3, 8, 10, 12, 14], ids=["reserved", "YCgCo", "BT.2020 c", "derived", "ICtCp"])
+def test_rare_colour_matrices(tmp_path, matrix):
+    """Newer versions of FFmpeg refuse these."""
+    path = encode(tmp_path / "v.webm", "libvpx-vp9", "yuv444p", colorspace=matrix, color_range=1)
+    assert_as_ffmpeg_shows(path)
+
+
 @pytest.mark.parametrize("kind", ORIENTATIONS)
 @pytest.mark.parametrize(("codec", "pix_fmt", "size"), [
     ("libx264", "yuv420p", (48, 32)), ("libx264", "yuv422p", (48, 32)), ("libx264", "yuv444p", (45, 31)),
     ("libx265", "yuv420p10le", (96, 64)), ("prores_ks", "yuv422p10le", (48, 32)), ("mjpeg", "yuvj420p", (48, 32)),
+    ("png", "rgb24", (45, 31)),
 ])  # fmt: skip
 def test_all_eight_orientations(tmp_path, kind, codec, pix_fmt, size):
     matrix, turn = ORIENTATIONS[kind]

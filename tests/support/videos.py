@@ -41,17 +41,17 @@ def encode(
     rate: int = 20,
     matrix: tuple[int, int, int, int] | None = None,
     options: dict[str, str] | None = None,
-    muxer: str | None = None,
+    muxer: dict[str, str] | None = None,
     **context,
 ) -> Path:
     """A video of these images, shown at these seconds. matrix: a, b, c, d of the display matrix, for mp4 and mov.
 
-    context: attributes of the encoder, e.g. colorspace.
+    muxer: its options. context: attributes of the encoder, e.g. colorspace.
     """
     images = pictures(6) if images is None else images
     times = np.arange(len(images)) / rate if times is None else np.asarray(times)
     base = Fraction(1, rate) if np.allclose(times * rate % 1, 0, atol=1e-6) else Fraction(1, 1000)
-    with av.open(str(path), "w", format=muxer) as container:
+    with av.open(str(path), "w", options=muxer or {}) as container:
         stream = container.add_stream(codec, rate=rate, options=options or {})
         stream.height, stream.width = images[0].shape[:2]
         stream.pix_fmt = pix_fmt

@@ -118,8 +118,9 @@ class GpuDecoder:
     def start(self, videos: list[ReadVideo]) -> Run:
         """Starts a run of each graph for which the batch holds something, and PyAV on the other videos."""
         run, by_nvdec = Run(videos), []
+        shown_by_nvdec = list(self._threads.map(self._shown_by_nvdec, videos))  # a new video takes milliseconds
         for row, video in enumerate(videos):
-            if video.is_stored_video and not self._shown_by_nvdec(video):
+            if video.is_stored_video and not shown_by_nvdec[row]:
                 num_frames = int(self._dataset.num_frames[video.plan.sample])
                 run.stored_videos[row] = self._threads.submit(
                     decode_frames, video.files[0], video.plan.numbers, num_frames=num_frames
@@ -145,9 +146,9 @@ class GpuDecoder:
     def _shown_by_nvdec(self, video: ReadVideo) -> bool:
         """Whether NVIDIA's decoder shows a stored video as PyAV does; looked up once for each video."""
         sample = video.plan.sample
-        if sample not in self._by_nvdec:
+        if video.is_stored_video and sample not in self._by_nvdec:
             self._by_nvdec[sample] = nvdec_shows_the_same(video.files[0], int(self._dataset.num_frames[sample]))
-        return self._by_nvdec[sample]
+        return video.is_stored_video and self._by_nvdec[sample]
 
     def finish(self, run: Run) -> Decoded[torch.Tensor]:
         """The videos and, for each, its k images, uncopied where DALI decoded. Raises SampleError, RuntimeError."""
