@@ -76,6 +76,7 @@ def parse_annotations(
                 raise ShardError(
                     f"{path}:{number}: label {annotation.label} of {annotation.name!r} has no class: {classes} has "
                     f"the ids 0 to {limit - 1}; correct the label or add id {annotation.label} to the class list"
+                    + ("; where labels count from 1, subtract 1 from each" if annotation.label == limit else "")
                 )
             annotations.append(annotation)
     if not annotations:

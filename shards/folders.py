@@ -84,7 +84,9 @@ def scan_folders(
         - {PurePosixPath(path).parts[0] for path in paths}
     )
     if empty:
-        found.notices.append(f"{_some(empty)}: no videos in there, so no {_plural(len(empty), 'class', 'classes')}")
+        pictures = {PurePosixPath(path).parts[0] for path in found.left_out.get("picture", ())}
+        what = "pictures and no videos" if pictures.issuperset(empty) else "no videos"
+        found.notices.append(f"{_some(empty)}: {what} in there, so no {_plural(len(empty), 'class', 'classes')}")
     return found
 
 
@@ -225,7 +227,7 @@ def _classify(root: Path, paths: Sequence[str], notices: list[str]) -> list[Vide
     if splits - {"train"}:
         named = _some(name for name, split in top.items() if split)
         raise ShardError(
-            f"{root}: {named} look like splits, beside folders that are none: {_some(others)}; move one kind "
+            f"{root}: named like a split: {named}; beside them, not named like one: {_some(others)}; move one kind "
             "elsewhere, or name classes and splits in a CSV"
         )
     if splits:

@@ -45,7 +45,9 @@ def path_below(name: str, root: Path | None) -> str:
         raise ValueError(f"the path {written!r} begins with a drive of Windows; give paths below --root, with `/`")
     if name[0] == "/":
         name = _relative(name, root)
-    elif "./" not in name and "//" not in name and name[-1] not in "/.":
+    if root is not None:
+        _refuse_root_twice(name, root)
+    if name[0] != "/" and "./" not in name and "//" not in name and name[-1] not in "/.":
         return name
     parts: list[str] = []
     for part in name.split("/"):
@@ -68,6 +70,13 @@ def _relative(name: str, root: Path | None) -> str:
             return normal[len(base.rstrip("/")) + 1 :]
     place = "the root folder" if root is None else f"--root {root}"
     raise ValueError(f"the path {name!r} leaves the root folder: it does not lie below {place}; give paths below it")
+
+
+def _refuse_root_twice(name: str, root: Path) -> None:
+    """Raises ValueError for a path that begins with the root's own name, and is there without it only."""
+    first, _, rest = name.removeprefix("./").partition("/")
+    if rest and first == root.name and not os.path.lexists(root / name) and os.path.lexists(root / rest):
+        raise ValueError(f"the path {name!r} begins with the name of --root itself; give --root {root.parent}")
 
 
 def refuse_more_numbers(name: str, num_frames: int | None, root: Path) -> None:

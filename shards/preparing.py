@@ -113,10 +113,11 @@ def _settle_broken(root: Path, found: Found, skip_broken: bool) -> None:
     """Videos that do not open are an error, or left out."""
     if found.broken and not skip_broken:
         first, reason = next(iter(found.broken.items()))
-        more = f", and {len(found.broken) - 1} more do not open" if len(found.broken) > 1 else ""
+        others = [*found.broken][1:]
+        more = f"; {len(others)} more do not open: {_some(others)}" if others else ""
         raise ShardError(
-            f"{str(root / first)!r}: {reason}{more}: {_some([*found.broken])}. Nothing was written; replace or remove "
-            "them, or leave such videos out with --on-error skip"
+            f"{str(root / first)!r}: {reason}{more}. Nothing was written; replace or remove such videos, or leave them "
+            "out with --on-error skip"
         )
     found.left_out["video that does not open"] = [*found.broken]
     if not found.videos:
@@ -205,15 +206,20 @@ def write_lists(videos: Sequence[Video], output: str | Path, *, finished: Collec
                 lists[list_file(split)] = "".join(lines).encode()
     except ValueError as error:
         raise ShardError(f"{error}; nothing was written") from None
-    table = io.StringIO(newline="")
-    csv.writer(table, lineterminator="\n").writerows([("id", "name"), *enumerate(names)])
-    lists[LABELS] = table.getvalue().encode()
+    lists[LABELS] = format_labels(names)
     require_folder(output)
     for name, content in lists.items():
         write_atomically(output / name, content)
     if not counts["test"] and "test" not in finished:
         (output / list_file("test")).unlink(missing_ok=True)
     return {split: count for split, count in counts.items() if count}
+
+
+def format_labels(names: Sequence[str]) -> bytes:
+    """A class list of these names."""
+    table = io.StringIO(newline="")
+    csv.writer(table, lineterminator="\n").writerows([("id", "name"), *enumerate(names)])
+    return table.getvalue().encode()
 
 
 def _read_lists(root: Path, output: Path) -> dict[str, list[Annotation]]:

@@ -204,8 +204,8 @@ def test_classes_that_a_split_lacks_are_said(tmp_path):
 @pytest.mark.parametrize(
     ("paths", "message"),
     [(["train/1.mp4", "val/1.mp4"], "train/1.mp4: lies in the split 'train' and in no class folder"),
-     (["train/a/1.mp4", "test/a/1.mp4", "extra/a/1.mp4"], "look like splits, beside folders that are none: 'extra'"),
-     (["run/1.mp4", "walk/1.mp4", "test/1.mp4"], "'test' look like splits, beside folders that are none: 'run'")],
+     (["train/a/1.mp4", "test/a/1.mp4", "extra/a/1.mp4"], "named like a split: 'test', 'train'; beside them"),
+     (["run/1.mp4", "walk/1.mp4", "test/1.mp4"], "named like a split: 'test'; beside them")],
 )  # fmt: skip
 def test_half_a_split_is_refused(tmp_path, paths, message):
     put(tmp_path, *paths)
