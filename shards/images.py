@@ -97,13 +97,15 @@ def read_image(data: bytes) -> Image.Image:
         raise ValueError(f"the image does not decode ({error})") from error
 
 
-def eight_bits(data: bytes) -> bytes:
-    """An image that every decoder turns into the pixels of `read_image`: a PNG of 16 bits becomes a BMP, for decoders
-    round these as they like. All others are given back unchanged.
+def plain_image(data: bytes) -> bytes:
+    """An image that every decoder turns into the pixels of `read_image`: those that decoders round as they like, or not
+    all of them know, become a BMP of 24 bits. All others are given back unchanged.
 
-    Raises ValueError when it does not decode.
+    Raises ValueError when such an image does not decode.
     """
-    if not data.startswith(_PNG_BEGIN) or data[24] != 16:
+    deep_png = data.startswith(_PNG_BEGIN) and data[24:25] == b"\x10"
+    odd_bmp = data.startswith(b"BM") and data[28:34] != b"\x18\0\0\0\0\0"  # other than 24 bits, not compressed
+    if not deep_png and not odd_bmp:
         return data
     stream = io.BytesIO()
     read_image(data).save(stream, "BMP")

@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 from shards.format import SampleError
-from shards.images import ImageProbe, eight_bits
+from shards.images import ImageProbe, plain_image
 from shards.reader import ShardDataset
 from text4vis.data.plan import FramePlan, Picked, Planner, VideoPlan
 
@@ -58,7 +58,7 @@ class PlanReader:
                 info = probe(data)
                 if (info.height, info.width) != frame.size:
                     raise SampleError(self._of_another_size(plan.sample, frame, info.height, info.width))
-                images.append(eight_bits(data))
+                images.append(plain_image(data))
             except ValueError as error:
                 raise SampleError(undecodable(self._dataset, plan.sample, error, frame.number)) from None
         return ReadVideo(plan, images, False)
