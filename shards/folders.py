@@ -74,29 +74,39 @@ def scan_folders(
     root = Path(root)
     if not root.is_dir():
         raise ShardError(f"{root}: no such folder; give the folder that holds a sub-folder of videos for each class")
+    found, paths, files = _look_at_all(root, known, workers, progress)
+    if not paths:
+        raise ShardError(f"{root}: {_no_videos(root, found)}")
+    videos = _classify(root, paths, found.notices)
+    found.videos = [video for video in videos if video.path not in found.broken]
+    empty = sorted(
+        {PurePosixPath(path).parts[0] for path in files if "/" in path}
+        - {PurePosixPath(path).parts[0] for path in paths}
+    )
+    if empty:
+        found.notices.append(f"{_some(empty)}: no videos in there, so no {_plural(len(empty), 'class', 'classes')}")
+    return found
+
+
+def find_videos(root: str | Path) -> tuple[list[str], dict[str, list[str]]]:
+    """Paths of all videos below a folder, sorted, those that do not open too; and what is left out, by reason."""
+    found, paths, _ = _look_at_all(Path(root), (), None, None)
+    return paths, found.left_out
+
+
+def _look_at_all(
+    root: Path, known: Collection[str], workers: int | None, progress: Callable[[int], object] | None
+) -> tuple[Found, list[str], list[str]]:
+    """What was found without classes, the paths of all videos, broken ones too, and of all files."""
     listing = list_files(root)
     found = Found([], listing.left_out)
     kinds = {path: _kind_by_name(root, path) for path in listing.files if path not in known}
     unknown = [path for path, kind in kinds.items() if kind is None]
     kinds |= _kinds_by_content(root, unknown, found, workers, progress)
-    paths = []
-    for path in listing.files:
-        kind = kinds.get(path, "")
+    for path, kind in kinds.items():
         if kind:
             found.left_out[kind].append(path)
-        elif path not in found.broken:
-            paths.append(path)
-    if not paths and not found.broken:
-        raise ShardError(f"{root}: {_no_videos(root, found)}")
-    found.videos = _classify(root, sorted([*paths, *found.broken]), found.notices)
-    found.videos = [video for video in found.videos if video.path not in found.broken]
-    empty = sorted(
-        {PurePosixPath(path).parts[0] for path in listing.files if "/" in path}
-        - {PurePosixPath(path).parts[0] for path in [*paths, *found.broken]}
-    )
-    if empty:
-        found.notices.append(f"{_some(empty)}: no videos in there, so no {_plural(len(empty), 'class', 'classes')}")
-    return found
+    return found, [path for path in listing.files if not kinds.get(path)], listing.files
 
 
 def check_videos(root: Path, videos: Sequence[Video], where: str, workers: int | None = None) -> Found:

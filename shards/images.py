@@ -91,6 +91,7 @@ def read_image(data: bytes) -> Image.Image:
         with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as image:
             if image.mode.startswith("I"):
                 return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+            image.info.pop("transparency", None)  # of palettes Pillow would warn
             return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"the image does not decode ({error})") from error

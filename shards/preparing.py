@@ -39,10 +39,12 @@ class Prepared:
 
 
 def list_file(split: str) -> str:
+    """File name of the annotation list of a split."""
     return f"{split}.txt"
 
 
 def shards_folder(output: str | Path, split: str) -> Path:
+    """Where the shards of a split lie below the output folder."""
     return Path(output) / "shards" / split
 
 

@@ -71,6 +71,7 @@ class VideoInfo:
 
     @property
     def num_frames(self) -> int:
+        """Frames that are shown."""
         return len(self.times_N)
 
     def shown(self, start: float, stop: float) -> np.ndarray:
@@ -351,8 +352,7 @@ class _RgbConverter:
 
     def _graph(self, frame: av.VideoFrame, turning: tuple[_Filter, ...]) -> av.filter.Graph:
         graph = av.filter.Graph()
-        if hasattr(graph, "threads"):  # since PyAV 17.1
-            graph.threads = 1  # videos are decoded beside each other
+        graph.threads = 1  # videos are decoded beside each other
         source = f"video_size={frame.width}x{frame.height}:pix_fmt={frame.format.name}:time_base=1/1"
         source += f":colorspace={int(frame.colorspace)}:range={int(frame.color_range)}"
         filters: list[_Filter] = [("buffer", source), *turning]

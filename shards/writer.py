@@ -99,12 +99,8 @@ def build_shards(
         with Workspace(output) as workspace:
             if _existing_manifest(output) != existing:
                 raise ShardError(f"{output}: another process finished a build here just now; run again")
-            index = (
-                None
-                if existing is None
-                else _open_for_append(
-                    output, existing, annotations=annotations, store=store, labels=labels, list_name=list_name
-                )
+            index = existing and _open_for_append(
+                output, existing, annotations=annotations, store=store, labels=labels, list_name=list_name
             )
             builder = _Builder(
                 workspace,

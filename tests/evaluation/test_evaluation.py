@@ -43,7 +43,7 @@ KEYS = [
     "date", "data", "data_fingerprint", "missing", "skipped", "classes_fingerprint", "views", "classifier", "template",
     "class_embeddings", "weights", "precision", "device", "decode", "versions", "videos", "classes", "top1", "top5",
     "top1_correct", "top5_correct", "mean_class_accuracy", "map", "not_finite", "chance", "by_views",
-    "half_classes", "class_splits",
+    "calibration", "half_classes", "class_splits",
     "per_class", "confusion", "predictions",
 ]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Turns the bytes of a batch into images: on the CPU with DALI and PyAV, on a GPU with DALI alone.
+"""Turns the bytes of a batch into images: DALI decodes stored frames, PyAV (or DALI, on a GPU) stored videos.
 
 k distinct frames of a video; H, W of the region that is decoded, or of what it is resized to.
 """
@@ -107,7 +107,7 @@ class GpuDecoder:
     ) -> None:
         self._dataset, self._threads = dataset, threads
         self._device = torch.device("cuda", device_id)
-        self._by_nvdec: dict[int, bool] = {}  # by sample, whether NVIDIA's decoder shows it right
+        self._by_nvdec: dict[int, bool] = {}  # by sample
         self._images = dali.image_graph(
             device_id=device_id, num_threads=num_threads, resize=resize, batch_size=max_frames
         )
@@ -143,6 +143,7 @@ class GpuDecoder:
         return run
 
     def _shown_by_nvdec(self, video: ReadVideo) -> bool:
+        """Whether NVIDIA's decoder shows a stored video as PyAV does; looked up once for each video."""
         sample = video.plan.sample
         if sample not in self._by_nvdec:
             self._by_nvdec[sample] = nvdec_shows_the_same(video.files[0], int(self._dataset.num_frames[sample]))
@@ -158,7 +159,7 @@ class GpuDecoder:
             if row in run.stored_videos:
                 regions = _regions(self._dataset, plan, run.stored_videos[row])
                 resized = map(at_decoded_size, regions, [frame.geometry for frame in plan.frames])
-                images = [torch.from_numpy(image).to(self._device) for image in resized]
+                images = [torch.tensor(image, device=self._device) for image in resized]
             elif is_stored_video:
                 images = list(torch.from_dlpack(next(sequences)).unbind(0))
             else:

@@ -172,7 +172,7 @@ def _flip_and_recolour(view_SS3: np.ndarray, crop: Crop) -> None:
 
 
 def at_decoded_size(image: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """What a decoder that also resizes would give: resized, unless the recipe's operations come first."""
+    """A decoded region (H, W, 3) uint8 as a decoder that also resizes gives it: at `geometry.decoded_size`."""
     return np.ascontiguousarray(image if geometry.part is not None else _resize(image, geometry))
 
 

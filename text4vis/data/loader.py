@@ -77,7 +77,7 @@ class Loader:
         owns_dataset: bool = True,
     ) -> None:
         if not len(dataset):
-            raise ConfigError(f"data.{split}: the data set {', '.join(getattr(config.data, split))} holds no videos")
+            raise ConfigError(f"data.{split}: the data set {', '.join(dataset.places)} holds no videos")
         self.config, self.split, self.dataset = config, split, dataset
         self.world_size = world_size
         self.planner = Planner(config, split, dataset, rank, world_size, ids)

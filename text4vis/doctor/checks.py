@@ -142,6 +142,7 @@ def _data(config: Config) -> Iterator[Finding]:
     """Opens both data sets and makes a batch of each."""
     from text4vis.data.datasets import class_names
     from text4vis.data.loader import build_loader
+    from text4vis.data.traps import find_traps
 
     classes = {}
     for split in ("train", "val"):
@@ -154,6 +155,7 @@ def _data(config: Config) -> Iterator[Finding]:
                 names = class_names(config, loader.dataset)
                 classes[split] = names
                 count = len(loader.dataset)
+                traps = find_traps(config, names, loader.dataset) if split == "train" else []
         except (ConfigError, ShardError, OSError, RuntimeError) as error:  # the last: what DALI and CUDA raise
             yield Finding(
                 subject,
@@ -169,6 +171,8 @@ def _data(config: Config) -> Iterator[Finding]:
                 subject, WARNING, f"{count} videos are fewer than data.batch_size ({config.data.batch_size})",
                 f"every batch holds videos more than once; set data.batch_size to at most {count}",
             )  # fmt: skip
+        for trap in traps:
+            yield Finding(subject, WARNING, trap.said, trap.fix)
     if len(classes) == 2 and classes["train"] != classes["val"]:
         yield Finding(
             "data", PROBLEM, "data.train and data.val do not name the same classes in the same order",

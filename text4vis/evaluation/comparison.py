@@ -27,8 +27,10 @@ PROTOCOL = (
 FIGURES = ("top1", "top5", "mean_class_accuracy", "map")
 SPLIT_FIGURES = ("top1_mean", "top5_mean")
 # Neither settings nor figures of one line.
-CONTENT = ("date", "model", "step", "top1_correct", "top5_correct", "chance", "not_finite", "per_class", "confusion",
-           "predictions")  # fmt: skip
+CONTENT = (
+    "date", "model", "step", "top1_correct", "top5_correct", "chance", "not_finite", "calibration", "per_class",
+    "confusion", "predictions",
+)  # fmt: skip
 # Classifiers whose class embeddings do not come from the template's words.
 WORDLESS = ("random", "orthogonal", "lda", "file", "trained")
 
@@ -155,6 +157,7 @@ class Comparison:
 
     @property
     def is_comparable(self) -> bool:
+        """Whether both reports were made by one protocol."""
         return not self.protocol
 
 
@@ -195,6 +198,7 @@ def _damaged(path: Path, reason: str) -> ConfigError:
 
 
 def compare(a: Report, b: Report) -> Comparison:
+    """Holds two reports against each other: protocols, settings, figures, classes, confused pairs, McNemar's test."""
     a, b = _with_common_names(a, b)
     card_a, card_b = card_of(a), card_of(b)
     settings = [Setting(key, card_a.get(key), card_b.get(key)) for key in dict.fromkeys([*card_a, *card_b])]

@@ -112,6 +112,9 @@ def quote_report(path: Path, trained: TrainedModel) -> dict[str, Any]:
     same = report.get("weights") == weights_fingerprint(trained.model.state_dict())
     trained_on = report.get("data_fingerprint") == trained.card.get("data_fingerprint", "")
     quoted["model"] = file_name(report.get("model"))
+    names = [row["class"] for row in report.get("per_class", [])]
+    if not same or names != list(trained.class_names):
+        quoted["calibration"] = None  # of other weights or other classes
     return {"of these weights": same, "of the training data": trained_on, **quoted}
 
 

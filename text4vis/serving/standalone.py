@@ -54,11 +54,13 @@ def read_frames(path: str, rule: dict[str, Any]) -> np.ndarray:
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities over the last axis."""
     powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return powers / powers.sum(axis=-1, keepdims=True)
 
 
 def main() -> int:
+    """Recognises the videos of the command line. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="the graph, model.onnx")
     parser.add_argument("videos", nargs="+", metavar="video")

@@ -27,6 +27,7 @@ from text4vis.config.schema import Config, ConfigError
 from text4vis.data.bad_videos import SkippedList
 from text4vis.data.datasets import class_names
 from text4vis.data.loader import Batch, Loader, build_loader
+from text4vis.data.traps import log_traps
 from text4vis.evaluation.embedding import evaluate, join_bad_videos, weights_fingerprint
 from text4vis.evaluation.protocols import write_report
 from text4vis.model.video_clip import build_model
@@ -124,6 +125,8 @@ class Trainer:
     def dry_run(self) -> None:
         """One micro batch forward and backward; says what memory it took. Changes and writes nothing."""
         logger.info("%s", table("settings", self.settings()))
+        if self.ranks.is_main:
+            log_traps(logger, self.config, self.class_names, self.train_loader.dataset)
         self.backward(next(iter(self.train_loader)), [])
         (memory,) = distributed.start_max([int(memory_bytes())])()
         logger.info("dry run: one micro batch took %.2f GB on the fullest rank", memory / 1e9)
@@ -361,6 +364,8 @@ class Trainer:
         if self.start_from is not None:
             logger.info("resumed from %s at step %d", self.start_from, self.state.step)
         logger.info("%s", table("settings", settings))
+        if self.start_from is None:
+            log_traps(logger, self.config, self.class_names, self.train_loader.dataset)
         (self.output / "config.yaml").write_text(self.given_config.to_yaml(), encoding="utf-8")
         if self.config.data.shot:
             few_shot_list = self.train_loader.planner.few_shot_list()
