@@ -12,7 +12,7 @@ from shards.format import CONTROL_CHARACTER
 VIDEO_EXTENSIONS = (
     ".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ts", ".mts", ".m2ts",
     ".m2t", ".m2v", ".mpe", ".mpv", ".mod", ".tod", ".vob", ".ogv", ".ogm", ".gif", ".f4v", ".3g2", ".qt", ".asf",
-    ".divx", ".dv", ".mxf", ".rm", ".rmvb", ".mjpeg", ".mjpg", ".y4m", ".h264", ".264", ".h265", ".265", ".hevc",
+    ".divx", ".dv", ".mxf", ".rm", ".rmvb", ".y4m", ".h264", ".264", ".h265", ".265", ".hevc",
     ".ivf", ".nut", ".wtv", ".dav",
 )  # fmt: skip
 LAYOUT = "expected `folder frames label`, `video.mp4 label`, or `path - label` for a video of another name"
