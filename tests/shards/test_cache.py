@@ -17,6 +17,7 @@ import pytest
 from shard_data import FlakyServer, make_dataset, serve, status_fault
 
 import shards.cache
+import shards.cached
 import shards.remote
 from shards.cache import CacheFullError, ShardCache, default_cache_dir, entry_name, fetch_once
 from shards.format import ShardError
@@ -53,6 +54,14 @@ def kept(tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "cache" / "shards").glob("*.tar"))
 
 
+def settle(dataset) -> None:
+    """Waits until what was downloaded is in the cache: readers do not."""
+    deadline = time.monotonic() + 20
+    while dataset._parts[0].source._under_way:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
 def tar_requests(server: FlakyServer) -> dict[str, int]:
     return {path: count for path, count in server.requests.items() if path.endswith(".tar")}
 
@@ -80,7 +89,7 @@ def test_equal_shard_names_do_not_collide(server, stored, tmp_path):
 
 
 def _read_in_process(address, folder, barrier, results):
-    with open_dataset(address, cache_bytes=10**7, cache_dir=folder, io_threads=8) as dataset:
+    with open_dataset(address, cache_bytes=10**7, cache_dir=folder) as dataset:
         barrier.wait(30)
         results.put(read_everything(dataset))
 
@@ -138,7 +147,8 @@ def test_killed_download_leaves_nothing_behind(server, stored, tmp_path):
     with open_cached(server, tmp_path) as dataset:
         # Only the first shard is asked for; the other one's leftover is cleaned away with it.
         assert dataset.read(0, np.array([0])) == stored[0][:1]
-        assert not list(folder.glob("*.part"))
+    assert not list(folder.glob("*.part")) and len(kept(tmp_path)) == 1
+    with open_cached(server, tmp_path) as dataset:
         assert read_everything(dataset) == stored
 
 
@@ -216,7 +226,7 @@ def test_limit_holds_with_concurrent_ranks(tmp_path):
 
 def test_small_limit_still_reads_right(server, stored, tmp_path):
     limit = max(path.stat().st_size for path in (tmp_path / "served" / "data").glob("*.tar"))
-    with open_cached(server, tmp_path, cache_bytes=limit, io_threads=1) as dataset:
+    with open_cached(server, tmp_path, cache_bytes=limit) as dataset:
         for _ in range(3):
             assert read_everything(dataset) == stored
             assert sum(path.stat().st_size for path in kept(tmp_path)) <= limit
@@ -249,9 +259,10 @@ def test_full_or_read_only_disk_falls_back_to_ranges(server, stored, tmp_path, m
         assert dataset.read(6, np.array([1])) == stored[6][1:2]
         assert server.requests == before
         monkeypatch.undo()
-        monkeypatch.setattr(shards.cache, "_PAUSE_SECONDS", 0)
+        monkeypatch.setattr(shards.cached, "_PAUSE_SECONDS", 0)
         dataset._parts[0].source._paused_until = 0
         assert read_everything(dataset) == stored
+        settle(dataset)
         assert len(kept(tmp_path)) == 3
 
 
@@ -270,12 +281,14 @@ def overwrite_all(tmp_path: Path) -> None:
 
 
 def test_damaged_entry_is_fetched_again(server, stored, tmp_path):
-    with open_cached(server, tmp_path, io_threads=8) as dataset:
+    with open_cached(server, tmp_path) as dataset:
         assert read_everything(dataset) == stored
+        settle(dataset)
         overwrite_all(tmp_path)
         with ThreadPoolExecutor(8) as pool:
             assert all(result == stored for result in pool.map(lambda _: read_everything(dataset), range(8)))
         assert tar_requests(server) == {f"data/00000{number}.tar": 2 for number in range(3)}
+        settle(dataset)
         # Truncated and deleted by hand.
         paths = kept(tmp_path)
         os.truncate(paths[0], 100)

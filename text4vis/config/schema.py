@@ -148,8 +148,12 @@ class DataConfig:
     workers: Annotated[StrictInt, Field(ge=0)] = Field(
         0, description="decoding threads per rank; 0: the cores that the rank owns"
     )
-    io_threads: Annotated[StrictInt, Field(ge=0)] = Field(
-        0, description="reading threads per rank; 0: 1 for local folders, 16 for remote ones"
+    requests_in_flight: Count = Field(
+        256, description="requests per rank to remote shards at the same time, at most; several batches share them"
+    )
+    bytes_in_flight: Count = Field(
+        256 << 20,
+        description="bytes per rank of remote shards that are being fetched or wait to be decoded, at most",
     )
     prefetch: Count = Field(3, description="batches prepared ahead of the step")
     verify: Bool = Field(True, description="check each frame's CRC-32 as it is read")
@@ -346,7 +350,7 @@ def decay_epochs(solver: SolverConfig) -> tuple[int, ...]:
     return step if isinstance(step, tuple) else tuple(range(step, solver.epochs, step))
 
 
-# Keys of the original project's YAML files that have no meaning here, and what to do instead.
+# Keys of the original project's YAML files, and of earlier versions, that have no meaning here, and what to do instead.
 RETIRED = {
     "data.train_root": "build shards with tools/build_shards.py --root and name them in data.train",
     "data.train_list": "build shards with tools/build_shards.py --annotations and name them in data.train",
@@ -358,6 +362,7 @@ RETIRED = {
     "data.modality": "delete it: all is RGB; lists of videos are built too, see --store video of tools/build_shards.py",
     "data.seg_length": "delete it: one frame is drawn from each segment",
     "data.random_shift": "delete it: training always draws a random frame from each segment",
+    "data.io_threads": "delete it: data.requests_in_flight bounds what a far store is asked, folders need no more",
     "network.type": "delete it: results go to --output",
     "network.describe": "delete it: results go to --output",
     "network.drop": "delete it: the original never read it",

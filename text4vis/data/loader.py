@@ -29,11 +29,10 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.tensors import TensorCPU
 from PIL import Image
 
-from shards.address import scheme_of
 from shards.annotations import parse_labels
 from shards.format import SampleError, ShardError
 from shards.images import ImageProbe
-from shards.reader import ShardDataset, open_dataset
+from shards.reader import Reading, ShardDataset, open_dataset
 from shards.video import VideoError, decode_frames
 from text4vis.cluster.distributed import cores_per_rank
 from text4vis.config.schema import Config, ConfigError
@@ -45,8 +44,6 @@ from text4vis.data.prefetch import Prefetcher, pipelined
 
 # A plan and the bytes it asks for, video by video.
 Loaded = tuple[Job, list[list[bytes]]]
-
-REMOTE_IO_THREADS = 16
 
 cv2.setNumThreads(1)  # the pipeline's own threads are the parallelism
 # Intel's bilinear resize where OpenCV has it: a quarter faster, and at most 1 of 255 away from OpenCV's own.
@@ -83,11 +80,11 @@ def open_split(config: Config, split: str) -> ShardDataset:
     sources = config.data.train if split == "train" else config.data.val
     if not sources:
         raise ConfigError(f"data.{split}: no shards named; build them with tools/build_shards.py and name the folder")
-    is_local = all(scheme_of(source) is None for source in sources)
     try:
         return open_dataset(
             list(sources),
-            io_threads=config.data.io_threads or (1 if is_local else REMOTE_IO_THREADS),
+            requests_in_flight=config.data.requests_in_flight,
+            bytes_in_flight=config.data.bytes_in_flight,
             cache_dir=config.data.cache_dir,
             cache_bytes=config.data.cache_bytes or None,
             verify=config.data.verify,
@@ -160,8 +157,12 @@ class Loader:
             decoder = make_decoder()
             repair = _Repair(self, make_decoder) if self.config.data.on_error == "skip" else None
 
-            def start_reading(batch: tuple[np.ndarray, np.ndarray]) -> tuple[Any, Future[Loaded]]:
-                return batch, reads.submit(self.load, *batch)
+            def begin(batch: tuple[np.ndarray, np.ndarray]) -> tuple[Any, Future[tuple[Job, Reading]]]:
+                return batch, reads.submit(self.begin, *batch)
+
+            def start_reading(begun: tuple[Any, Future[tuple[Job, Reading]]]) -> tuple[Any, Future[Loaded]]:
+                batch, future = begun
+                return batch, reads.submit(lambda: self.take(*future.result()))
 
             def finish_reading(started: tuple[Any, Future[Loaded]]) -> Loaded:
                 try:
@@ -184,16 +185,36 @@ class Loader:
                 return repair.decode(repair(job.ids, job.epochs, decode=True))
 
             finisher = _Finisher(self, finishes)
-            loaded = pipelined(self.planner.batches(self.consumed), start_reading, finish_reading, depth=2)
+            batches = self.dataset.ahead(self.planner.batches(self.consumed), lambda batch: batch[0])
+            begun = pipelined(batches, begin, lambda begun: begun, depth=self._batches_ahead)
+            loaded = pipelined(begun, start_reading, finish_reading, depth=2)
             decoded = pipelined(loaded, start_decoding, finish_decoding, depth=1)
-            batches = pipelined(decoded, finisher.start, finisher.finish, depth=2)
-            yield from (batch for batch in batches if len(batch.ids))
+            finished = pipelined(decoded, finisher.start, finisher.finish, depth=2)
+            yield from (batch for batch in finished if len(batch.ids))
+
+    @property
+    def _batches_ahead(self) -> int:
+        """Batches that are being fetched beside the one that is read: from a far store so many that all requests that
+        may be in flight are, and as many again wait for their turn."""
+        if not self.dataset.is_remote:
+            return 1
+        stored_videos = self.dataset.content(0) == "video"
+        requests = self.planner.batch_size if stored_videos else self.planner.max_frames
+        return 1 + -(-2 * self.config.data.requests_in_flight // requests)
 
     def load(self, ids: np.ndarray, epochs: np.ndarray) -> Loaded:
+        """The plan of a batch and its bytes. Raises SampleError."""
+        return self.take(*self.begin(ids, epochs))
+
+    def begin(self, ids: np.ndarray, epochs: np.ndarray) -> tuple[Job, Reading]:
+        """The plan of a batch, and its bytes on their way. Raises SampleError."""
+        job = self.planner.job(ids, epochs)
+        return job, self.dataset.start(job.requests)
+
+    def take(self, job: Job, reading: Reading) -> Loaded:
         """The plan of a batch and its bytes, looked at before they are decoded: a decoder that is given an image of
         another size than planned cuts the wrong part. Raises SampleError."""
-        job = self.planner.job(ids, epochs)
-        by_video = self.dataset.read_many(job.requests)
+        by_video = reading.result()
         sizes = iter(job.sizes)
         for (sample, numbers), files in zip(job.requests, by_video, strict=True):
             planned = list(itertools.islice(sizes, len(numbers)))

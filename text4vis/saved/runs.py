@@ -21,7 +21,8 @@ logger = logging.getLogger("text4vis")
 # Keys that change how a run is carried out, not what it computes: they may differ when a run goes on. The global batch
 # stays what it was, however the number of ranks and these keys cut it.
 FREE_ON_RESUME = (
-    "logging.", "data.train", "data.val", "data.workers", "data.io_threads", "data.prefetch", "data.decode",
+    "logging.", "data.train", "data.val", "data.workers", "data.requests_in_flight", "data.bytes_in_flight",
+    "data.prefetch", "data.decode",
     "data.cache_", "data.verify", "data.on_error", "data.max_bad_share", "data.class_splits", "data.batch_size",
     "solver.grad_accumulation_steps", "solver.global_batch", "solver.on_nonfinite", "engine.num_threads",
     "engine.zero_stage", "engine.offload", "engine.activation_checkpointing", "engine.compile", "engine.world_size",
