@@ -12,7 +12,6 @@ only while its bytes are read, so what was removed is soon free, and a reader th
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import math
 import os
@@ -20,6 +19,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from shards.files import is_at, try_lock
 
 # When a file is needed next, by its name: the smaller, the sooner; infinite if not at all or not known.
 Need = Callable[[str], float]
@@ -61,24 +62,13 @@ def _lock(descriptor: int, seconds: float, is_given_up: Callable[[], bool] = _ne
     """Takes the exclusive lock; raises TimeoutError, an OSError, when `seconds` have passed, or GivenUpError."""
     deadline = time.monotonic() + seconds
     while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if try_lock(descriptor):
             return
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"another process has held a lock in the cache for {seconds:.0f} s") from None
-            if is_given_up():
-                raise GivenUpError("the data set was closed") from None
-            time.sleep(_POLL_SECONDS)
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether the open file is still the one at `path`."""
-    try:
-        at_path = path.stat()
-    except FileNotFoundError:
-        return False
-    return os.path.samestat(os.fstat(descriptor), at_path)
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"another process has held a lock in the cache for {seconds:.0f} s")
+        if is_given_up():
+            raise GivenUpError("the data set was closed")
+        time.sleep(_POLL_SECONDS)
 
 
 def _has_size(path: Path, size: int) -> bool:
@@ -106,7 +96,7 @@ def fetch_once(
         descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             _lock(descriptor, _LOCK_SECONDS, is_given_up)
-            if not _is_at(descriptor, part):
+            if not is_at(descriptor, part):
                 continue  # its former holder finished or gave up: look again
             if _has_size(entry, size):
                 part.unlink()
@@ -178,7 +168,7 @@ class ShardCache:
 
     def is_current(self, name: str, descriptor: int) -> bool:
         """Whether the open file is still the entry of that name."""
-        return _is_at(descriptor, self.folder / f"{name}.tar")
+        return is_at(descriptor, self.folder / f"{name}.tar")
 
     def drop(self, name: str) -> None:
         """Removes an entry."""
@@ -224,11 +214,9 @@ def _remove_if_abandoned(part: Path) -> bool:
     """Removes the leftover of a killed download, known by its free lock. Returns whether it was one."""
     descriptor = os.open(part, os.O_RDWR | os.O_CLOEXEC)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if _is_at(descriptor, part):
+        abandoned = try_lock(descriptor)
+        if abandoned and is_at(descriptor, part):
             part.unlink()
-        return True
-    except BlockingIOError:
-        return False
+        return abandoned
     finally:
         os.close(descriptor)

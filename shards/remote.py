@@ -15,10 +15,11 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from shards.address import join_address, redact
+from shards.address import join_address
 from shards.format import SampleError, ShardError, ShardInfo
 from shards.local import Check, Extent, Range
 from shards.stores import RangesIgnoredError, Span, Store, WriteError, explain, is_transient, open_store
+from shards.text import redact
 from shards.transfer import Request, Transfer, Transfers
 
 T = TypeVar("T")

@@ -20,8 +20,9 @@ import aiohttp
 import fsspec
 from yarl import URL
 
-from shards.address import join_address, printable, redact, redact_text, scheme_of
+from shards.address import join_address, scheme_of
 from shards.format import ShardError
+from shards.text import printable, redact, redact_text
 
 # Takes the pieces of a body in order, as they come.
 Write = Callable[[bytes], None]
@@ -142,7 +143,7 @@ class Span:
         if match[3] != "*" and int(match[3]) != self.total:
             raise ShardError(
                 f"{where}: has {match[3]} bytes, the manifest says {self.total}; the data set was changed or is "
-                "incomplete: upload it again, and check it with tools/check_shards.py"
+                "incomplete: upload it again, and check it with check_shards"
             )
 
 

@@ -19,7 +19,7 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from shards.address import redact
+from shards.text import redact
 from text4vis.config.templates import TEMPLATE_SETS, prompts
 from text4vis.data.sampling import DENSE_WINDOW
 
