@@ -276,13 +276,14 @@ class _S3Store(_HttpStore):
         self._options = {"allow_redirects": False}
         self._proxies = options["config_kwargs"].get("proxies") or {}
         self._client: Any = None
+        self._has_met_bucket = False
         self._signed: dict[str, tuple[float, URL, dict[str, str]]] = {}
 
     async def _target(self, name: str) -> tuple[URL, dict[str, str]]:
         signed = self._signed.get(name)
         if signed is None or time.monotonic() > signed[0]:
-            if self._client is None:
-                await self._connect()
+            if not self._has_met_bucket:
+                await self._read_by_botocore(name, 0, 1)
             bucket, key, version = self._filesystem.split_path(self._path(name))
             wanted = {"Bucket": bucket, "Key": key, **({"VersionId": version} if version else {})}
             wanted = self._filesystem._get_s3_method_kwargs(self._client.get_object, wanted)
@@ -318,12 +319,16 @@ class _S3Store(_HttpStore):
 
     async def get(self, name: str, span: Span, write: Write | None = None) -> bytes:
         if span.total is None:
-            # The first request, by botocore itself: it follows a bucket to its region and remembers that.
-            await self._connect()
-            return await asyncio.wait_for(
-                self._filesystem._cat_file(self._path(name), start=span.start, end=span.stop), self._timeout_seconds
-            )
+            return await self._read_by_botocore(name, span.start, span.stop)
         return await super().get(name, span, write)
+
+    async def _read_by_botocore(self, name: str, start: int, stop: int) -> bytes:
+        """The first request of all: botocore follows a bucket to its region and remembers that."""
+        await self._connect()
+        path = self._path(name)
+        body = await asyncio.wait_for(self._filesystem._cat_file(path, start=start, end=stop), self._timeout_seconds)
+        self._has_met_bucket = True
+        return body
 
     async def _refuse(self, response: aiohttp.ClientResponse) -> None:
         text = await response.content.read(_MAX_EXPLANATION_BYTES)

@@ -42,6 +42,29 @@ def test_links_lead_somewhere(page):
     assert not missing
 
 
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+def test_lines_are_shorter_than_120_characters(page):
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert [number for number, line in enumerate(lines, 1) if len(line) >= 120] == []
+
+
+def test_the_readme_is_short_and_its_map_leads_to_files():
+    """A room and the modules to begin with, in each row of the table of questions."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    rows = re.findall(r"^\| [^|]*\?[^|]*\| `([^`]+)/` \| (.*) \|$", text, re.MULTILINE)
+    assert len(rows) > 10
+    missing = [
+        f"{room}/{module}"
+        for room, modules in rows
+        for module in re.findall(r"`([^`]+)`", modules)
+        if not (ROOT / room / module).is_file()
+    ]
+    assert not missing
+    rooms = {f"text4vis/{path.parent.name}" for path in ROOT.glob("text4vis/*/__init__.py")} | {"shards"}
+    assert rooms - {room for room, _ in rows} == set()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_programs_and_their_options_exist(page):
     """Every `tools/x.py` and `text4vis/x.py` in a code block or span is there and takes the options that follow it."""
@@ -111,12 +134,12 @@ def test_the_conversions_of_published_lists(tmp_path):
 
 
 def test_the_tests_that_reliability_names_exist():
-    """`test_file::test_name`, and further names of the same file after it."""
+    """`room/test_file::test_name`, and further names of the same file after it."""
     named, file = set(), ""
     for word in re.findall(r"`([^`]+)`", (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")):
         if word.startswith("tests/"):
             assert (ROOT / word).is_file(), word
-        elif word.startswith("test_"):
+        elif re.match(r"(\w+/)?test_\w+", word):
             file = word.partition("::")[0] if "::" in word else file
             named.add((file, word.rpartition("::")[2]))
     assert len(named) > 50

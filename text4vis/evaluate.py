@@ -73,7 +73,8 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
 
     from text4vis.classifier.embeddings import build_classifier
-    from text4vis.data.loader import build_loader, class_names
+    from text4vis.data.datasets import class_names
+    from text4vis.data.loader import build_loader
     from text4vis.evaluation.embedding import class_splits, evaluate, weights_fingerprint
     from text4vis.evaluation.protocols import write_report
 

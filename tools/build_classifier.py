@@ -26,7 +26,7 @@ from text4vis.classifier.embeddings import Pair, build_classifier, confusable_pa
 from text4vis.common.console import console, table
 from text4vis.config.schema import Config, ConfigError, load_config
 from text4vis.config.templates import prompts
-from text4vis.data.loader import open_split
+from text4vis.data.datasets import open_split
 from text4vis.model.video_clip import build_model
 
 

@@ -27,7 +27,8 @@ from text4vis.data.augmentation import (
     scaled_size,
     train_geometry,
 )
-from text4vis.data.loader import build_loader, image_graph
+from text4vis.data.dali import image_graph
+from text4vis.data.loader import build_loader
 
 SIZES = [(240, 320), (256, 340), (320, 240), (1080, 1920), (256, 256), (257, 401), (31, 900), (180, 320)]
 NUM_VIDEOS = 13
@@ -372,13 +373,14 @@ def test_micro_batches_are_the_stream_in_order(folders, side, world_size):
     config = settings(shards, **data)
     config = dataclasses.replace(config, solver=dataclasses.replace(config.solver, grad_accumulation_steps=3))
     with build_loader(settings(shards, **data, batch_size=1), "train") as loader:
-        stream = [int(job.ids[0]) for job in itertools.islice(loader.jobs(), 2 * 6 * world_size)]
+        stream = [int(plan.ids[0]) for plan in itertools.islice(loader.plans(), 2 * 6 * world_size)]
     micro = []
     for rank in range(world_size):
         with build_loader(config, "train", rank=rank, world_size=world_size) as loader:
-            jobs = list(itertools.islice(loader.jobs(), 6))
-            assert {frame.geometry.height for job in jobs for frame in job.frames} == {side}
-            micro.append([job.ids.tolist() for job in jobs])
+            plans = list(itertools.islice(loader.plans(), 6))
+            heights = {frame.geometry.height for plan in plans for video in plan.videos for frame in video.frames}
+            assert heights == {side}
+            micro.append([plan.ids.tolist() for plan in plans])
             if rank == 0:
                 assert next(iter(loader)).frames.shape == (2, 1, 1, 3, side, side)
     steps = [micro[rank][3 * step : 3 * step + 3] for step in range(2) for rank in range(world_size)]

@@ -21,8 +21,10 @@ from shards.format import ShardError
 from shards.writer import build_shards
 from text4vis.config.schema import Config, ConfigError, config_from_dict
 from text4vis.data.augmentation import Crop, Geometry
-from text4vis.data.loader import build_loader, image_graph, place, place_on_device, video_graph
-from text4vis.data.plan import Frame
+from text4vis.data.dali import image_graph, video_graph
+from text4vis.data.finishing import place, place_on_device
+from text4vis.data.loader import build_loader
+from text4vis.data.plan import FramePlan
 from text4vis.data.sampling import test_indices as clip_indices
 
 NUM_VIDEOS = 23
@@ -171,15 +173,14 @@ def test_training_pixels_are_the_drawn_region(photographs):
     folder, root = photographs
     config = settings(folder, input_size=112, scale_size=112, num_segments=8, batch_size=3, grey=0.3)
     with build_loader(config, "train") as loader:
-        job = next(loader.jobs())
+        plan = next(loader.plans())
         batch = next(iter(loader))
         names = [loader.dataset.name(int(i)) for i in batch.ids]
-    frames = [(b, frame) for b, (_, distinct) in enumerate(job.requests) for frame in distinct.tolist()]
-    for (b, number), frame in zip(frames, job.frames, strict=True):
-        (_, _, t, c) = frame.targets[0]
+    for b, frame in ((b, frame) for b, video in enumerate(plan.videos) for frame in video.frames):
+        _, t, c = frame.targets[0]
         crop = frame.geometry.crops[c]
         top, left, height, width = frame.geometry.region
-        with Image.open(root / names[b] / f"img_{number + 1:05d}.jpg") as file:
+        with Image.open(root / names[b] / f"img_{frame.number + 1:05d}.jpg") as file:
             expected = file.convert("RGB").crop((left, top, left + width, top + height)).resize((112, 112), 2)
         if crop.grey:
             expected = expected.convert("L").convert("RGB")
@@ -210,11 +211,12 @@ def test_the_graph_that_also_resizes_gives_the_same_pictures(photographs):
 def test_placing_on_the_device_equals_placing_on_the_cpu():
     image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     crops = [Crop(3, 5), Crop(0, 36, flip=True), Crop(16, 0, grey=True), Crop(8, 20, flip=True, grey=True)]
-    frame = Frame(Geometry((0, 0, 40, 60), 40, 60, True, tuple(crops)), tuple((0, c, 0, c) for c in range(len(crops))))
-    expected = np.zeros((1, 4, 1, 24, 24, 3), np.uint8)
-    place(frame, image, expected)
+    geometry = Geometry((0, 0, 40, 60), 40, 60, True, tuple(crops))
+    frame = FramePlan(0, (40, 60), geometry, tuple((c, 0, c) for c in range(len(crops))))
+    expected = np.zeros((4, 1, 24, 24, 3), np.uint8)
+    place(image, geometry, frame.targets, expected)
     ours = torch.zeros(expected.shape, dtype=torch.uint8)
-    place_on_device([frame], [torch.from_numpy(image)], ours)
+    place_on_device([torch.from_numpy(image)], [frame], ours)
     assert np.abs(ours.numpy().astype(int) - expected).max() <= 1  # grey may round the other way
 
 

@@ -26,9 +26,9 @@ from shards.reader import open_dataset
 from shards.writer import build_shards
 from text4vis.classifier.embeddings import build_classifier
 from text4vis.config.schema import Config, ConfigError, DataConfig, config_from_dict, load_config
-from text4vis.data import loader as pipeline
 from text4vis.data.bad_videos import BadVideos, SkippedList
 from text4vis.data.loader import build_loader
+from text4vis.data.repair import Repair
 from text4vis.evaluation.embedding import embed_videos, evaluate
 from text4vis.model.video_clip import build_model
 
@@ -208,9 +208,9 @@ def test_one_bad_batch_after_another(sound, tmp_path):
 
 
 def test_a_video_that_reading_finds_bad_costs_the_others_of_its_batch_no_decoding(faulty, monkeypatch):
-    alone, decode = [], pipeline._Repair.decode
+    alone, decode = [], Repair.decode
     monkeypatch.setattr(
-        pipeline._Repair, "decode", lambda self, loaded: alone.append(loaded[0].ids.tolist()) or decode(self, loaded)
+        Repair, "decode", lambda self, videos: alone.append([v.plan.sample for v in videos]) or decode(self, videos)
     )
     batches, bad = take(settings(faulty, batch_size=NUM_VIDEOS), count=2)
     substitutes = flat(alone)[: 2 * len(BAD)]  # it works ahead

@@ -6,6 +6,8 @@ Imports config only.
 from __future__ import annotations
 
 import json
+import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,12 @@ from pydantic import TypeAdapter
 
 from text4vis.config.schema import Config, resolve_config, schema
 
+WIDTH = 118  # of the page, characters
 _NAMES = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false"}
 
 
 def config_page() -> str:
-    """Markdown: one table a section."""
+    """Markdown: one list a section."""
     types = _types()
     lines = [
         "# Configuration keys",
@@ -33,9 +36,16 @@ def config_page() -> str:
         if (head := key.rpartition(".")[0].partition(".")[0]) != section:
             section = head
             title = f"`{head}`" if head else "Top level"
-            lines += ["", f"## {title}", "", "| key | type | default | meaning |", "|---|---|---|---|"]
-        lines.append(f"| `{key}` | {types[key]} | {_code(default)} | {meaning.replace('|', chr(92) + '|')} |")
+            lines += ["", f"## {title}", ""]
+        lines += _wrapped(f"- `{key}` ({types[key]}; default {_code(default)}): {meaning}")
     return "\n".join(lines) + "\n"
+
+
+def _wrapped(item: str) -> list[str]:
+    """The lines of a list's item; none breaks within a span of code."""
+    item = re.sub(r"`[^`]+`", lambda span: span[0].replace(" ", "\0"), item)
+    lines = textwrap.wrap(item, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return [line.replace("\0", " ") for line in lines]
 
 
 def print_config(path: str | Path, overrides: Sequence[str] = ()) -> str:

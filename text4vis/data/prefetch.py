@@ -34,16 +34,35 @@ def settled() -> Iterator[None]:
 
 
 def pipelined(
-    items: Iterable[Item], start: Callable[[Item], Started], finish: Callable[[Started], Done], depth: int
+    items: Iterable[Item],
+    start: Callable[[Item], Started],
+    finish: Callable[[Started], Done],
+    depth: int,
+    *,
+    recover: Callable[[Item], Done] | None = None,
+    errors: tuple[type[Exception], ...] = (),
 ) -> Iterator[Done]:
-    """Yields finish(start(item)) in order, with `depth` items started ahead of the one being finished."""
-    pending: deque[Started] = deque()
+    """Yields finish(start(item)) in order, with `depth` items started ahead of the one that is being finished.
+
+    Where `finish` raises one of `errors`, yields recover(item) instead.
+    """
+    pending: deque[tuple[Item, Started]] = deque()
+
+    def finish_oldest() -> Done:
+        item, started = pending.popleft()
+        try:
+            return finish(started)
+        except errors:
+            if recover is None:
+                raise
+        return recover(item)
+
     for item in items:
-        pending.append(start(item))
+        pending.append((item, start(item)))
         if len(pending) > depth:
-            yield finish(pending.popleft())
+            yield finish_oldest()
     while pending:
-        yield finish(pending.popleft())
+        yield finish_oldest()
 
 
 class Prefetcher(Iterator[Item], Generic[Item]):

@@ -140,7 +140,8 @@ def _engine(config: Config, here: Mapping[str, Any]) -> Iterator[Finding]:
 
 def _data(config: Config) -> Iterator[Finding]:
     """Opens both data sets and makes a batch of each."""
-    from text4vis.data.loader import build_loader, class_names
+    from text4vis.data.datasets import class_names
+    from text4vis.data.loader import build_loader
 
     classes = {}
     for split in ("train", "val"):

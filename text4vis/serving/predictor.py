@@ -32,8 +32,7 @@ from shards.video import FrameReader, VideoError, VideoInfo, probe_video
 from text4vis.classifier.embeddings import build_classifier, text_classifier
 from text4vis.config.schema import Config, ConfigError, config_from_dict
 from text4vis.data.augmentation import eval_geometry
-from text4vis.data.loader import place
-from text4vis.data.plan import Frame
+from text4vis.data.finishing import place
 from text4vis.data.sampling import test_indices
 from text4vis.evaluation.protocols import class_scores
 from text4vis.model.video_clip import VideoClip
@@ -293,10 +292,10 @@ class Predictor:
     def _prepare(self, image: np.ndarray) -> np.ndarray:
         """A frame (H, W, 3) as (S, S, 3) uint8: scaled and centre-cropped as in evaluation."""
         side = self.config.data.input_size
-        out_BVTSS3 = np.empty((1, 1, 1, side, side, 3), np.uint8)
+        out_VTSS3 = np.empty((1, 1, side, side, 3), np.uint8)
         geometry = eval_geometry(image.shape[0], image.shape[1], self.config.scale_size, side, 1)
-        place(Frame(geometry, ((0, 0, 0, 0),)), image, out_BVTSS3)
-        return out_BVTSS3[0, 0, 0]
+        place(image, geometry, [(0, 0, 0)], out_VTSS3)
+        return out_VTSS3[0, 0]
 
 
 def _names(labels: Iterable[str]) -> list[str]:

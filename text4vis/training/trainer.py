@@ -25,7 +25,8 @@ from text4vis.cluster import distributed
 from text4vis.cluster.stop import NonFiniteError, Stopped, StopRequest
 from text4vis.config.schema import Config, ConfigError
 from text4vis.data.bad_videos import SkippedList
-from text4vis.data.loader import Batch, Loader, build_loader, class_names
+from text4vis.data.datasets import class_names
+from text4vis.data.loader import Batch, Loader, build_loader
 from text4vis.evaluation.embedding import evaluate, join_bad_videos, weights_fingerprint
 from text4vis.evaluation.protocols import write_report
 from text4vis.model.video_clip import build_model
@@ -72,7 +73,7 @@ class Trainer:
         torch.manual_seed(config.seed)  # the head's first weights: equal on all ranks
         distributed.use_cores(config.engine.num_threads)
         self.val_loader = self._loader("val")
-        self.train_loader = self._loader("train")
+        self.train_loader = self._loader("train", consumed=start.consumed if start else 0)
         self.class_names = class_names(config, self.train_loader.dataset)
         _check_same_classes(config, self.train_loader.dataset.classes, self.val_loader.dataset.classes)
         self.num_steps = math.ceil(config.solver.epochs * self.train_loader.epoch_samples / self.global_batch)
@@ -375,8 +376,10 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.close()
 
-    def _loader(self, split: str) -> Loader:
-        return build_loader(self.config, split, rank=self.ranks.rank, world_size=self.ranks.world_size)
+    def _loader(self, split: str, consumed: int = 0) -> Loader:
+        return build_loader(
+            self.config, split, rank=self.ranks.rank, world_size=self.ranks.world_size, consumed=consumed
+        )
 
     def _first_state(self, config: Config) -> State:
         return State(
@@ -390,11 +393,10 @@ class Trainer:
         )
 
     def _joined_state(self, config: Config, found: State) -> State:
-        """The state of the checkpoint, if it is of this run; the loader starts where it stood."""
+        """The state of the checkpoint, if it is of this run."""
         assert self.start_from is not None
         check_same_run(found, config, self.train_loader.dataset.fingerprint, self.start_from)
         _check_few_shot(self.output / FEW_SHOT_LIST, self.train_loader.planner.few_shot_list())
-        self.train_loader.consumed = found.consumed
         return replace(found, config=config.to_dict())
 
     def _start_engine(self, model: torch.nn.Module) -> Any:

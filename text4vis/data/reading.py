@@ -1,0 +1,105 @@
+"""Plans batches, reads their bytes, and checks them before a decoder gets them."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+from shards.format import SampleError
+from shards.images import ImageProbe
+from shards.reader import Reading, ShardDataset
+from text4vis.data.plan import BatchPlan, Picked, Planner, VideoPlan
+
+
+class ReadVideo(NamedTuple):
+    """A planned video with its bytes.
+
+    files: the encoded frames of `plan.frames`, in that order; for a stored video, its one file.
+    """
+
+    plan: VideoPlan
+    files: list[bytes]
+    is_stored_video: bool
+
+
+class Begun(NamedTuple):
+    """A batch whose bytes are on their way, once its plan is made."""
+
+    picked: Picked
+    fetched: Future[tuple[BatchPlan, Reading]]
+
+
+class PlanReader:
+    """Plans and reads batches on the given thread, so that reading overlaps with decoding."""
+
+    def __init__(self, dataset: ShardDataset, planner: Planner, thread: ThreadPoolExecutor) -> None:
+        self._dataset, self._planner, self._thread = dataset, planner, thread
+
+    @property
+    def batches_ahead(self) -> int:
+        """Batches to begin ahead of the one that is started: from a far store so many that all requests that may be in
+        flight are, and as many again wait for their turn."""
+        if not self._dataset.is_remote:
+            return 1
+        stored_videos = self._dataset.content(0) == "video"
+        requests = self._planner.batch_size if stored_videos else self._planner.max_frames
+        return 1 + -(-2 * self._planner.config.data.requests_in_flight // requests)
+
+    def begin(self, picked: Picked) -> Begun:
+        """Starts planning and fetching a batch, and returns at once."""
+        return Begun(picked, self._thread.submit(self._fetch, picked))
+
+    def start(self, begun: Begun) -> Future[list[ReadVideo]]:
+        """Starts taking what was fetched, and returns at once."""
+        return self._thread.submit(lambda: self._take(*begun.fetched.result()))
+
+    def finish(self, started: Future[list[ReadVideo]]) -> list[ReadVideo]:
+        """Waits for a batch that was started. Raises what `read` raises."""
+        return started.result()
+
+    def read(self, picked: Picked) -> list[ReadVideo]:
+        """Plans a batch and reads it, here and now.
+
+        Raises SampleError if one of its videos is at fault, another ShardError if the store is.
+        """
+        return self._take(*self._fetch(picked))
+
+    def _fetch(self, picked: Picked) -> tuple[BatchPlan, Reading]:
+        plan = self._planner.plan(*picked)
+        return plan, self._dataset.start(plan.requests)
+
+    def _take(self, plan: BatchPlan, reading: Reading) -> list[ReadVideo]:
+        files = reading.result()
+        videos = [
+            ReadVideo(video, of_video, self._dataset.content(video.sample) == "video")
+            for video, of_video in zip(plan.videos, files, strict=True)
+        ]
+        for video in videos:
+            if not video.is_stored_video:
+                self._check_sizes(video)
+        return videos
+
+    def _check_sizes(self, video: ReadVideo) -> None:
+        """Compares the frames' headers with the index: an image of another size would be cut in the wrong place."""
+        probe, sample = ImageProbe(), video.plan.sample
+        for frame, data in zip(video.plan.frames, video.files, strict=True):
+            try:
+                info = probe(data)
+            except ValueError as error:
+                raise SampleError(undecodable(self._dataset, sample, error, frame.number)) from None
+            if (info.height, info.width) != frame.size:
+                height, width = frame.size
+                raise SampleError(
+                    f"{self._dataset.describe(sample)}: frame {frame.number} is {info.width}x{info.height} pixels, the "
+                    f"index says {width}x{height}; the index is damaged or of other data: check both with "
+                    "tools/check_shards.py, then copy the data set again or rebuild it"
+                )
+
+
+def undecodable(dataset: ShardDataset, sample: int, reason: object, frame: int | None = None) -> str:
+    """The message about a video, or one frame of it, that does not decode."""
+    what = "" if frame is None else f"frame {frame} "
+    return (
+        f"{dataset.describe(sample)}: {what}does not decode ({reason}); find all such videos with "
+        "tools/check_shards.py --deep, then rebuild the data set without them"
+    )
