@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import fsspec
@@ -272,32 +273,34 @@ class _S3Store(_HttpStore):
         options["config_kwargs"] = {**limits, **options.get("config_kwargs", {})}
         super().__init__(address, timeout_seconds, options)
         self._filesystem.retries = 1
-        self._client_options = {"connector": None, "trust_env": True}  # as botocore, proxies from the environment
+        self._client_options = {"connector": None}
         self._options = {"allow_redirects": False}
-        self._proxies = options["config_kwargs"].get("proxies") or {}
+        self._proxies = options["config_kwargs"].get("proxies")
         self._client: Any = None
         self._has_met_bucket = False
-        self._signed: dict[str, tuple[float, URL, dict[str, str]]] = {}
+        self._signed: dict[str, tuple[float, asyncio.Future[tuple[URL, dict[str, str]]]]] = {}
 
     async def _target(self, name: str) -> tuple[URL, dict[str, str]]:
-        signed = self._signed.get(name)
-        if signed is None or time.monotonic() > signed[0]:
-            if not self._has_met_bucket:
-                await self._read_by_botocore(name, 0, 1)
-            bucket, key, version = self._filesystem.split_path(self._path(name))
-            wanted = {"Bucket": bucket, "Key": key, **({"VersionId": version} if version else {})}
-            wanted = self._filesystem._get_s3_method_kwargs(self._client.get_object, wanted)
-            requests: list[Any] = []
-            token = _prepared.set(requests)
-            try:
-                await self._client.get_object(**wanted)
-            finally:
-                _prepared.reset(token)
-            headers = {key: _text(value) for key, value in requests[-1].headers.items()}
-            headers["Accept-Encoding"] = "identity"
-            signed = time.monotonic() + _SIGNATURE_SECONDS, URL(requests[-1].url, encoded=True), headers
-            self._signed[name] = signed
-        return signed[1], signed[2]
+        expires, signed = self._signed.get(name, (0.0, None))
+        if signed is None or time.monotonic() > expires or (signed.done() and signed.exception() is not None):
+            # One signs, the others wait for it.
+            signed = asyncio.ensure_future(self._sign(name))
+            self._signed[name] = time.monotonic() + _SIGNATURE_SECONDS, signed
+        return await asyncio.shield(signed)
+
+    async def _sign(self, name: str) -> tuple[URL, dict[str, str]]:
+        if not self._has_met_bucket:
+            await self._read_by_botocore(name, 0, 1)
+        bucket, key, version = self._filesystem.split_path(self._path(name))
+        wanted = {"Bucket": bucket, "Key": key, **({"VersionId": version} if version else {})}
+        requests: list[Any] = []
+        token = _prepared.set(requests)
+        try:
+            await self._client.get_object(**self._filesystem._get_s3_method_kwargs(self._client.get_object, wanted))
+        finally:
+            _prepared.reset(token)
+        headers = {key: _text(value) for key, value in requests[-1].headers.items()}
+        return URL(requests[-1].url, encoded=True), {**headers, "Accept-Encoding": "identity"}
 
     def _path(self, name: str) -> str:
         return self._filesystem._strip_protocol(join_address(self._address, name))
@@ -307,8 +310,12 @@ class _S3Store(_HttpStore):
         if self._client is not None:
             return
         client.meta.events.register("before-send.s3.GetObject", _keep_from_sending)
-        scheme = URL(client.meta.endpoint_url).scheme
-        if proxy := self._proxies.get(scheme):
+        endpoint = URL(client.meta.endpoint_url)
+        scheme = endpoint.scheme
+        # As botocore does; aiohttp's own look at the environment costs a thread's work for each request.
+        if self._proxies is None and not proxy_bypass(endpoint.host or ""):
+            self._proxies = getproxies()
+        if proxy := (self._proxies or {}).get(scheme):
             self._options["proxy"] = proxy
         verify = self._filesystem.client_kwargs.get("verify")
         if verify is None:
