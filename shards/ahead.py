@@ -13,13 +13,13 @@ import numpy as np
 
 Batch = TypeVar("Batch")
 
-# Uses of a shard that lie no more batches apart than this are one use: a window of shards is one for each of them.
-_JOINED_BATCHES = 256
-# A batch is read some time after it was given out: its shards are in use for so many batches more.
-_LAG_BATCHES = 16
+# Uses of a shard that lie no more batches apart than this are one use: in a window it is used again and again.
+_JOINED_BATCHES = 2
+# A batch is begun a little after it was given out; until then its shards count as needed.
+_LAG_BATCHES = 2
 # So many more batches become known with each that is given out: what lies far ahead is not urgent.
 _BATCHES_AT_ONCE = 64
-_MAX_KNOWN_SAMPLES = 1 << 22
+_MAX_KNOWN_SAMPLES = 1 << 20
 
 
 class Plan:

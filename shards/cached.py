@@ -8,6 +8,8 @@ import math
 import os
 import threading
 import time
+import weakref
+from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -27,6 +29,9 @@ _REFETCH_SECONDS = 3600.0
 _MAX_FETCHES = 3
 # A thread for each; their parts are fetched by the one loop.
 _SHARDS_AT_ONCE = 8
+# Others leave for a shard that is not needed yet only if all that is needed until then fills no more of the cache: who
+# fetches too early drops what is needed soon after.
+_NEAR_SHARE = 0.5
 # When all that is planned is here, or nothing more fits, the plan is looked at again so much later.
 _LOOK_SECONDS = 0.2
 
@@ -79,6 +84,8 @@ class CachedShards:
         self._no_room: list[_Download] = []  # until one that is under way has ended
         self._under_way: dict[int, _Download] = {}
         self._not_ahead: set[int] = set()  # it has failed; a reader will see why
+        self._in_use: Counter[int] = Counter()  # shards of fetches that are not done with
+        self._done_with: deque[tuple[int, ...]] = deque()  # appended to without a lock: by finalisers
         self._look_at = 0.0  # when the plan is looked at again
         self._ranges.renew()
 
@@ -107,11 +114,15 @@ class CachedShards:
             self._start_threads()
 
     def start(self, wanted: Sequence[Extent]) -> _CachedFetch:
-        if not self._is_paused:
-            for shard in dict.fromkeys(shard for shard, ranges in wanted if ranges):
-                if not self._has(shard):
-                    self._want(shard)
-        return _CachedFetch(self, wanted)
+        shards = tuple(dict.fromkeys(shard for shard, ranges in wanted if ranges))
+        fetch = _CachedFetch(self, wanted)
+        with self._lock:
+            self._in_use.update(shards)
+        weakref.finalize(fetch, self._done_with.append, shards).atexit = False
+        for shard in shards:
+            if not self._is_paused and not self._has(shard):
+                self._want(shard)
+        return fetch
 
     def _has(self, shard: int) -> bool:
         return self._cache.has(self._names[shard], self._shards[shard].bytes)
@@ -156,10 +167,13 @@ class CachedShards:
     def _next_ahead(self) -> _Download | None:
         if time.monotonic() < max(self._look_at, self._paused_until):
             return None
+        needed_before = 0
         for shard in self._plan.in_order():
+            needed_before += self._shards[shard].bytes
             is_coming = shard in self._under_way or shard in self._not_ahead
             if not is_coming and not self._has(shard):
-                return _Download(shard, is_wanted=False)
+                is_near = needed_before <= self._cache.limit_bytes * _NEAR_SHARE
+                return _Download(shard, is_wanted=False, spare=self._plan.next_use(shard) if is_near else math.inf)
         self._look_at = time.monotonic() + _LOOK_SECONDS
         return None
 
@@ -186,20 +200,24 @@ class CachedShards:
             download.file = OpenFile(Path(f"/proc/self/fd/{descriptor}"))
             download.written.set_result(None)  # readers need not wait until the disk has it
 
-        download.spare = -math.inf if download.is_wanted else self._plan.next_use(shard)
         self._cache.fetch(
             self._names[shard],
             info.bytes,
             fill,
             need=self._need,
-            spare=download.spare,
+            spare=-math.inf if download.is_wanted else download.spare,
             is_given_up=lambda: self._closed,
         )
 
     def _need(self, name: str) -> float:
-        """When the entry of that name is needed next."""
+        """When the entry of that name is needed next; one of a reading that has begun is needed before all others."""
         shard = self._numbers.get(name)
-        return math.inf if shard is None else self._plan.next_use(shard)
+        if shard is None:
+            return math.inf
+        with self._lock:
+            while self._done_with:
+                self._in_use.subtract(self._done_with.popleft())
+            return -1 if self._in_use[shard] > 0 else self._plan.next_use(shard)
 
     def _end(self, download: _Download, error: Exception | None) -> None:
         """After a download. The caller holds the lock."""
@@ -216,6 +234,7 @@ class CachedShards:
         elif not download.is_wanted:
             self._look_at = time.monotonic() + _LOOK_SECONDS
         elif download.spare >= 0:  # begun ahead; now that a reader waits, more may go for it
+            download.spare = -math.inf
             self._waiting.append(download)
             over = []
         else:
@@ -299,7 +318,7 @@ class CachedShards:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _CachedFetch:
     """Shards that are cached, or on their way into the cache. Implements Fetch."""
 

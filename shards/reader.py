@@ -363,7 +363,7 @@ class ShardDataset:
         return Reading(self, wanted)
 
     def ahead(self, batches: Iterable[Batch], ids_of: Callable[[Batch], np.ndarray]) -> Iterator[Batch]:
-        """The same batches. Those to come are looked at beforehand, as far as a pass over the data: of remote data
+        """The same batches. Those to come are looked at beforehand, as far as two passes over the data: of remote data
         sets that are kept whole (cache_bytes) the shards that they need are fetched in that order as far as they fit
         into the cache, and those that they need latest leave it first.
 
@@ -376,7 +376,7 @@ class ShardDataset:
         ]
         if not followers:
             return iter(batches)
-        return look_ahead(batches, lambda batch: self.shard_of[ids_of(batch)], followers, most_samples=len(self))
+        return look_ahead(batches, lambda batch: self.shard_of[ids_of(batch)], followers, most_samples=2 * len(self))
 
     def _wanted(self, sample: int, frames: np.ndarray) -> _Wanted:
         if self._closed:
