@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from shards.format import (
 from shards.images import check_decodes, probe_image
 from shards.index import Index, check_crc32, open_index, read_local_manifest
 from shards.local import pread_exactly
+from shards.similar import look_at, similar_pairs
 from shards.text import printable, redact
 from shards.video import probe_video
 
@@ -50,16 +52,22 @@ class DatasetReport:
 
 @dataclass
 class Report:
-    """Of all data sets that were checked together. leaks: videos that are in more than one of them."""
+    """Of all data sets that were checked together. leaks: videos that are in more than one of them.
+
+    similar: videos of two data sets that look like one recording; a warning, for it is found by looks.
+    """
 
     datasets: list[DatasetReport]
     leaks: list[str]
+    similar: list[str] = field(default_factory=list)
 
     @property
     def sound(self) -> bool:
+        """Whether no data set has a problem and no video is in two of them."""
         return not self.leaks and not any(dataset.problems for dataset in self.datasets)
 
     def to_json(self) -> str:
+        """The report as JSON, with `sound` first."""
         return json.dumps({"sound": self.sound, **asdict(self)}, ensure_ascii=False, indent=1) + "\n"
 
 
@@ -68,13 +76,15 @@ def check_datasets(
     *,
     labels: Sequence[str] | None = None,
     deep: bool = False,
+    similar: bool = False,
     workers: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Report:
     """Checks the data sets in local folders, each by itself and all against each other.
 
     Every byte is read: headers, checksums, JSON members and image headers. labels: the class names that the data sets
-    must have. deep: also decode every frame. progress: called with the number of videos done since its last call.
+    must have. deep: also decode every frame. similar: also look for the same recording in two data sets, see
+    `shards.similar`. progress: called with the number of videos done since its last call.
     """
     workers = workers or len(os.sched_getaffinity(0))
     progress = progress or (lambda videos: None)
@@ -98,7 +108,7 @@ def check_datasets(
             _check_folder(Path(path), place, index.manifest, report)
             _check_members(place, index, report, deep=deep, workers=workers, progress=progress)
         _check_duplicates(index, report)
-    return Report(reports, _leaks(opened))
+    return Report(reports, _leaks(opened), _similar(opened, workers, progress) if similar else [])
 
 
 def _open(path: Path, report: DatasetReport) -> Index:
@@ -404,3 +414,25 @@ def _leaks(opened: list[tuple[str, Index]]) -> list[str]:
         for name, content in zip(names, contents, strict=True):
             owner_of_content.setdefault(content, (path, name))
     return leaks
+
+
+def _similar(opened: list[tuple[str, Index]], workers: int, progress: Callable[[int], object]) -> list[str]:
+    """Videos of two data sets that look like one recording, except those that `_leaks` finds."""
+    opened = [(path, index) for path, index in opened if _place_of_tars(Path(path), index.manifest) is not None]
+    looks = [
+        look_at(index, place, workers=workers, progress=progress)
+        for path, index in opened
+        if (place := _place_of_tars(Path(path), index.manifest)) is not None
+    ]
+    identities = [_identities(index) for _, index in opened]
+    lines: list[str] = []
+    for one, other in combinations(range(len(opened)), 2):
+        (names, contents), (other_names, other_contents) = identities[one], identities[other]
+        for pair in similar_pairs(looks[one], looks[other]):
+            name, twin = other_names[pair.second], names[pair.first]
+            if name != twin and other_contents[pair.second] != contents[pair.first]:
+                lines.append(
+                    f"{opened[other][0]}: {name!r} looks like {twin!r} in {opened[one][0]}: {pair.share:.0%} of the "
+                    "frames of one match the other; look at both, and keep one recording in one data set"
+                )
+    return lines

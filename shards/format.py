@@ -109,6 +109,7 @@ class Manifest:
     tars: str | None = None
 
     def to_json(self) -> str:
+        """The text of `manifest.json`."""
         content = asdict(self)
         if self.tars is None:
             del content["tars"]
@@ -194,6 +195,7 @@ def index_file(role: str, fingerprint: str) -> str:
 
 
 def shard_name(number: int) -> str:
+    """File name of the number-th shard of a data set."""
     return f"{number:06d}.tar"
 
 

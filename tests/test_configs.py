@@ -16,7 +16,9 @@ from tiny import OPENAI_VIT, random_clip
 
 from shards.annotations import parse_annotations, parse_labels
 from shards.writer import build_shards
-from text4vis.config.schema import RETIRED, ConfigError, load_config, schema
+from text4vis.config.loading import load_config
+from text4vis.config.retired import RETIRED
+from text4vis.config.schema import ConfigError, schema
 from text4vis.evaluation.embedding import class_splits
 
 RECIPES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "configs").rglob("*.yaml"))]
@@ -171,7 +173,7 @@ def test_a_recipe_trains_two_steps_and_evaluates(results, recipe):
 
 def test_the_page_for_those_who_come_from_the_original_names_real_keys_and_files():
     page = (ROOT / "docs" / "coming-from-text4vis.md").read_text()
-    keys = {key for key, _ in schema()}
+    keys = {key.name for key in schema()}
     sections = "|".join(sorted({key.split(".")[0] for key in keys if "." in key}))
     named = set(re.findall(rf"`((?:{sections})\.[A-Za-z_.]+[A-Za-z_])", page)) | {"resume", "pretrain", "seed"}
     assert named <= keys | set(RETIRED), named - keys - set(RETIRED)

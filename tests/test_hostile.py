@@ -27,7 +27,8 @@ from shards.index import read_local_manifest
 from shards.reader import open_dataset
 from shards.text import redact_text, shown
 from text4vis.classifier.embeddings import file_classifier
-from text4vis.config.schema import MAX_YAML_BYTES, Config, ConfigError, DataConfig, load_config
+from text4vis.config.loading import MAX_YAML_BYTES, load_config
+from text4vis.config.schema import Config, ConfigError, DataConfig
 from text4vis.evaluation.embedding import _read_features
 from text4vis.model.tensors import read_weights
 from text4vis.saved import checkpoint

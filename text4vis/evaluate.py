@@ -16,17 +16,23 @@ names what it was measured with; tools/compare_reports.py compares two.
 
 --model: a run's folder (its best weights), a checkpoint, an export, or a .pt file of the original project. Classifier
 and sampling are those of --config and --set: a warning names what the model was trained with where that differs.
-Exit codes: 0 done, 1 failed, 2 wrong usage.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
+import traceback
 from collections.abc import Mapping
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` runs, Ctrl-C ends the program without a traceback
 
 # Run by path, this folder comes first on sys.path: its rooms would hide installed packages of the same names.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
@@ -34,31 +40,18 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Pa
 from shards.files import require_file
 from shards.format import ShardError
 from shards.text import shown
-from text4vis.cluster import distributed
+from text4vis.cluster import distributed, interrupt
+from text4vis.cluster.interrupt import Interrupts
+from text4vis.cluster.watch import Watch
 from text4vis.common.console import console, table
-from text4vis.config.schema import Config, ConfigError, config_from_dict, load_config
-from text4vis.saved import checkpoint
-from text4vis.saved.checkpoint import CheckpointError, load_model
-from text4vis.saved.weights import EXPORT_FILE, read_export_config
-
-if TYPE_CHECKING:
-    from text4vis.model.video_clip import VideoClip
-
-# Keys that decide which frames the model sees, what the model is (an export brings its own), and its classes' rows.
-FRAME_KEYS = ("data.num_segments", "data.dense", "data.input_size", "data.scale_size")
-MODEL_KEYS = ("network.arch", "network.pretrained", "network.sim_header", "network.tm", "network.joint_st")
-CLASSIFIER_KEYS = {
-    "text": ("network.template",),
-    "random": ("seed",),
-    "orthogonal": ("seed",),
-    "lda": ("seed", "network.lda_videos", "network.arch", "network.pretrained", "data.train", "data.shot",
-            "data.shot_seed"),
-    "sentence": ("network.template", "network.sentence_model", "network.sentence_projection"),
-    "file": ("network.classifier_file",),
-}  # fmt: skip
+from text4vis.config.loading import load_config
+from text4vis.config.roles import Role
+from text4vis.config.schema import Config, ConfigError, classifier_keys, keys_of
+from text4vis.saved.checkpoint import CheckpointError
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="recipe, e.g. configs/demo.yaml")
     parser.add_argument("--model", required=True, type=Path, help="run, checkpoint, export, or the original's .pt file")
@@ -69,7 +62,11 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace, config: Config) -> None:
+    """Embeds the videos, writes the report and shows its main figures.
+
+    Raises ConfigError, ShardError, CheckpointError, OSError.
+    """
     import torch
 
     from text4vis.classifier.embeddings import build_classifier
@@ -77,21 +74,21 @@ def run(arguments: argparse.Namespace) -> None:
     from text4vis.data.loader import build_loader
     from text4vis.evaluation.embedding import class_splits, evaluate, weights_fingerprint
     from text4vis.evaluation.protocols import write_report
+    from text4vis.saved.opening import open_saved
 
-    config = load_config(arguments.config, arguments.set)
-    ranks = distributed.start()
+    ranks = distributed.ranks()
     distributed.use_cores(config.engine.num_threads)
     if arguments.report:
         distributed.from_main(lambda: require_file(arguments.report, "--report"))
     with build_loader(config, "val", rank=ranks.rank, world_size=ranks.world_size) as loader:
         names = class_names(config, loader.dataset)
         splits = class_splits(config, names, loader.dataset.labels)
-        trained = trained_with(arguments.model)
-        differing = trained and differences(trained, config, is_export=is_export(arguments.model))
+        saved = open_saved(arguments.model)
+        differing = saved.config and differences(saved.config, config, is_export=saved.kind == "export")
         if differing and ranks.is_main:
             print(f"evaluate: warning: {warning(arguments.model, differing)}", file=sys.stderr)
-        model = load_model(arguments.model, config)
-        check_frames(model, config)
+        model = saved.load(config)
+        model.check_frames(config.data)
         classes_CD = build_classifier(config, model, names)
         weights = weights_fingerprint(model.state_dict()) if ranks.is_main else ""
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.engine.precision]
@@ -111,58 +108,26 @@ def run(arguments: argparse.Namespace) -> None:
         write_report(arguments.report, {"model": str(arguments.model), **report})
 
 
-def is_export(path: Path) -> bool:
-    return (path / EXPORT_FILE).is_file()
-
-
-def trained_with(path: Path) -> Config | None:
-    """The configuration that a model records; None for a .pt file, which records none."""
-    if path.suffix in {".pt", ".pth"}:
-        return None
-    values = read_export_config(path) if is_export(path) else checkpoint.read_state(checkpoint.find(path)).config
-    return config_from_dict(values, str(path))
-
-
 def differences(trained: Config, given: Config, *, is_export: bool) -> dict[str, tuple[Any, Any]]:
     """(value in training, value given) of each key that differs and on which the figures depend."""
-    keys, network = [*FRAME_KEYS, *(() if is_export else MODEL_KEYS)], trained.network
-    if not network.classifier_trainable:  # else the model has the rows
-        keys.append("network.classifier")
+    network = trained.network
+    keys = keys_of(Role.FRAMES) + (() if is_export else keys_of(Role.MODEL))  # an export brings its own network
+    if not network.classifier_trainable:  # else the model has the classes' embeddings
+        keys += ("network.classifier",)
         if network.classifier == given.network.classifier:
-            keys += CLASSIFIER_KEYS[network.classifier]
-            keys += ["seed"] if network.classifier == "sentence" and network.sentence_projection else []
+            unused = {"seed"} if network.classifier == "sentence" and not network.sentence_projection else set()
+            keys += tuple(key for key in classifier_keys(network.classifier) if key not in unused)
     pairs = {key: (attrgetter(key)(trained), attrgetter(key)(given)) for key in keys}
     return {key: (before, now) for key, (before, now) in pairs.items() if before != now}
 
 
 def warning(path: Path, differing: Mapping[str, tuple[Any, Any]]) -> str:
+    """What to say where a model is evaluated with other settings than it was trained with."""
     pairs = ", ".join(f"{key}: {before!r} -> {now!r}" for key, (before, now) in differing.items())
     return (
         f"{path} was trained with other settings than are given here ({pairs}), so its figures can fall to chance; "
         "give the first ones with --set to measure it as it was trained"
     )
-
-
-def check_frames(model: VideoClip, config: Config) -> None:
-    """Raises ConfigError where a model that brings its own network cannot take the frames of `config`."""
-    from text4vis.model.heads import NUM_POSITIONS, TransformerHead
-
-    data = config.data
-    if model.image_size != data.input_size:
-        raise ConfigError(
-            f"data.input_size: {data.input_size}, but the model takes {model.image_size} pixels; "
-            f"add --set data.input_size={model.image_size}"
-        )
-    if model.takes_fixed_frames and model.num_segments != data.num_segments:
-        raise ConfigError(
-            f"data.num_segments: {data.num_segments}, but the model takes {model.num_segments} frames; "
-            f"add --set data.num_segments={model.num_segments}"
-        )
-    if isinstance(model.fusion_model, TransformerHead) and data.num_segments > NUM_POSITIONS:
-        raise ConfigError(
-            f"data.num_segments: {data.num_segments}, but the model's head has positions for {NUM_POSITIONS} frames; "
-            f"add --set data.num_segments={model.num_segments}"
-        )
 
 
 def show(report: dict[str, Any]) -> None:
@@ -183,6 +148,13 @@ def show(report: dict[str, Any]) -> None:
         screen.print(f"left out: {entry['reason']}")
     if report["not_finite"]:
         screen.print(f"counted as wrong: {report['not_finite']} videos whose scores are not finite numbers")
+    if known := report["calibration"]:
+        best = next(row for row in known["answers"] if row["accuracy"] == 95)
+        screen.print(
+            f"calibration error of one view {known['ece']:.1f} %, at temperature {known['temperature']:.2f} "
+            f"{known['ece_calibrated']:.1f} %; answers that aim at 95 % right: {best['answered']:.0f} % of videos"
+            + ("" if best["right_of_answered"] is None else f", {best['right_of_answered']:.1f} % of them right")
+        )
     precision = "" if report["map"] is None else f"mAP {report['map']:.2f} %, "
     screen.print(
         f"mean class accuracy {report['mean_class_accuracy']:.2f} %, {precision}"
@@ -191,15 +163,43 @@ def show(report: dict[str, Any]) -> None:
 
 
 def main() -> int:
+    """Returns the exit code."""
     arguments = parse_arguments()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    interrupts = Interrupts("")
     try:
-        run(arguments)
+        config = load_config(arguments.config, arguments.set)
+        distributed.start()
+    except (ConfigError, OSError) as error:
+        return fail(str(error))
+    except KeyboardInterrupt:
+        return interrupt.EXIT_CODE
+    watch = Watch(config.engine.silence_seconds, lambda cause: end(cause, interrupts))
+    try:
+        run(arguments, config)
+    except KeyboardInterrupt:
+        watch.fail("stopped by Ctrl-C; no report was written")
     except (ConfigError, ShardError, CheckpointError, OSError) as error:
-        print(f"evaluate: error: {shown(error)}", file=sys.stderr)
-        return 1
-    finally:
-        distributed.stop()
+        watch.fail(str(error))
+    except Exception as error:
+        print(shown(traceback.format_exc()), file=sys.stderr)
+        watch.fail(f"{type(error).__name__}: {error}", sure=not distributed.is_consequence(error))
+    watch.close()
+    distributed.stop()
     return 0
+
+
+def end(cause: str, interrupts: Interrupts) -> None:
+    """Ends this process at once, from any thread: the main one may wait for a rank that is gone."""
+    fail(cause)
+    sys.stderr.flush()
+    os._exit(interrupt.EXIT_CODE if interrupts.happened else 1)
+
+
+def fail(reason: str) -> int:
+    """Says on standard error what went wrong. Returns the exit code."""
+    print(f"evaluate: error: {shown(reason)}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

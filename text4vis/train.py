@@ -7,8 +7,8 @@ Examples:
 Also runs under `torchrun`, `srun`, `mpirun` and plain `python` (one process); docs/cluster.md explains each. The same
 command, given again, goes on where the run stopped, on however many ranks. `touch OUT/save-now` asks for a checkpoint.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 75 stopped early (SIGTERM, SIGUSR1 or engine.wall_minutes) after saving:
-run the same command again.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 75 stopped early (SIGTERM, SIGUSR1, Ctrl-C or engine.wall_minutes) after
+saving: run the same command again. 130: Ctrl-C twice, which ends at once.
 """
 
 from __future__ import annotations
@@ -16,10 +16,14 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import traceback
 from contextlib import suppress
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` runs, Ctrl-C ends the program without a traceback
 
 # Run by path, this folder comes first on sys.path: its rooms would hide installed packages of the same names.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
@@ -27,15 +31,18 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Pa
 from shards.format import ShardError
 from shards.text import shown
 from text4vis.cluster import distributed
+from text4vis.cluster.interrupt import Interrupts
 from text4vis.cluster.stop import EXIT_CODE, NonFiniteError, Stopped, StopRequest
 from text4vis.cluster.watch import Watch
+from text4vis.config.loading import load_config
 from text4vis.config.page import print_config
-from text4vis.config.schema import Config, ConfigError, load_config
+from text4vis.config.schema import Config, ConfigError
 from text4vis.saved.checkpoint import CheckpointError
 from text4vis.saved.runs import claim
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="recipe, e.g. configs/demo.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="overrides one key")
@@ -48,22 +55,27 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def train(arguments: argparse.Namespace, config: Config, output: Path, stop: StopRequest) -> None:
+    """Runs the trainer to its end, or tries one batch with --dry-run."""
     from text4vis.data.prefetch import settled
     from text4vis.training.logs import log_to
     from text4vis.training.trainer import Trainer
 
     log_to(None if arguments.dry_run else output)
-    trainer = Trainer(config, output, stop, arguments.resume)
-    if arguments.dry_run:
-        trainer.dry_run()
-    else:
-        with settled():
-            trainer.fit()
+    with Trainer(config, output, stop, arguments.resume) as trainer:
+        if arguments.dry_run:
+            trainer.dry_run()
+        else:
+            with settled():
+                trainer.fit()
 
 
 def main() -> int:
+    """Returns the exit code."""
     arguments = parse_arguments()
-    stop = StopRequest()
+    stop = StopRequest(ctrl_c=not arguments.dry_run)
+    if not arguments.dry_run:
+        notice = "train: Ctrl-C: saves after the next step and ends; once more ends at once"
+        Interrupts(notice if distributed.ranks().is_main else "")
     try:
         config = load_config(arguments.config, arguments.set)
         if arguments.print_config:
@@ -104,6 +116,7 @@ def end(output: Path, cause: str) -> None:
 
 
 def fail(reason: str) -> int:
+    """Says on standard error what went wrong. Returns the exit code."""
     print(f"train: error: {shown(reason)}", file=sys.stderr)
     return 1
 

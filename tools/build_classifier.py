@@ -24,7 +24,8 @@ from shards.format import ShardError
 from shards.text import shown
 from text4vis.classifier.embeddings import Pair, build_classifier, confusable_pairs, save_classifier
 from text4vis.common.console import console, table
-from text4vis.config.schema import Config, ConfigError, load_config
+from text4vis.config.loading import load_config
+from text4vis.config.schema import Config, ConfigError
 from text4vis.config.templates import prompts
 from text4vis.data.datasets import open_split
 from text4vis.model.video_clip import build_model

@@ -25,7 +25,8 @@ from typing import Any
 from shards.text import shown
 from text4vis.common.console import console, table
 from text4vis.common.stages import Stage, StageError, perform, with_set
-from text4vis.config.schema import ConfigError, load_config
+from text4vis.config.loading import load_config
+from text4vis.config.schema import ConfigError
 from text4vis.evaluation.comparison import read_report, summarise
 
 TRAIN = Path(__file__).resolve().parent.parent / "text4vis" / "train.py"

@@ -31,7 +31,8 @@ from text4vis.classifier.embeddings import (
     text_classifier,
 )
 from text4vis.classifier.lda import discriminants
-from text4vis.config.schema import Config, ConfigError, load_config
+from text4vis.config.loading import load_config
+from text4vis.config.schema import Config, ConfigError
 from text4vis.config.templates import TEMPLATE_SETS, prompts
 from text4vis.data.loader import build_loader
 from text4vis.model.video_clip import build_model
@@ -485,7 +486,8 @@ from pathlib import Path
 import torch
 from text4vis.cluster import distributed
 from text4vis.classifier.embeddings import build_classifier
-from text4vis.config.schema import ConfigError, config_from_dict
+from text4vis.config.loading import config_from_dict
+from text4vis.config.schema import ConfigError
 from text4vis.model.video_clip import build_model
 import yaml
 

@@ -38,14 +38,14 @@ def goes_on_as(project, output: Path, whole: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "reason", "step"),
     [
-        ("--signal 9:SIGTERM", "SIGTERM", 9),
-        pytest.param("--signal 9:SIGUSR1", "SIGUSR1", 9, marks=pytest.mark.long),
+        ("--signal 9:SIGTERM", "SIGTERM", 10),
+        pytest.param("--signal 9:SIGUSR1", "SIGUSR1", 10, marks=pytest.mark.long),
         pytest.param("--signal-in evaluate:SIGTERM", "SIGTERM", 7, marks=pytest.mark.long),
-        ("--signal-in save:SIGTERM", "SIGTERM", 8),
+        ("--signal-in save:SIGTERM", "SIGTERM", 9),
     ],
 )
 def test_a_signal_to_one_rank_saves_on_all_and_says_resume_me(project, tmp_path, whole, options, reason, step):
-    """The step, the evaluation's batch or the save under way is finished; an evaluation left is made up for."""
+    """The ranks stop after the next step or before the next batch of an evaluation, which the next job repeats."""
     output = tmp_path / "run"
     assert codes(project.train_with(output, options)) == [RESUME_ME, RESUME_ME]
     assert last_line(output).endswith(f"stopped by {reason} after step {step}; run the command again to go on")
@@ -58,7 +58,7 @@ def test_a_signal_to_one_rank_saves_on_all_and_says_resume_me(project, tmp_path,
 def test_a_limit_of_time_does_the_same(project, tmp_path):
     output = tmp_path / "run"
     assert codes(project.train_with(output, "", "engine.wall_minutes=0.01")) == [RESUME_ME, RESUME_ME]
-    assert "stopped by engine.wall_minutes after step 1;" in last_line(output)
+    assert "stopped by engine.wall_minutes after step 2;" in last_line(output)
 
 
 @pytest.mark.slow
@@ -205,7 +205,7 @@ def test_checkpoints_on_demand_by_steps_and_by_minutes(project, tmp_path):
     (output / "save-now").touch()
     project.train(output, "logging.save_steps=5", "logging.keep_checkpoints=20", ranks=1)
     steps = [int(path.name[5:]) for path in sorted(output.glob("checkpoints/step-*"))]
-    assert steps == [1, 5, 10, 13, 15, 20, 25, 26, 30, 35, 39]
+    assert steps == [2, 5, 10, 13, 15, 20, 25, 26, 30, 35, 39]
     assert not (output / "save-now").exists()
     often = tmp_path / "often"
     project.train(often, "logging.save_minutes=1e-6", "logging.keep_checkpoints=3", ranks=1)

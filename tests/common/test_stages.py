@@ -14,7 +14,7 @@ import pytest
 from launch import ROOT, program
 
 from text4vis.common.stages import Stage, StageError, perform
-from text4vis.config.schema import load_config
+from text4vis.config.loading import load_config
 
 FAKE_TRAINING = """
 import json, pathlib, sys

@@ -7,8 +7,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from text4vis.config.loading import config_from_dict, load_config
 from text4vis.config.page import config_page, print_config
-from text4vis.config.schema import ConfigError, config_from_dict, load_config, schema
+from text4vis.config.schema import ConfigError, schema
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,8 +21,8 @@ def test_the_page_in_docs_is_the_generated_one():
 
 def test_every_key_says_what_it_means():
     rows = {item.split("`")[1]: item for item in config_page().split("\n- ")[1:]}
-    assert list(rows) == [key for key, _ in schema()]
-    assert all(meaning for _, (meaning, _) in schema())
+    assert list(rows) == [key.name for key in schema()]
+    assert all(key.meaning for key in schema())
     assert "number > 0" in rows["solver.lr"] and "`1`, `3`, `5`, `10`" in rows["data.test_crops"]
 
 

@@ -14,7 +14,8 @@ from torchvision.transforms import v2
 
 from shards.annotations import parse_annotations, parse_labels
 from shards.writer import build_shards
-from text4vis.config.schema import Config, ConfigError, DataConfig, RandAugConfig, config_from_dict
+from text4vis.config.loading import config_from_dict
+from text4vis.config.schema import Config, ConfigError, DataConfig, RandAugConfig
 from text4vis.data import pixels
 from text4vis.data.augmentation import (
     OPERATIONS,
@@ -27,7 +28,6 @@ from text4vis.data.augmentation import (
     scaled_size,
     train_geometry,
 )
-from text4vis.data.dali import image_graph
 from text4vis.data.loader import build_loader
 
 SIZES = [(240, 320), (256, 340), (320, 240), (1080, 1920), (256, 256), (257, 401), (31, 900), (180, 320)]
@@ -303,26 +303,6 @@ def test_paper_end_to_end_is_the_same_operations_on_every_frame(folders):
             ours = batch.frames[b, 0, t].permute(1, 2, 0).numpy().astype(int)
             assert np.abs(ours - np.asarray(expected, dtype=int)).mean() < 6, (name, drawn)
     assert len(seen) > 8
-
-
-def test_a_decoder_that_also_resizes_leaves_frames_for_randaugment_as_they_are(folders):
-    """What a GPU's graph does, run on the CPU: operations come before the resize, so it gets the whole frame's size."""
-    made, _ = folders
-    drawn = draw(DataConfig(augmentation="paper"), 10, generator(0, 0, 0))
-    geometry = train_geometry(drawn, 32, 48, 24)
-    assert geometry.region == (0, 0, 32, 48) and geometry.decoded_size == (32, 48)
-    assert geometry.part == drawn.crop.region(32, 48, 24)
-    assert train_geometry(drawn._replace(operations=()), 32, 48, 24).decoded_size == (24, 24)
-    file = made.root / made.names[0] / "img_00001.jpg"
-    graph = image_graph(device_id=None, num_threads=1, batch_size=1, resize="linear")
-    graph.feed_input("encoded", [np.fromfile(file, np.uint8)])
-    graph.feed_input("start", np.array([geometry.region[:2]], np.int32))
-    graph.feed_input("shape", np.array([geometry.region[2:]], np.int32))
-    graph.feed_input("size", np.array([geometry.decoded_size], np.float32))
-    graph.schedule_run()
-    decoded = np.asarray(graph.share_outputs()[0][0])
-    with Image.open(file) as image:
-        np.testing.assert_array_equal(decoded, np.asarray(image.convert("RGB")))
 
 
 def test_a_flip_swaps_the_labels_that_it_must(folders):

@@ -13,7 +13,8 @@ from tiny import write_clip
 from shards.annotations import parse_annotations, parse_labels
 from shards.plan import few_shot_subset
 from shards.writer import build_shards
-from text4vis.config.schema import Config, ConfigError, config_from_dict
+from text4vis.config.loading import config_from_dict
+from text4vis.config.schema import Config, ConfigError
 from text4vis.data.loader import build_loader
 
 TRAIN = "text4vis/train.py"

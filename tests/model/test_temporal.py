@@ -11,7 +11,8 @@ import torch
 from tiny import CONFIG, OPENAI_RESNET, random_clip, random_frames, tiny_network
 from torch import nn
 
-from text4vis.config.schema import Config, ConfigError, DataConfig, NetworkConfig, SolverConfig, load_config
+from text4vis.config.loading import load_config
+from text4vis.config.schema import Config, ConfigError, DataConfig, NetworkConfig, SolverConfig
 from text4vis.model.temporal import Block, adapt, shift_channels
 from text4vis.model.video_clip import build_model
 from text4vis.saved.weights import export_model, load_export, load_text4vis

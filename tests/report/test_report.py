@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from shards.text import redact_text
-from text4vis.config.schema import ConfigError, load_config
+from text4vis.config.loading import load_config
+from text4vis.config.schema import ConfigError
 from text4vis.evaluation.comparison import compare
 from text4vis.report.curves import BOTTOM, HEIGHT, LEFT, MOST_POINTS, RIGHT, TOO_LARGE, TOP, WIDTH, charts
 from text4vis.report.page import read_examples, read_runs, render

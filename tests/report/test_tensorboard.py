@@ -3,7 +3,6 @@
 import html
 import io
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ from tensorboard.plugins.hparams.api_pb2 import Status
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.util.tensor_util import make_ndarray
 
-from text4vis.config.schema import load_config
+from text4vis.config.loading import load_config
 from text4vis.data.loader import build_loader
 from text4vis.evaluation.protocols import figures
 from text4vis.report.pictures import CAPTION_PIXELS, GAP_PIXELS, contact_sheet, draw_confusion, most_confused, plain
@@ -30,15 +29,15 @@ NAMES = ["class 0", "class 1", "class 2"]
 
 
 def test_what_cannot_be_pictured_ends_no_job(monkeypatch):
-    from text4vis.training import trainer
+    from text4vis.training import run_log
 
     said = []
-    monkeypatch.setattr(trainer.logger, "warning", lambda text, *values: said.append(text % values))
+    monkeypatch.setattr(run_log.logger, "warning", lambda text, *values: said.append(text % values))
 
     def broken(story):
         raise OSError("no space left")
 
-    trainer.Trainer.tell(SimpleNamespace(story=object(), state=SimpleNamespace(step=3)), broken)
+    run_log.RunLog(story=object()).picture(3, broken)
     assert said == ["TensorBoard: pictures of step 3 left out: no space left"]
 
 
@@ -74,7 +73,7 @@ def channels_last(frames: torch.Tensor) -> np.ndarray:
 
 def started(config, folder, step: int = 0) -> tuple[Story, Metrics]:
     metrics = Metrics(folder, step)
-    return Story(metrics.board, config, NAMES, step), metrics
+    return Story(metrics.board, config, NAMES, global_batch=10, step=step), metrics
 
 
 @pytest.mark.parametrize("settings", [[], ["solver.mixup=0.8", "solver.cutmix=1"]], ids=["plain", "mixed"])
@@ -90,7 +89,9 @@ def test_the_clips_shown_are_what_the_model_gets(project, tmp_path, settings):
             given.append(frames_BTCHW)
             return torch.zeros(len(frames_BTCHW), len(NAMES))
 
-        Objective(config, torch.eye(3))(forward, batch.frames[:, 0], batch.labels, batch.ids.tolist(), 10)
+        Objective(config, torch.eye(3), config.data.batch_size)(
+            forward, batch.frames[:, 0], batch.labels, batch.ids.tolist(), 10
+        )
         expected = channels_last(given[0][:3])
     metrics.close()
     board = read(tmp_path)

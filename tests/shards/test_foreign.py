@@ -187,7 +187,7 @@ def test_numbers_without_names_compressed_tars_and_no_tars_are_refused(tars, tmp
 def test_a_killed_call_goes_on_and_a_second_changes_nothing(tars, tmp_path, monkeypatch):
     import shards.foreign as module
 
-    done, read = threading.Event(), module._read_tar
+    done, read = threading.Event(), module.read_tar
 
     def fail_at_the_second(place, name, **options):
         if name == "00001.tar":
@@ -198,13 +198,11 @@ def test_a_killed_call_goes_on_and_a_second_changes_nothing(tars, tmp_path, monk
     def note(count):
         done.set()
 
-    monkeypatch.setattr(module, "_read_tar", fail_at_the_second)
+    monkeypatch.setattr(module, "read_tar", fail_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         index_tars(str(tars), output=tmp_path / "index", labels=NAMES, workers=2, progress=note)
     names = []
-    monkeypatch.setattr(
-        module, "_read_tar", lambda place, name, **more: names.append(name) or read(place, name, **more)
-    )
+    monkeypatch.setattr(module, "read_tar", lambda place, name, **more: names.append(name) or read(place, name, **more))
     first = index_tars(str(tars), output=tmp_path / "index", labels=NAMES)
     assert names == ["00001.tar"]
     files = {path: path.read_bytes() for path in (tmp_path / "index").rglob("*") if path.is_file()}

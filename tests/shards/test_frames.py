@@ -12,7 +12,7 @@ from shards.checker import check_datasets
 from shards.format import ShardError
 from shards.images import MAX_FRAME_PIXELS, check_decodes
 from shards.writer import build_shards
-from text4vis.config.schema import config_from_dict
+from text4vis.config.loading import config_from_dict
 from text4vis.data.augmentation import scaled_size
 from text4vis.data.loader import build_loader
 

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from text4vis.cluster import distributed
+from text4vis.config.batches import BatchSizes
 from text4vis.config.schema import Config, DataConfig, EngineConfig, SolverConfig
-from text4vis.training import engine
+from text4vis.training.engine import Engine
 
 KINDS = [(0, "none"), (1, "none"), (2, "none"), (3, "none"), (2, "optimizer"), (3, "parameters")]
 
@@ -43,27 +44,26 @@ def start(precision: str, stage: int, offload: str, optim: str, state: dict | No
     if state is not None:
         model.load_state_dict(state["weights"])
     first = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
-    started = engine.start_engine(model, config, distributed.ranks().world_size)
+    started = Engine(model, config, BatchSizes.of(config, distributed.ranks().world_size))
     moments = None if state is None else lambda key, name: state[key][name]
-    engine.restore(started, first.__getitem__, moments, 0 if state is None else 2)
+    started.restore(first.__getitem__, moments, 0 if state is None else 2)
     return started
 
 
 def take_step(started, number: int, factor: float = 1.0) -> tuple[float, bool]:
     """The mean loss over ranks, and whether the weights changed."""
-    for group in started.basic_optimizer.param_groups:
-        group["lr"] = group["base_lr"]
+    started.set_rates(lambda peak: peak)
     noise = torch.Generator().manual_seed(100 * number + distributed.ranks().rank)
     loss = started(torch.randn(4, 5, generator=noise)).square().mean() * factor
     started.backward(loss)
-    applied = engine.take_step(started)
+    applied = started.step()
     return distributed.sum_over_ranks([loss.item()])[0], applied
 
 
 def state_of(started) -> dict[str, dict[str, torch.Tensor]]:
-    state = {"weights": {name: value.clone() for name, value in engine.named_weights(started)}}
-    for key in engine.moment_names(started):
-        state[key] = {name: value.clone() for name, value in engine.named_moments(started, key)}
+    state = {"weights": {name: value.clone() for name, value in started.named_weights()}}
+    for key in started.moment_names:
+        state[key] = {name: value.clone() for name, value in started.named_moments(key)}
     return state
 
 

@@ -50,13 +50,14 @@ from shards.text import redact, redact_text, shown
 from shards.video import VideoError, probe_video
 from text4vis.classifier.embeddings import file_classifier
 from text4vis.cluster import distributed
-from text4vis.config.schema import Config, ConfigError, load_config
+from text4vis.config.loading import load_config
+from text4vis.config.schema import Config, ConfigError
 from text4vis.evaluation import comparison
 from text4vis.evaluation import embedding as evaluation
 from text4vis.model.tensors import read_weights
 from text4vis.saved import checkpoint
 from text4vis.saved.checkpoint import CheckpointError
-from text4vis.saved.weights import read_export_config, read_text4vis
+from text4vis.saved.weights import read_index, read_text4vis
 from text4vis.training.logs import _step_of
 
 CASE_SECONDS = 20
@@ -484,7 +485,7 @@ TARGETS = {
                 }
             ).encode()
         ],
-        _written("export.json", lambda path: read_export_config(path.parent)),
+        _written("export.json", lambda path: read_index(path.parent)),
         (ConfigError,),
         JSON_TOKENS,
         True,

@@ -7,8 +7,8 @@ Examples:
 
 Works on copies of the tree in a temporary folder; the checkout stays as it is. Each mutant runs its module's tests in a
 process that is forked after the libraries were imported, and ends at the first test that fails. Docstrings, messages,
-annotations and decorators are left alone. A mutant that no test notices is printed with its line. Those that compute the
-same are named in mutants_equivalent.txt, with the reason, and do not count.
+annotations and decorators are left alone. A mutant that no test notices is printed with its line. Those that
+compute the same are named in mutants_equivalent.txt, with the reason, and do not count.
 
 Exit codes: 0 at least --least per cent were noticed, 1 fewer, 2 wrong usage.
 """
@@ -43,7 +43,7 @@ MODULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "order": (("shards/plan.py",), ("shards/test_plan.py",)),
     "sampling": (("text4vis/data/sampling.py",), ("data/test_sampling.py",)),
     "augmentation": (("text4vis/data/augmentation.py",), ("data/test_augmentation.py",)),
-    "plan": (("text4vis/data/plan.py",), ("data/test_loader.py", "data/test_fewshot.py", "data/test_on_error.py")),
+    "plan": (("text4vis/data/plan.py",), ("data/test_loader.py", "data/test_fewshot.py", "data/test_repair.py")),
     "reader": (("shards/reader.py",), ("shards/test_reader.py", "shards/test_remote.py")),
     "index": (("shards/format.py",), ("shards/test_reader.py", "shards/test_writer.py", "shards/test_checker.py")),
     "cache": (("shards/cache.py",), ("shards/test_cache.py",)),

@@ -9,7 +9,7 @@ import json
 import sys
 
 from text4vis.cluster import distributed
-from text4vis.config.schema import load_config
+from text4vis.config.loading import load_config
 from text4vis.data.loader import Batch, build_loader
 
 

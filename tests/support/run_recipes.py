@@ -11,7 +11,7 @@ from pathlib import Path
 
 from text4vis.cluster import distributed
 from text4vis.cluster.stop import StopRequest
-from text4vis.config.schema import load_config
+from text4vis.config.loading import load_config
 from text4vis.training.trainer import Trainer
 
 

@@ -40,7 +40,7 @@ from project import ledger, records
 from shard_data import FlakyServer, hang_up_fault, serve, slow_fault, status_fault, truncated_fault
 
 from shards.reader import open_dataset
-from text4vis.config.schema import load_config
+from text4vis.config.loading import load_config
 from text4vis.data.loader import build_loader
 
 SECONDS_TO_WARM_UP = 150  # until buffers and the allocator's pools have the size they keep

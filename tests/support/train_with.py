@@ -1,9 +1,10 @@
 """text4vis/train.py as it is, with something going on beside it: a ledger of what was trained on, faults on purpose.
+At the end it names the threads that are left.
 
 Arguments before `--` are for this program, those after it for text4vis/train.py:
 
     --ledger DIR        appends the ids of every micro batch to DIR/<rank>.jsonl, by step
-    --signal N:NAME     the last rank sends itself a signal within step N
+    --signal N:NAME     the last rank sends itself a signal within step N; the run stops after the one that follows
     --signal-in CALL:NAME   … within the first call of `evaluate` or `save`
     --not-finite ID     the loss is not a number when this video is in the batch; -1: always
     --raise-at N        the last rank raises an error within step N
@@ -15,6 +16,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -23,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "text4vis"))  # wha
 import train
 
 from text4vis.cluster import distributed
-from text4vis.saved import checkpoint
+from text4vis.training import checkpointing
 from text4vis.training.trainer import Trainer
 
 
@@ -43,9 +45,9 @@ def main() -> int:
     call, name_in_call = options.signal_in.split(":")
     place = distributed.ranks()
     is_last = place.rank == place.world_size - 1
-    backward, write_tensors, embed = Trainer.backward, checkpoint.write_tensors, Trainer.save_and_stop_if_asked
+    backward, write_tensors, embed = Trainer.backward, checkpointing.write_tensors, Trainer.save_and_stop_if_asked
 
-    def watched_backward(self, batch, seen):
+    def watched_backward(self, batch):
         step = self.state.step + 1
         if options.ledger:
             options.ledger.mkdir(parents=True, exist_ok=True)
@@ -57,7 +59,7 @@ def main() -> int:
         if is_last and step == options.raise_at:
             raise KeyError("broken on purpose")
         time.sleep(options.slow)
-        backward(self, batch, seen)
+        return backward(self, batch)
 
     def poisoned(objective):
         def call_objective(engine, frames, labels, ids, position):
@@ -66,7 +68,7 @@ def main() -> int:
 
         return call_objective
 
-    start_engine = Trainer._start_engine
+    start_engine = Trainer._engine
 
     def start_poisoned(self, model):
         self.objective_of_run = self.objective
@@ -86,12 +88,14 @@ def main() -> int:
 
     Trainer.backward = watched_backward
     if options.not_finite is not None:
-        Trainer._start_engine = start_poisoned
+        Trainer._engine = start_poisoned
     if call == "save" and place.is_main:
-        checkpoint.write_tensors = signalling(write_tensors)
+        checkpointing.write_tensors = signalling(write_tensors)
     if call == "evaluate" and is_last:
         Trainer.save_and_stop_if_asked = signalling(embed)
-    return train.main()
+    code = train.main()
+    print("threads left:", *sorted(thread.name for thread in threading.enumerate()), flush=True)
+    return code
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the engine section's options do, how launchers place the ranks, how the global batch is cut."""
+"""What the engine section's options do, how launchers place the ranks."""
 
 import json
 import os
@@ -6,38 +6,15 @@ import socket
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from launch import finish, free_port, run, start, start_rank
 from project import TRAIN, losses
 
 from text4vis.cluster import distributed
-from text4vis.config.schema import Config, ConfigError, DataConfig, EngineConfig, SolverConfig, load_config
-from text4vis.saved.runs import cut_global_batch
-from text4vis.training.engine import engine_config, loss_scaler_state, restore_loss_scaler, start_engine
+from text4vis.config.batches import BatchSizes
+from text4vis.config.loading import load_config
+from text4vis.config.schema import Config, ConfigError, DataConfig, EngineConfig, SolverConfig
+from text4vis.training.engine import Engine, engine_config
 from text4vis.training.logs import Metrics
-
-
-@given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 16))
-def test_the_global_batch_is_kept_or_refused(micro, total, ranks):
-    config = Config(data=DataConfig(batch_size=micro), solver=SolverConfig(global_batch=total))
-    if total % ranks:
-        with pytest.raises(ConfigError, match="cannot be shared equally"):
-            cut_global_batch(config, ranks)
-        return
-    cut = cut_global_batch(config, ranks)
-    assert cut.data.batch_size * cut.solver.grad_accumulation_steps * ranks == total == cut.solver.global_batch
-    assert cut.data.batch_size <= micro
-    assert cut_global_batch(config, ranks, total) == cut
-
-
-def test_the_global_batch_of_a_run_outlives_its_ranks():
-    config = Config(data=DataConfig(batch_size=8), solver=SolverConfig(grad_accumulation_steps=2))
-    assert cut_global_batch(config, 4).solver.global_batch == 64
-    moved = cut_global_batch(config, 2, 64)
-    assert (moved.data.batch_size, moved.solver.grad_accumulation_steps) == (8, 4)
-    with pytest.raises(ConfigError, match="63 or 66 can, or start 2 ranks"):
-        cut_global_batch(config, 3, 64)
 
 
 @pytest.fixture
@@ -122,19 +99,21 @@ def test_fp16_keeps_its_loss_scale_and_needs_a_gpu():
 
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
-    def with_scaler() -> SimpleNamespace:
+    def with_scaler() -> Engine:
+        engine = object.__new__(Engine)
         scaler = DynamicLossScaler(2.0**16, 1000, 1, 2, False)
-        return SimpleNamespace(fp16_enabled=lambda: True, optimizer=SimpleNamespace(loss_scaler=scaler))
+        engine.runtime = SimpleNamespace(fp16_enabled=lambda: True, optimizer=SimpleNamespace(loss_scaler=scaler))
+        return engine
 
     used, fresh = with_scaler(), with_scaler()
     for key, value in {"cur_scale": 2.0**15, "cur_iter": 7, "last_overflow_iter": 3, "cur_hysteresis": 1}.items():
-        setattr(used.optimizer.loss_scaler, key, value)
-    restore_loss_scaler(fresh, json.loads(json.dumps(loss_scaler_state(used))))
-    assert vars(fresh.optimizer.loss_scaler) == vars(used.optimizer.loss_scaler)
-    assert loss_scaler_state(fresh)["cur_scale"] == 2.0**15
+        setattr(used.runtime.optimizer.loss_scaler, key, value)
+    fresh.restore_loss_scaler(json.loads(json.dumps(used.loss_scaler_state())))
+    assert vars(fresh.runtime.optimizer.loss_scaler) == vars(used.runtime.optimizer.loss_scaler)
+    assert fresh.loss_scaler_state()["cur_scale"] == 2.0**15
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="fp16 on GPUs only"):
-            start_engine(torch.nn.Linear(1, 1), Config(engine=EngineConfig(precision="fp16")), 1)
+            Engine(torch.nn.Linear(1, 1), Config(engine=EngineConfig(precision="fp16")), BatchSizes(1, 1, 1))
 
 
 @pytest.mark.slow
@@ -188,13 +167,13 @@ def test_deepspeeds_dictionary_follows_from_ours():
         data=DataConfig(batch_size=4), solver=solver,
         engine=EngineConfig(precision="fp16", zero_stage=3, offload="parameters"),
     )  # fmt: skip
-    derived = engine_config(config, 3, 1000)
+    derived = engine_config(config, BatchSizes.of(config, 3), 1000)
     assert derived["train_batch_size"] == 24 and derived["gradient_clipping"] == 1.0
     assert derived["fp16"]["enabled"] and not derived["bf16"]["enabled"]
     zero = derived["zero_optimization"]
     assert zero["stage"] == 3 and zero["offload_param"]["device"] == zero["offload_optimizer"]["device"] == "cpu"
     assert derived["zero_optimization"]["reduce_bucket_size"] == 1000, "a bucket no larger than the model"
-    assert "offload_param" not in engine_config(Config(), 1, 10**10)["zero_optimization"]
+    assert "offload_param" not in engine_config(Config(), BatchSizes(1, 1, 1), 10**10)["zero_optimization"]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from launch import free_port
 from tiny import random_frames, tiny_network
 
 from text4vis.classifier.embeddings import training_classes
-from text4vis.config.schema import Config, ConfigError, DataConfig, NetworkConfig, SolverConfig, config_from_dict
+from text4vis.config.loading import config_from_dict
+from text4vis.config.schema import Config, ConfigError, DataConfig, NetworkConfig, SolverConfig
 from text4vis.data.mixing import draw_mix, mix_frames
 from text4vis.model.video_clip import build_model
 from text4vis.training.losses import Objective, contrastive, cross_entropy
@@ -71,7 +72,7 @@ def model_and_objective(folder: Path, network: dict, solver: dict):
     )
     torch.manual_seed(0)
     model = build_model(config.network, 2)
-    return model, Objective(config, training_classes(config, model, NAMES))
+    return model, Objective(config, training_classes(config, model, NAMES), config.data.batch_size)
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
@@ -194,7 +195,7 @@ def test_contradictions_are_refused(network, solver, message):
 def test_mixing_needs_two_videos():
     config = Config(solver=SolverConfig(cutmix=1.0), data=DataConfig(batch_size=1))
     with pytest.raises(ConfigError, match=r"solver\.cutmix.*single video"):
-        Objective(config, torch.eye(3))
+        Objective(config, torch.eye(3), config.data.batch_size)
 
 
 def test_frozen_text_is_the_default():

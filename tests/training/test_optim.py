@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_network
 
-from text4vis.config.schema import ConfigError, SolverConfig, config_from_dict, decay_epochs
+from text4vis.config.loading import config_from_dict
+from text4vis.config.schema import ConfigError, SolverConfig, decay_epochs
 from text4vis.model.video_clip import build_model
 from text4vis.training.optim import build_optimizer, learning_rate, multistep_rate, parameter_groups, scheduled_rate
 

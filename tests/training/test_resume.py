@@ -15,7 +15,13 @@ from shards.plan import Stream
 
 WIDE = ("solver.global_batch=12", "solver.epochs=8", "data.batch_size=4", "solver.lr=5e-4")  # for 1 to 4 ranks
 NUM_WIDE_STEPS = 18
-JOBS = [(1, 1, 4), (2, 3, 8), (4, 2, 12), (3, 0, 15), (1, 1, None)]  # ranks, ZeRO stage, step that ends the job
+JOBS = [
+    (1, 1, 4),
+    (2, 3, 8),
+    (4, 2, 12),
+    (3, 0, 15),
+    (1, 1, None),
+]  # ranks, ZeRO stage, step that asks to stop
 
 
 def equal(ours: dict, expected: dict) -> bool:
@@ -72,7 +78,7 @@ def test_the_logs_of_a_run_in_pieces_have_no_gap_and_no_overlap(fixed_and_moved)
     assert [event.step for event in board.Scalars("train/loss")] == list(range(1, NUM_WIDE_STEPS + 1))
     log = (base / "moved" / "log.txt").read_text()
     assert re.findall(r"stopped by (\w+) after step (\d+)", log) == [
-        ("SIGTERM", str(last_step)) for _, _, last_step in JOBS if last_step
+        ("SIGTERM", str(last_step + 1)) for _, _, last_step in JOBS if last_step
     ]
 
 

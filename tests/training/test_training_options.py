@@ -12,7 +12,8 @@ from project import EVALUATE, NUM_VIDEOS, losses, weights
 from safetensors.torch import load_file
 
 from text4vis.classifier.embeddings import build_classifier
-from text4vis.config.schema import ConfigError, config_from_dict, load_config
+from text4vis.config.loading import config_from_dict, load_config
+from text4vis.config.schema import ConfigError
 from text4vis.model.video_clip import build_model
 from text4vis.saved.weights import load_export
 

@@ -30,6 +30,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0, which writes and speaks."""
         return self.rank == 0
 
 
@@ -151,11 +152,13 @@ def is_consequence(error: Exception) -> bool:
 
 
 def stop() -> None:
+    """Leaves the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def barrier() -> None:
+    """Waits until every rank is here."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
 

@@ -1,6 +1,6 @@
-"""Why a run ends early: signals, a limit of time, a launcher that is gone, numbers that are not finite.
+"""Why a run ends early: signals, Ctrl-C, a limit of time, a launcher that is gone, numbers that are not finite.
 
-Each rank collects its own requests; that all stop at the same step is the trainer's part.
+Each rank collects its own requests; the trainer sees to it that all ranks stop after the same step.
 """
 
 from __future__ import annotations
@@ -26,27 +26,32 @@ class NonFiniteError(Exception):
 
 
 class StopRequest:
-    """Collects requests of this process from now on. `code` is 0 until there is one, then an index into REASONS."""
+    """Collects requests of this process from now on. `code` is 0 until there is one, then an index into REASONS.
 
-    REASONS = ("", "SIGTERM", "SIGUSR1", "engine.wall_minutes", "the end of its launcher")
+    ctrl_c: whether Ctrl-C is a request, rather than a KeyboardInterrupt.
+    """
 
-    def __init__(self) -> None:
+    REASONS = ("", "SIGTERM", "SIGUSR1", "engine.wall_minutes", "the end of its launcher", "Ctrl-C")
+
+    def __init__(self, *, ctrl_c: bool = False) -> None:
         self._code = 0
         self._deadline = float("inf")
-        for code in (1, 2):
-            signal.signal(getattr(signal, self.REASONS[code]), lambda *_, code=code: self._ask(code))
+        signals = {signal.SIGTERM: 1, signal.SIGUSR1: 2} | ({signal.SIGINT: 5} if ctrl_c else {})
+        for number, code in signals.items():
+            signal.signal(number, lambda *_, code=code: self._ask(code))
         launchers = _deepspeed_launchers()
         if launchers:
             threading.Thread(target=self._wait_for_end, args=(launchers,), name="launcher", daemon=True).start()
 
     def limit(self, wall_minutes: float | None) -> None:
-        """Counts from the start of this process."""
+        """Sets the limit of time, which counts from the start of this process; None for no limit."""
         if wall_minutes is not None:
             running = time.time() - psutil.Process().create_time()
             self._deadline = time.monotonic() - running + 60 * wall_minutes  # a clock that is set moves no deadline
 
     @property
     def code(self) -> int:
+        """The first request, as an index into REASONS."""
         if time.monotonic() > self._deadline:
             self._ask(3)
         return self._code
@@ -64,8 +69,11 @@ class StopRequest:
 
 
 def _deepspeed_launchers() -> list[psutil.Process]:
-    """The `deepspeed` processes above this one. Their end does not reach their children by itself: the command does not
-    pass SIGTERM on, and neither passes on SIGUSR1 or SIGKILL."""
+    """The `deepspeed` processes above this one.
+
+    Their end does not reach their children by itself: the command does not pass SIGTERM on, and neither the command nor
+    its launcher passes on SIGUSR1 or SIGKILL.
+    """
     found = []
     for parent in psutil.Process(os.getpid()).parents():
         try:

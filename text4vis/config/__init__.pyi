@@ -1,3 +1,6 @@
+from .batches import BatchSizes as BatchSizes
+from .loading import config_from_dict as config_from_dict
+from .loading import load_config as load_config
 from .schema import Config as Config
 from .schema import ConfigError as ConfigError
 from .schema import DataConfig as DataConfig
@@ -5,4 +8,3 @@ from .schema import EngineConfig as EngineConfig
 from .schema import LoggingConfig as LoggingConfig
 from .schema import NetworkConfig as NetworkConfig
 from .schema import SolverConfig as SolverConfig
-from .schema import load_config as load_config

@@ -1,21 +1,20 @@
-"""What `docs/config.md` and `--print-config` show: every key with its type, default and meaning, or value and origin.
-
-Imports config only.
-"""
+"""The pages of keys: `docs/config.md` (type, default, meaning) and `--print-config` (value and origin)."""
 
 from __future__ import annotations
 
 import json
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import TypeAdapter
 
-from text4vis.config.schema import Config, resolve_config, schema
+from text4vis.config.loading import resolve_config
+from text4vis.config.roles import Role
+from text4vis.config.schema import Config, schema
 
 WIDTH = 118  # of the page, characters
 _NAMES = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false"}
@@ -30,14 +29,19 @@ def config_page() -> str:
         "A recipe is a YAML file with these keys, each with a default. `base: other.yaml` lays a file over another,",
         "`--set section.key=value` overrides one key, `$NAME` stands for an environment variable. `--print-config`",
         "shows the resolved values and where each came from. `python tools/document_config.py` writes this page.",
+        "",
+        "*Decides* says what depends on a key. A run goes on with the values that it began with; those that decide",
+        f"{_listed(role for role in Role if role.may_change)} may change. A run also keeps its",
+        "global batch, however other ranks, micro batches and accumulation share it.",
     ]
     section = None
-    for key, (meaning, default) in schema():
-        if (head := key.rpartition(".")[0].partition(".")[0]) != section:
+    for key in schema():
+        if (head := key.name.rpartition(".")[0].partition(".")[0]) != section:
             section = head
             title = f"`{head}`" if head else "Top level"
             lines += ["", f"## {title}", ""]
-        lines += _wrapped(f"- `{key}` ({types[key]}; default {_code(default)}): {meaning}")
+        facts = f"{types[key.name]}; default {_code(key.default)}; decides {key.role}"
+        lines += _wrapped(f"- `{key.name}` ({facts}): {key.meaning}")
     return "\n".join(lines) + "\n"
 
 
@@ -68,6 +72,12 @@ def print_config(path: str | Path, overrides: Sequence[str] = ()) -> str:
 
     add(config.to_dict(), "", "")
     return "\n".join(lines) + "\n"
+
+
+def _listed(roles: Iterable[Role]) -> str:
+    """A list in words: "a, b and c"."""
+    *names, last = roles
+    return f"{', '.join(names)} and {last}"
 
 
 def _one_line(value: Any) -> str:

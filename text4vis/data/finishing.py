@@ -171,6 +171,11 @@ def _flip_and_recolour(view_SS3: np.ndarray, crop: Crop) -> None:
         view_SS3[:] = np.asarray(pixels.recolour(Image.fromarray(view_SS3), crop))
 
 
+def at_decoded_size(image: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """A decoded region (H, W, 3) uint8 as a decoder that also resizes gives it: at `geometry.decoded_size`."""
+    return np.ascontiguousarray(image if geometry.part is not None else _resize(image, geometry))
+
+
 def _resize(image: np.ndarray, geometry: Geometry, into: np.ndarray | None = None) -> np.ndarray:
     """Evaluation: Pillow's bicubic with antialias. Training: bilinear, averaging when it shrinks by two or more."""
     height, width = geometry.height, geometry.width

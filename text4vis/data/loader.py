@@ -19,6 +19,7 @@ import torch
 from shards.format import SampleError
 from shards.reader import ShardDataset
 from text4vis.cluster.distributed import cores_per_rank
+from text4vis.config.batches import BatchSizes
 from text4vis.config.schema import Config, ConfigError
 from text4vis.data.bad_videos import BadVideos
 from text4vis.data.datasets import open_split
@@ -43,8 +44,16 @@ class Batch:
     ids: torch.Tensor
 
 
-def build_loader(config: Config, split: str, *, rank: int = 0, world_size: int = 1, consumed: int = 0) -> Loader:
-    """The batches of one rank.
+def build_loader(
+    config: Config,
+    split: str,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    consumed: int = 0,
+    sizes: BatchSizes | None = None,
+) -> Loader:
+    """The batches of one rank. sizes: of these batches; by default they follow from `config` and `world_size`.
 
     split: "train" is an endless stream that starts after `consumed` samples of the whole job; "val" is one finite pass
     over the rank's share, in which all ranks together see every video once. Raises ConfigError if keys do not fit the
@@ -53,7 +62,7 @@ def build_loader(config: Config, split: str, *, rank: int = 0, world_size: int =
     if split not in {"train", "val"}:
         raise ValueError(f"split must be 'train' or 'val', got {split!r}")
     dataset = open_split(config, split)
-    return Loader(config, split, dataset, rank=rank, world_size=world_size, consumed=consumed)
+    return Loader(config, split, dataset, rank=rank, world_size=world_size, consumed=consumed, sizes=sizes)
 
 
 class Loader:
@@ -75,12 +84,13 @@ class Loader:
         consumed: int = 0,
         ids: np.ndarray | None = None,
         owns_dataset: bool = True,
+        sizes: BatchSizes | None = None,
     ) -> None:
         if not len(dataset):
-            raise ConfigError(f"data.{split}: the data set {', '.join(getattr(config.data, split))} holds no videos")
+            raise ConfigError(f"data.{split}: the data set {', '.join(dataset.places)} holds no videos")
         self.config, self.split, self.dataset = config, split, dataset
         self.world_size = world_size
-        self.planner = Planner(config, split, dataset, rank, world_size, ids)
+        self.planner = Planner(config, split, dataset, rank, world_size, ids, sizes)
         self.device = _decode_device(config)
         self.bad = BadVideos(dataset, self.planner.videos, config.data.max_bad_share, endless=split == "train")
         self._consumed, self._owns_dataset = consumed, owns_dataset
@@ -144,7 +154,9 @@ class Loader:
         ):
             reader, views_shape = PlanReader(self.dataset, self.planner, reads), self.planner.views_shape
             if self.device.type == "cuda":
-                yield from self._steps(reader, self._gpu_decoder, GpuFinisher(views_shape, self.device))
+                yield from self._steps(
+                    reader, lambda: self._gpu_decoder(decodes), GpuFinisher(views_shape, self.device)
+                )
             else:
                 finisher = CpuFinisher(views_shape, finishes, finish_threads)
                 yield from self._steps(reader, lambda: self._cpu_decoder(decodes), finisher)
@@ -173,10 +185,11 @@ class Loader:
     def _cpu_decoder(self, threads: ThreadPoolExecutor) -> CpuDecoder:
         return CpuDecoder(self.dataset, threads, num_threads=self._num_threads, max_frames=self.planner.max_frames)
 
-    def _gpu_decoder(self) -> GpuDecoder:
+    def _gpu_decoder(self, threads: ThreadPoolExecutor) -> GpuDecoder:
         assert self.device.index is not None
         return GpuDecoder(
             self.dataset,
+            threads,
             device_id=self.device.index,
             num_threads=self._num_threads,
             resize="linear" if self.planner.augments else "cubic",

@@ -22,6 +22,7 @@ from shards.format import SampleError
 from shards.images import MAX_FRAME_PIXELS
 from shards.plan import Stream, eval_slice, few_shot_subset, rank_slice
 from shards.reader import ShardDataset
+from text4vis.config.batches import BatchSizes
 from text4vis.config.schema import Config, ConfigError
 from text4vis.data import augmentation, sampling
 from text4vis.data.augmentation import Geometry
@@ -91,8 +92,9 @@ class BatchPlan:
 class Planner:
     """Plans the batches of one rank.
 
-    split: "train" or "val". ids: with "val", (N,) int64, the videos to go over; None for all. Raises ConfigError if the
-    configuration names labels that the data set does not have, or more videos of a class than it holds.
+    split: "train" or "val". ids: with "val", (N,) int64, the videos to go over; None for all. sizes: of the batches; by
+    default those that follow from `config` and `world_size`. Raises ConfigError if the configuration names labels that
+    the data set does not have, or more videos of a class than it holds.
     """
 
     config: Config
@@ -101,6 +103,7 @@ class Planner:
     rank: int
     world_size: int
     ids: np.ndarray | None = None
+    sizes: BatchSizes | None = None
 
     def __post_init__(self) -> None:
         num_classes = len(self.dataset.classes)
@@ -153,12 +156,9 @@ class Planner:
     @property
     def batch_size(self) -> int:
         """Most videos of a batch. The views of an evaluation share the memory of one training batch."""
-        return max(1, self.config.data.batch_size // self.num_views)
-
-    @property
-    def global_batch(self) -> int:
-        """Videos of one training step of the whole job: all micro batches of all ranks."""
-        return self.batch_size * self.config.solver.grad_accumulation_steps * self.world_size
+        if self.split == "train":
+            return self._sizes.micro
+        return max(1, (self.sizes.micro if self.sizes else self.config.data.batch_size) // self.num_views)
 
     @property
     def num_clips(self) -> int:
@@ -180,6 +180,10 @@ class Planner:
         """(V, T, S, S, 3): a video as it is put into a batch, channels last."""
         data = self.config.data
         return self.num_views, data.num_segments, data.input_size, data.input_size, 3
+
+    @cached_property
+    def _sizes(self) -> BatchSizes:
+        return self.sizes or BatchSizes.of(self.config, self.world_size)
 
     @property
     def max_frames(self) -> int:
@@ -246,11 +250,12 @@ class Planner:
 
         An epoch goes once over all videos, or over the few that were chosen.
         """
+        global_batch = self._sizes.global_batch
         chosen = self.few_shot
         shard_of = self.dataset.shard_of if chosen is None else self.dataset.shard_of[chosen]
         stream = Stream(len(shard_of), self.config.seed, self.config.data.shuffle, shard_of)
-        for position in itertools.count(consumed, self.global_batch):
-            start, stop = rank_slice(position, self.global_batch, self.rank, self.world_size)
+        for position in itertools.count(consumed, global_batch):
+            start, stop = rank_slice(position, global_batch, self.rank, self.world_size)
             for first in range(start, stop, self.batch_size):
                 ids, epochs = stream.take(first, first + self.batch_size)
                 yield (ids if chosen is None else chosen[ids]), epochs

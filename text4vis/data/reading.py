@@ -6,15 +6,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 from shards.format import SampleError
-from shards.images import ImageProbe
+from shards.images import ImageProbe, eight_bits
 from shards.reader import Reading, ShardDataset
-from text4vis.data.plan import BatchPlan, Picked, Planner, VideoPlan
+from text4vis.data.plan import BatchPlan, FramePlan, Picked, Planner, VideoPlan
 
 
 class ReadVideo(NamedTuple):
     """A planned video with its bytes.
 
-    files: the encoded frames of `plan.frames`, in that order; for a stored video, its one file.
+    files: the encoded frames of `plan.frames`, in that order and with 8 bits a value; for a stored video, its one file.
     """
 
     plan: VideoPlan
@@ -69,31 +69,33 @@ class PlanReader:
         return plan, self._dataset.start(plan.requests)
 
     def _take(self, plan: BatchPlan, reading: Reading) -> list[ReadVideo]:
-        files = reading.result()
-        videos = [
-            ReadVideo(video, of_video, self._dataset.content(video.sample) == "video")
-            for video, of_video in zip(plan.videos, files, strict=True)
-        ]
-        for video in videos:
-            if not video.is_stored_video:
-                self._check_sizes(video)
-        return videos
+        by_video = reading.result()
+        return [self._checked(video, files) for video, files in zip(plan.videos, by_video, strict=True)]
 
-    def _check_sizes(self, video: ReadVideo) -> None:
-        """Compares the frames' headers with the index: an image of another size would be cut in the wrong place."""
-        probe, sample = ImageProbe(), video.plan.sample
-        for frame, data in zip(video.plan.frames, video.files, strict=True):
+    def _checked(self, plan: VideoPlan, files: list[bytes]) -> ReadVideo:
+        """The video, its frames with 8 bits a value and as large as the index says. Raises SampleError.
+
+        A decoder would cut the wrong part out of a frame of another size, and each would show 16 bits differently.
+        """
+        if self._dataset.content(plan.sample) == "video":
+            return ReadVideo(plan, files, True)
+        probe, images = ImageProbe(), []
+        for frame, data in zip(plan.frames, files, strict=True):
             try:
                 info = probe(data)
+                if (info.height, info.width) != frame.size:
+                    raise SampleError(self._of_another_size(plan.sample, frame, info.height, info.width))
+                images.append(eight_bits(data))
             except ValueError as error:
-                raise SampleError(undecodable(self._dataset, sample, error, frame.number)) from None
-            if (info.height, info.width) != frame.size:
-                height, width = frame.size
-                raise SampleError(
-                    f"{self._dataset.describe(sample)}: frame {frame.number} is {info.width}x{info.height} pixels, the "
-                    f"index says {width}x{height}; the index is damaged or of other data: check both with "
-                    "tools/check_shards.py, then copy the data set again or rebuild it"
-                )
+                raise SampleError(undecodable(self._dataset, plan.sample, error, frame.number)) from None
+        return ReadVideo(plan, images, False)
+
+    def _of_another_size(self, sample: int, frame: FramePlan, height: int, width: int) -> str:
+        return (
+            f"{self._dataset.describe(sample)}: frame {frame.number} is {width}x{height} pixels, the index says "
+            f"{frame.size[1]}x{frame.size[0]}; the index is damaged or of other data: check both with "
+            "tools/check_shards.py, then copy the data set again or rebuild it"
+        )
 
 
 def undecodable(dataset: ShardDataset, sample: int, reason: object, frame: int | None = None) -> str:

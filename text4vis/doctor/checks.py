@@ -22,7 +22,9 @@ from typing import Any
 
 from shards.address import scheme_of
 from shards.format import ShardError
-from text4vis.config.schema import Config, ConfigError, load_config
+from text4vis.config.batches import BatchSizes
+from text4vis.config.loading import load_config
+from text4vis.config.schema import Config, ConfigError
 from text4vis.doctor.probe import SHARED_MEMORY, probe
 
 FINE, WARNING, PROBLEM = "fine", "warning", "PROBLEM"
@@ -142,6 +144,7 @@ def _data(config: Config) -> Iterator[Finding]:
     """Opens both data sets and makes a batch of each."""
     from text4vis.data.datasets import class_names
     from text4vis.data.loader import build_loader
+    from text4vis.data.traps import find_traps
 
     classes = {}
     for split in ("train", "val"):
@@ -154,6 +157,7 @@ def _data(config: Config) -> Iterator[Finding]:
                 names = class_names(config, loader.dataset)
                 classes[split] = names
                 count = len(loader.dataset)
+                traps = find_traps(config, names, loader.dataset) if split == "train" else []
         except (ConfigError, ShardError, OSError, RuntimeError) as error:  # the last: what DALI and CUDA raise
             yield Finding(
                 subject,
@@ -169,6 +173,8 @@ def _data(config: Config) -> Iterator[Finding]:
                 subject, WARNING, f"{count} videos are fewer than data.batch_size ({config.data.batch_size})",
                 f"every batch holds videos more than once; set data.batch_size to at most {count}",
             )  # fmt: skip
+        for trap in traps:
+            yield Finding(subject, WARNING, trap.said, trap.fix)
     if len(classes) == 2 and classes["train"] != classes["val"]:
         yield Finding(
             "data", PROBLEM, "data.train and data.val do not name the same classes in the same order",
@@ -179,8 +185,9 @@ def _data(config: Config) -> Iterator[Finding]:
 def _model_and_output(config: Config, output: Path) -> Iterator[Finding]:
     """Builds the model, so that missing weights show, and looks for room for its checkpoints."""
     from text4vis.model.video_clip import build_model
-    from text4vis.saved.checkpoint import CheckpointError, check_room, read_state
+    from text4vis.saved.checkpoint import CheckpointError, read_state
     from text4vis.saved.runs import find_start
+    from text4vis.training.checkpointing import check_room
 
     parameters = 0
     logging.disable()  # a download that is tried again and again says so line by line; what came of it is found below
@@ -258,8 +265,6 @@ def hosts(
 
 
 def _batch(config: Config, ranks: int) -> Iterator[Finding]:
-    from text4vis.saved.runs import cut_global_batch
-
     expected = config.engine.world_size
     if expected not in (None, ranks):
         yield Finding(
@@ -267,10 +272,10 @@ def _batch(config: Config, ranks: int) -> Iterator[Finding]:
             "change one of the two",
         )  # fmt: skip
     try:
-        cut = cut_global_batch(config, ranks)
+        sizes = BatchSizes.of(config, ranks)
         yield Finding(
-            "hostfile", FINE, f"global batch of {cut.solver.global_batch}: {cut.data.batch_size} videos a rank, "
-            f"{cut.solver.grad_accumulation_steps} x accumulated",
+            "hostfile", FINE, f"global batch of {sizes.global_batch}: {sizes.micro} videos a rank, "
+            f"{sizes.accumulation} x accumulated",
         )  # fmt: skip
     except ConfigError as error:
         yield Finding("hostfile", PROBLEM, str(error), "change solver.global_batch or the number of slots")

@@ -28,7 +28,8 @@ from PIL import Image
 
 from shards.format import ShardError
 from shards.text import redact_text
-from text4vis.config.schema import Config, ConfigError, config_from_dict, load_config, schema
+from text4vis.config.loading import config_from_dict, load_config
+from text4vis.config.schema import Config, ConfigError, schema
 from text4vis.evaluation.comparison import (
     Comparison,
     card_of,
@@ -342,7 +343,7 @@ def _shown(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    return {key: attrgetter(key)(config) for key, _ in schema()}
+    return {key.name: attrgetter(key.name)(config) for key in schema()}
 
 
 def _differing(columns: Mapping[int, Mapping[str, str]]) -> list[tuple[str, bool, dict[int, str]]]:

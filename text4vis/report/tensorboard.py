@@ -33,7 +33,6 @@ from text4vis.data.loader import Batch, Loader
 from text4vis.data.mixing import draw_mix, mix_frames
 from text4vis.evaluation.protocols import Views
 from text4vis.report.pictures import contact_sheet, draw_confusion, plain
-from text4vis.saved.runs import FREE_ON_RESUME
 
 MOST_FRAMES = 8  # of a clip that are shown, spread over it
 MOST_CLASSES = 200  # lines of the table
@@ -47,16 +46,21 @@ PROJECTOR = """embeddings {
 
 
 class Story:
-    """The pictures, tables and texts of one job in `board`. config: as resolved. step: the one the job goes on from."""
+    """The pictures, tables and texts of one job in `board`.
 
-    def __init__(self, board: SummaryWriter, config: Config, class_names: Sequence[str], step: int) -> None:
+    config: as given. global_batch: videos of a step. step: the one that the job goes on from.
+    """
+
+    def __init__(
+        self, board: SummaryWriter, config: Config, class_names: Sequence[str], *, global_batch: int, step: int
+    ) -> None:
         self._board, self._config = board, config
         self._names = [plain(name) for name in class_names]
         board.add_text("config", "".join(f"    {line}\n" for line in config.to_yaml().splitlines()), step + 1)
         # A folder of their own, for TensorBoard sets all its scalars beside the hyper-parameters. Its summary of the
         # experiment is left out: TensorBoard then makes one of all runs, with the keys first in which they differ.
         self._results = SummaryWriter(f"{board.log_dir}/results", purge_step=step + 1)
-        _, start, self._end = hparams(hyperparameters(config), {})
+        _, start, self._end = hparams(hyperparameters(config, global_batch), {})
         self._summarise(start, step + 1)
         self._flush()
 
@@ -102,6 +106,9 @@ class Story:
     def end(self, step: int) -> None:
         """The run is complete after `step`."""
         self._summarise(self._end, step + 1)
+
+    def close(self) -> None:
+        """Closes the file of the results; `board` belongs to the caller."""
         self._results.close()
 
     def _flush(self) -> None:
@@ -119,10 +126,10 @@ class Story:
         return f"predicted: {said}    true: {self._names[label]}, {100 * predictions['label_probability'][video]:.1f} %"
 
 
-def hyperparameters(config: Config) -> dict[str, str | float]:
+def hyperparameters(config: Config, global_batch: int) -> dict[str, str | float]:
     """What the results depend on, by key: all that must stay when a run goes on, and the global batch."""
-    keys = [key for key, _ in schema() if not key.startswith(FREE_ON_RESUME)]
-    values = {key: attrgetter(key)(config) for key in [*keys, "solver.global_batch"]}
+    values = {key.name: attrgetter(key.name)(config) for key in schema() if not key.role.may_change}
+    values["solver.global_batch"] = global_batch
     is_number = {key: isinstance(value, (int, float)) and not isinstance(value, bool) for key, value in values.items()}
     return {key: value if is_number[key] else plain(str(value), 200) for key, value in values.items()}
 

@@ -1,32 +1,20 @@
-"""How a job joins a run: which checkpoint it goes on from, whether it is the same run, how it cuts the global batch."""
+"""How a job joins a run: which checkpoint it goes on from, and whether it is the same run."""
 
 from __future__ import annotations
 
 import logging
 import os
 import platform
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from shards.files import require_folder, try_lock
 from text4vis.classifier.embeddings import file_digest
-from text4vis.config.schema import Config, ConfigError
+from text4vis.config.schema import Config, schema
 from text4vis.saved import checkpoint
 from text4vis.saved.checkpoint import CheckpointError, State
 
 logger = logging.getLogger("text4vis")
-
-# Keys that change how a run is carried out, not what it computes: they may differ when a run goes on. The global batch
-# stays what it was, however the number of ranks and these keys cut it.
-FREE_ON_RESUME = (
-    "logging.", "data.train", "data.val", "data.workers", "data.requests_in_flight", "data.bytes_in_flight",
-    "data.prefetch", "data.decode",
-    "data.cache_", "data.verify", "data.on_error", "data.max_bad_share", "data.class_splits", "data.batch_size",
-    "solver.grad_accumulation_steps", "solver.global_batch", "solver.on_nonfinite", "engine.num_threads",
-    "engine.zero_stage", "engine.offload", "engine.activation_checkpointing", "engine.compile", "engine.world_size",
-    "engine.wall_minutes", "engine.silence_seconds",
-)  # fmt: skip
 
 
 def claim(output: Path) -> int | None:
@@ -89,9 +77,10 @@ def check_same_run(found: State, config: Config, data_fingerprint: str, folder: 
             f"{folder}: was trained with a global batch of {found.global_batch}, solver.global_batch is "
             f"{config.solver.global_batch}; undo the change or give another --output"
         )
-    before, now = _flatten(found.config), _flatten(config.to_dict())
-    changed = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
-    changed = [key for key in changed if not key.startswith(FREE_ON_RESUME)]
+    # A run that began before a key existed did what its default does.
+    before, now = _flatten(Config().to_dict()) | _flatten(found.config), _flatten(config.to_dict())
+    free = {key.name for key in schema() if key.role.may_change}
+    changed = [key for key in sorted(before | now) if key not in free and before.get(key) != now.get(key)]
     if changed:
         values = ", ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed)
         raise CheckpointError(
@@ -107,32 +96,6 @@ def check_same_classes(found: State, config: Config, folder: Path) -> None:
             f"{folder}: was trained with other class embeddings than {config.network.classifier_file} "
             "(network.classifier_file) holds now; give it the first ones again"
         )
-
-
-def cut_global_batch(config: Config, world_size: int, global_batch: int | None = None) -> Config:
-    """The configuration whose micro batch and accumulation give every step its global batch on so many ranks.
-
-    The global batch is that of the run that goes on, else solver.global_batch, else what the other keys make. A micro
-    batch is the largest part of a rank's share that data.batch_size allows. Raises ConfigError if ranks cannot share
-    the global batch equally.
-    """
-    micro = config.data.batch_size
-    total = global_batch or config.solver.global_batch or micro * config.solver.grad_accumulation_steps * world_size
-    if total % world_size:
-        below = total // world_size * world_size
-        fits = f"{below} or {below + world_size}" if below else f"{world_size}"
-        ranks = [ranks for ranks in range(max(1, world_size - 8), world_size) if total % ranks == 0]
-        raise ConfigError(
-            f"solver.global_batch: {total} videos cannot be shared equally by {world_size} ranks; {fits} can, "
-            f"or start {ranks[-1] if ranks else 1} ranks"
-        )
-    share = total // world_size
-    micro = max(size for size in range(1, min(micro, share) + 1) if share % size == 0)
-    return replace(  # type: ignore[type-var]
-        config,
-        data=replace(config.data, batch_size=micro),  # type: ignore[type-var]
-        solver=replace(config.solver, global_batch=total, grad_accumulation_steps=share // micro),  # type: ignore[type-var]
-    )
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

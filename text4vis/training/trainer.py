@@ -5,41 +5,42 @@ B videos of a micro batch, T frames, C classes, D embedding width.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from shards.format import ShardError
 from shards.plan import mix64
 from text4vis.classifier.embeddings import build_classifier, file_digest, training_classes
 from text4vis.cluster import distributed
 from text4vis.cluster.stop import NonFiniteError, Stopped, StopRequest
-from text4vis.config.schema import Config, ConfigError
-from text4vis.data.bad_videos import SkippedList
+from text4vis.config.batches import BatchSizes
+from text4vis.config.schema import Config
 from text4vis.data.datasets import class_names
 from text4vis.data.loader import Batch, Loader, build_loader
+from text4vis.data.traps import log_traps
 from text4vis.evaluation.embedding import evaluate, join_bad_videos, weights_fingerprint
 from text4vis.evaluation.protocols import write_report
-from text4vis.model.video_clip import build_model
+from text4vis.model.video_clip import VideoClip, build_model
 from text4vis.saved import checkpoint
-from text4vis.saved.checkpoint import CheckpointError, State
-from text4vis.saved.runs import check_same_run, cut_global_batch, find_start
-from text4vis.training import engine
-from text4vis.training.logs import Meter, Metrics, gpu_utilisation, memory_bytes, table
+from text4vis.saved.checkpoint import State
+from text4vis.saved.opening import load_pretrained
+from text4vis.saved.runs import check_same_run, find_start
+from text4vis.training import checkpointing
+from text4vis.training.engine import Engine
+from text4vis.training.joining import check_few_shot, check_same_classes, check_world_size
+from text4vis.training.logs import Meter, gpu_utilisation, memory_bytes, table
 from text4vis.training.losses import Objective
 from text4vis.training.optim import scheduled_rate
-
-if TYPE_CHECKING:
-    from text4vis.report.tensorboard import Story
+from text4vis.training.run_log import RunLog
 
 logger = logging.getLogger("text4vis")
 
@@ -49,46 +50,53 @@ MOST_VIDEOS_NAMED = 32
 
 
 @dataclass(frozen=True)
-class Orders:
-    """What all ranks agreed on during a step. stop: index into StopRequest.REASONS, 0 for none."""
+class Requests:
+    """What all ranks agreed to do after a step. stop: index into StopRequest.REASONS, 0 for none."""
 
     stop: int = 0
     save: bool = False
 
 
+@dataclass(frozen=True)
+class Seen:
+    """The videos of a micro batch and its loss (), which stays on the device."""
+
+    ids: list[int]
+    loss: torch.Tensor
+
+
 class Trainer:
     """One run in the folder `output`. resume: "auto" (its last sound checkpoint, if any), "never", or a checkpoint.
 
-    stop: requests to stop early, from the moment it was made. Raises ConfigError, CheckpointError or ShardError.
+    stop: requests to stop early, from the moment it was made. Close it, or use it as a context manager. Raises
+    ConfigError, CheckpointError or ShardError.
     """
 
     def __init__(self, config: Config, output: Path, stop: StopRequest, resume: str = "auto") -> None:
-        self.given_config, self.output, self.stop = config, output, stop
+        self.config, self.output, self.stop = config, output, stop
         self.ranks = distributed.ranks()
-        _check_world_size(config, self.ranks.world_size)
+        check_world_size(config, self.ranks.world_size)
         self.start_from = distributed.from_main(lambda: find_start(output, resume))
         start = None if self.start_from is None else checkpoint.read_state(self.start_from)
-        self.config = cut_global_batch(config, self.ranks.world_size, start.global_batch if start else None)
-        self.global_batch: int = self.config.solver.global_batch  # type: ignore[assignment]
+        self.sizes = BatchSizes.of(config, self.ranks.world_size, start.global_batch if start else None)
         torch.manual_seed(config.seed)  # the head's first weights: equal on all ranks
         distributed.use_cores(config.engine.num_threads)
-        self.val_loader = self._loader("val")
-        self.train_loader = self._loader("train", consumed=start.consumed if start else 0)
-        self.class_names = class_names(config, self.train_loader.dataset)
-        _check_same_classes(config, self.train_loader.dataset.classes, self.val_loader.dataset.classes)
-        self.num_steps = math.ceil(config.solver.epochs * self.train_loader.epoch_samples / self.global_batch)
-        self.state = self._first_state(config) if start is None else self._joined_state(config, start)
-        self.device = distributed.device()
-        model = build_model(config.network, config.data.num_segments, image_size=config.data.input_size)
-        if self.start_from is not None:
-            checkpoint.load_checkpoint(model, self.start_from)  # the engine restores only what trains
-        elif config.pretrain:
-            checkpoint.load_pretrained(model, Path(config.pretrain))
-        self.objective = Objective(self.config, training_classes(config, model, self.class_names).to(self.device))
-        self.engine = self._start_engine(model)
-        self.metrics: Metrics | None = None
-        self.skipped_list: SkippedList | None = None
-        self.story: Story | None = None
+        with ExitStack() as opened:
+            self.val_loader = opened.enter_context(self._loader("val"))
+            self.train_loader = opened.enter_context(self._loader("train", start.consumed if start else 0))
+            self.class_names = class_names(config, self.train_loader.dataset)
+            check_same_classes(config, self.train_loader.dataset.classes, self.val_loader.dataset.classes)
+            samples = config.solver.epochs * self.train_loader.epoch_samples
+            self.num_steps = math.ceil(samples / self.sizes.global_batch)
+            self.state = self._first_state() if start is None else self._joined_state(start)
+            self.device = distributed.device()
+            model = self._model()
+            classes = training_classes(config, model, self.class_names).to(self.device)
+            self.objective = Objective(config, classes, self.sizes.micro)
+            self.engine = self._engine(model)
+            self._opened = opened.pop_all()
+        self.log = RunLog()
+        self.agreement: Callable[[], list[int]] | None = None  # of the step before
         self.saved_at = time.monotonic()
         stop.limit(config.engine.wall_minutes)
 
@@ -98,8 +106,6 @@ class Trainer:
         Raises Stopped when it was asked to stop (the checkpoint is written), NonFiniteError, or CheckpointError.
         """
         self.open_logs()
-        if self.state.step == self.num_steps:
-            logger.info("all %d steps of this run are done", self.num_steps)
         batches = iter(self.train_loader)
         meter = Meter.new(self.device)
         while True:
@@ -108,47 +114,42 @@ class Trainer:
                 meter = Meter.new(self.device)
             if self.state.step == self.num_steps:
                 break
-            orders = self.train_step(batches, meter)
+            requests = self.train_step(batches, meter)
             if self.state.step % self.config.logging.print_freq == 0 or self.state.step == self.num_steps:
                 self.log_step(meter)
                 meter = Meter.new(self.device)
-            if orders.stop or self.save_is_due(orders):
+            if requests.stop or self.save_is_due(requests):
                 self.save()
-            if orders.stop:
-                raise self.stopped(orders.stop)
-        self.tell(lambda story: story.end(self.state.step))
-        self.close()
+            if requests.stop:
+                raise self.stopped(requests.stop)
+        self.log.picture(self.state.step, lambda story: story.end(self.state.step))
         return self.state.figures
 
     def dry_run(self) -> None:
         """One micro batch forward and backward; says what memory it took. Changes and writes nothing."""
         logger.info("%s", table("settings", self.settings()))
-        self.backward(next(iter(self.train_loader)), [])
+        if self.ranks.is_main:
+            log_traps(logger, self.config, self.class_names, self.train_loader.dataset)
+        self.backward(next(iter(self.train_loader)))
         (memory,) = distributed.start_max([int(memory_bytes())])()
         logger.info("dry run: one micro batch took %.2f GB on the fullest rank", memory / 1e9)
-        self.close()
 
-    def train_step(self, batches: Any, meter: Meter) -> Orders:
+    def train_step(self, batches: Iterator[Batch], meter: Meter) -> Requests:
         """One optimiser step: all micro batches of this rank's share of a global batch."""
         torch.manual_seed(mix64(self.config.seed ^ mix64(self.state.step * self.ranks.world_size + self.ranks.rank)))
-        for group in self.engine.basic_optimizer.param_groups:
-            group["lr"] = scheduled_rate(self.epoch, group["base_lr"], self.config.solver)
-        seen: list[tuple[list[int], torch.Tensor]] = []
-        steps = self.config.solver.grad_accumulation_steps
-        for micro_step in range(steps):
+        self.engine.set_rates(lambda peak: scheduled_rate(self.epoch, peak, self.config.solver))
+        seen: list[Seen] = []
+        applied = False
+        for _ in range(self.sizes.accumulation):
             waiting = time.perf_counter()
             batch = next(batches)
             meter.wait_seconds += time.perf_counter() - waiting
-            if micro_step == 0 and self.state.step == self.state.evaluated_step:
-                self.tell(
-                    lambda story, *clips: story.training_clips(*clips), batch, self.state.consumed, self.state.step + 1
-                )
-            self.backward(batch, seen)
-            if micro_step == steps - 1:
-                agreement = distributed.start_max([self.stop.code, self.wants_save()])
-            applied = engine.take_step(self.engine)
+            if not seen and self.state.step == self.state.evaluated_step:
+                self.picture_clips(batch)
+            seen.append(self.backward(batch))
+            applied = self.engine.step()
         if applied:
-            meter.loss += torch.stack([loss for _, loss in seen]).mean()
+            meter.loss += torch.stack([micro.loss for micro in seen]).mean()
             meter.updates += 1
         else:
             self.report_nonfinite(seen)
@@ -157,26 +158,34 @@ class Trainer:
             self.state,
             step=self.state.step + 1,
             updates=self.state.updates + applied,
-            consumed=self.state.consumed + self.global_batch,
+            consumed=self.state.consumed + self.sizes.global_batch,
         )
-        stop, save = agreement()
-        return Orders(stop, bool(save))
+        return self.agree()
 
-    def backward(self, batch: Batch, seen: list[tuple[list[int], torch.Tensor]]) -> None:
-        """Forward and backward pass of a micro batch; adds its videos and its loss to `seen`."""
+    def backward(self, batch: Batch) -> Seen:
+        """Forward and backward pass of a micro batch."""
         frames_BTCHW = batch.frames.to(self.device, non_blocking=True)[:, 0]
         labels_B = batch.labels.to(self.device, non_blocking=True)
-        loss = self.objective(self.engine, frames_BTCHW, labels_B, batch.ids.tolist(), self.state.consumed)
-        seen.append((batch.ids.tolist(), loss.detach().float()))
+        ids = batch.ids.tolist()
+        loss = self.objective(self.engine, frames_BTCHW, labels_B, ids, self.state.consumed)
         self.engine.backward(loss)
+        return Seen(ids, loss.detach().float())
 
-    def report_nonfinite(self, seen: list[tuple[list[int], torch.Tensor]]) -> None:
+    def agree(self) -> Requests:
+        """What the ranks asked for by the end of the step before. Their answers had a step's time, so none waits."""
+        before, self.agreement = self.agreement, distributed.start_max([self.stop.code, self.wants_save()])
+        if before is None:
+            return Requests()
+        stop, save = before()
+        return Requests(stop, bool(save))
+
+    def report_nonfinite(self, seen: list[Seen]) -> None:
         """The step was skipped on all ranks. Raises NonFiniteError where solver.on_nonfinite says stop. Collective.
 
         fp16 skips steps while it looks for a loss scale: that is an error only if a loss is not finite.
         """
-        wrong = [ids for ids, loss in seen if not bool(torch.isfinite(loss))]
-        gathered = distributed.gather_to_main((wrong, [ids for ids, _ in seen]))
+        wrong = [micro.ids for micro in seen if not bool(torch.isfinite(micro.loss))]
+        gathered = distributed.gather_to_main((wrong, [micro.ids for micro in seen]))
 
         def explain() -> str:
             assert gathered is not None
@@ -205,91 +214,93 @@ class Trainer:
         if self.state.evaluated_step == self.state.step:
             return False
         period = self.config.logging.eval_freq * self.train_loader.epoch_samples
-        crossed = self.state.consumed // period > (self.state.consumed - self.global_batch) // period
+        crossed = self.state.consumed // period > (self.state.consumed - self.sizes.global_batch) // period
         return crossed or self.state.step == self.num_steps
 
     def wants_save(self) -> bool:
-        """Rank 0's clock and its look at OUT/save-now decide for all."""
+        """Whether it is time for a checkpoint or OUT/save-now asks for one. Rank 0 decides for all."""
         if not self.ranks.is_main:
             return False
         minutes = self.config.logging.save_minutes
         is_time = minutes is not None and time.monotonic() - self.saved_at > 60 * minutes
         return is_time or (self.output / SAVE_NOW).exists()
 
-    def save_is_due(self, orders: Orders) -> bool:
+    def save_is_due(self, requests: Requests) -> bool:
+        """Whether the ranks agreed on a checkpoint, or `logging.save_steps` asks for one after this step."""
         every = self.config.logging.save_steps
-        return orders.save or (every is not None and self.state.step % every == 0)
+        return requests.save or (every is not None and self.state.step % every == 0)
 
     def save(self) -> None:
-        self.list_skipped(self.train_loader)  # what a resumed run has behind it is not met again
-        checkpoint.save(self.engine, self.output, self.state, keep=self.config.logging.keep_checkpoints)
+        """Writes a checkpoint of this step. Collective. Raises CheckpointError or ShardError."""
+        self.list_skipped(self.train_loader)  # so that a resumed run need not meet them again
+        checkpointing.save(self.engine, self.output, self.state, keep=self.config.logging.keep_checkpoints)
+        if self.agreement is not None:  # a save that was asked for meanwhile is done; a stop is asked for again
+            self.agreement()
+            self.agreement = None
         self.saved_at = time.monotonic()
         if self.ranks.is_main:
             (self.output / SAVE_NOW).unlink(missing_ok=True)
             logger.info("saved step %d", self.state.step)
 
     def stopped(self, code: int) -> Stopped:
+        """The exception that ends a run which was asked to stop and has saved."""
         return Stopped(
             f"stopped by {StopRequest.REASONS[code]} after step {self.state.step}; run the command again to go on"
         )
 
     def class_embeddings(self) -> torch.Tensor:
         """Class embeddings (C, D) as trained so far, for evaluation. Collective."""
-        model = self.engine.module
+        model = self.engine.model
         if model.classifier is not None:
-            return engine.whole(self.engine, model.classifier)
+            return self.engine.whole(model.classifier)
         if model.text_tower is not None:
             return build_classifier(self.config, model, self.class_names)
+        assert isinstance(self.objective.classes, torch.Tensor), "what trains is embedded anew"
         return self.objective.classes
 
     def log_step(self, meter: Meter) -> None:
+        """Logs the means since the last line. Collective. Only here a step's numbers are read from the device."""
         seconds = time.perf_counter() - meter.started
         (loss,) = distributed.sum_over_ranks([meter.loss.item() / max(1, meter.updates) / self.ranks.world_size])
         wait_seconds, memory, computing = distributed.sum_over_ranks(
             [meter.wait_seconds, memory_bytes(), gpu_utilisation() or 0.0]
         )
         self.list_skipped(self.train_loader)
-        groups = self.engine.basic_optimizer.param_groups
-        grad_norm = self.engine.get_global_grad_norm()
+        rates = self.engine.rates()
+        step_seconds, wait_share = seconds / meter.steps, wait_seconds / self.ranks.world_size / seconds
         record = {
             "step": self.state.step,
             "epoch": round(self.epoch, 4),
             "loss": loss if meter.updates else None,
-            **{f"lr_{group['name']}": group["lr"] for group in groups},
-            "logit_scale": float(engine.whole(self.engine, self.engine.module.logit_scale).float().exp()),
-            "grad_norm": None if grad_norm is None else float(grad_norm),
+            **{f"lr_{name}": rate for name, rate in rates.items()},
+            "logit_scale": float(self.engine.used(self.engine.model.logit_scale).float().exp()),
+            "grad_norm": self.engine.grad_norm(),
             "skipped_steps": self.state.step - self.state.updates,
             "bad_videos": len(self.train_loader.bad),
-            "videos_per_second": meter.steps * self.global_batch / seconds,
-            "step_seconds": seconds / meter.steps,
-            "data_wait_share": wait_seconds / self.ranks.world_size / seconds,
+            "videos_per_second": self.sizes.global_batch / step_seconds,
+            "step_seconds": step_seconds,
+            "data_wait_share": wait_share,
             "memory_bytes": memory,
             "gpu_utilisation": None if gpu_utilisation() is None else computing / self.ranks.world_size,
         }
-        if self.metrics is not None:
-            self.metrics.write("train", record)
+        self.log.write("train", record)
         logger.info(
             "step %d/%d  epoch %.2f  loss %.4f  lr %.2e  %.1f videos/s  %.3f s/step  waiting for data %.0f %%  %s left",
-            self.state.step, self.num_steps, self.epoch, loss, groups[-1]["lr"],
-            record["videos_per_second"], record["step_seconds"], 100 * record["data_wait_share"],
-            timedelta(seconds=round((self.num_steps - self.state.step) * record["step_seconds"])),
+            self.state.step, self.num_steps, self.epoch, loss, [*rates.values()][-1],
+            self.sizes.global_batch / step_seconds, step_seconds, 100 * wait_share,
+            timedelta(seconds=round((self.num_steps - self.state.step) * step_seconds)),
         )  # fmt: skip
 
     def list_skipped(self, loader: Loader) -> None:
         """Writes down the videos that ranks have skipped. Raises ShardError past data.max_bad_share. Collective."""
         if self.config.data.on_error == "skip":
             join_bad_videos(loader.bad)
-        if self.skipped_list is not None:
-            self.skipped_list.add(loader.split, loader.bad.entries())
+        self.log.list_skipped(loader)
 
-    def tell(self, part: Callable[..., None], *arguments: Any) -> None:
-        """A part of the run's story in pictures, on the rank that has one. What it cannot do ends no job."""
-        if self.story is None:
-            return
-        try:
-            part(self.story, *arguments)
-        except (ShardError, OSError) as error:
-            logger.warning("TensorBoard: pictures of step %d left out: %s", self.state.step, error)
+    def picture_clips(self, batch: Batch) -> None:
+        """Shows the first videos of a micro batch in TensorBoard."""
+        step, consumed = self.state.step + 1, self.state.consumed
+        self.log.picture(step, lambda story: story.training_clips(batch, consumed, step))
 
     def evaluate_and_save(self) -> dict[str, Any]:
         """Evaluates, writes report.json, the best weights when they are better, and a checkpoint.
@@ -298,34 +309,37 @@ class Trainer:
         """
         classes_CD = self.class_embeddings()
         result = evaluate(
-            self.engine.module, classes_CD, self.class_names, self.val_loader,
-            weights=weights_fingerprint(checkpoint.gather_weights(self.engine)),
+            self.engine.model, classes_CD, self.class_names, self.val_loader,
+            weights=weights_fingerprint(checkpointing.gather_weights(self.engine)),
             before_batch=self.save_and_stop_if_asked,
         )  # fmt: skip
         (top1,) = distributed.sum_over_ranks([result["top1"] if result else 0.0])
-        figures: dict[str, Any] = {}
-        if result:
-            figures = {key: result[key] for key in ("top1", "top5", "mean_class_accuracy", "videos", "missing")}
-            record = {"step": self.state.step, "epoch": round(self.epoch, 4), **figures}
-            record["best_top1"] = max(result["top1"], self.state.best_top1)
-            if self.metrics is not None:
-                self.metrics.write("val", record)
-            write_report(self.output / "report.json", {"step": self.state.step, **result})
-            self.tell(lambda story: story.evaluation(result | record, classes_CD, self.val_loader))
-            logger.info(
-                "evaluation after epoch %.2f: top-1 %.2f %%  top-5 %.2f %%  of %d videos",
-                self.epoch, result["top1"], result["top5"], result["videos"],
-            )  # fmt: skip
+        figures = self.report_evaluation(result, classes_CD) if result else {}
         self.list_skipped(self.val_loader)
         is_best = top1 > self.state.best_top1
         best_top1 = max(top1, self.state.best_top1)
         self.state = replace(self.state, evaluated_step=self.state.step, best_top1=best_top1, figures=figures)
         if is_best:
-            checkpoint.save_best(self.engine, self.output, self.state)
+            checkpointing.save_best(self.engine, self.output, self.state)
         self.save()
         return figures
 
+    def report_evaluation(self, result: dict[str, Any], classes_CD: torch.Tensor) -> dict[str, Any]:
+        """Writes down an evaluation's result on rank 0. Returns its main figures."""
+        figures = {key: result[key] for key in ("top1", "top5", "mean_class_accuracy", "videos", "missing")}
+        record = {"step": self.state.step, "epoch": round(self.epoch, 4), **figures}
+        record["best_top1"] = max(result["top1"], self.state.best_top1)
+        self.log.write("val", record)
+        write_report(self.output / "report.json", {"step": self.state.step, **result})
+        self.log.picture(self.state.step, lambda story: story.evaluation(result | record, classes_CD, self.val_loader))
+        logger.info(
+            "evaluation after epoch %.2f: top-1 %.2f %%  top-5 %.2f %%  of %d videos",
+            self.epoch, result["top1"], result["top5"], result["videos"],
+        )  # fmt: skip
+        return figures
+
     def save_and_stop_if_asked(self) -> None:
+        """Called before each batch of an evaluation. Collective. Raises Stopped."""
         (code,) = distributed.start_max([self.stop.code])()
         if code:
             self.save()
@@ -334,109 +348,92 @@ class Trainer:
     def settings(self) -> dict[str, Any]:
         """What the run will really use, for the table at its start. Collective; complete on rank 0."""
         hosts = distributed.gather_to_main(socket.gethostname()) or []
-        config = self.config
+        engine, sizes = self.config.engine, self.sizes
         return {
             "hosts": f"{len(set(hosts))} ({', '.join(dict.fromkeys(hosts))})",
             "ranks": self.ranks.world_size,
-            "global batch": f"{self.global_batch} videos",
-            "micro batch": f"{config.data.batch_size} videos a rank",
-            "accumulation": f"{config.solver.grad_accumulation_steps} x",
-            "ZeRO stage": f"{config.engine.zero_stage}, offload {config.engine.offload}",
-            "precision": config.engine.precision,
-            "activation checkpointing": config.engine.activation_checkpointing,
-            "torch.compile": config.engine.compile,
-            "steps": f"{self.num_steps}, {self.train_loader.epoch_samples / self.global_batch:.1f} an epoch",
+            "global batch": f"{sizes.global_batch} videos",
+            "micro batch": f"{sizes.micro} videos a rank",
+            "accumulation": f"{sizes.accumulation} x",
+            "ZeRO stage": f"{engine.zero_stage}, offload {engine.offload}",
+            "precision": engine.precision,
+            "activation checkpointing": engine.activation_checkpointing,
+            "torch.compile": engine.compile,
+            "steps": f"{self.num_steps}, {self.train_loader.epoch_samples / sizes.global_batch:.1f} an epoch",
             "starts from": f"step {self.state.step}",
         }
 
     def open_logs(self) -> None:
-        """Rank 0: config.yaml, few_shot.txt, and metrics.jsonl and TensorBoard cut back to the step the run goes on
-        from."""
+        """Rank 0 writes config.yaml and few_shot.txt, and cuts the logs back to the step that the run goes on from."""
         settings = self.settings()
         if not self.ranks.is_main:
             return
-        checkpoint.check_room(self.output, self.config.logging.keep_checkpoints, *engine.state_bytes(self.engine))
+        checkpointing.check_room(self.output, self.config.logging.keep_checkpoints, *self.engine.state_bytes())
         if self.start_from is not None:
             logger.info("resumed from %s at step %d", self.start_from, self.state.step)
+        if self.state.step == self.num_steps:
+            logger.info("all %d steps of this run are done", self.num_steps)
         logger.info("%s", table("settings", settings))
-        (self.output / "config.yaml").write_text(self.given_config.to_yaml(), encoding="utf-8")
+        if self.start_from is None:
+            log_traps(logger, self.config, self.class_names, self.train_loader.dataset)
+        (self.output / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
         if self.config.data.shot:
             few_shot_list = self.train_loader.planner.few_shot_list()
             (self.output / FEW_SHOT_LIST).write_text(few_shot_list, encoding="utf-8")
-        self.metrics = Metrics(self.output, self.state.step)
-        self.skipped_list = SkippedList(self.output)
-        if self.config.logging.pictures:
-            from text4vis.report.tensorboard import Story
-
-            self.story = Story(self.metrics.board, self.config, self.class_names, self.state.step)
+        global_batch, step = self.sizes.global_batch, self.state.step
+        self.log = RunLog.open(self.output, self.config, self.class_names, global_batch=global_batch, step=step)
 
     def close(self) -> None:
-        self.train_loader.close()
-        self.val_loader.close()
-        if self.metrics is not None:
-            self.metrics.close()
+        """Ends the loaders' threads and closes the logs. It may be called more than once."""
+        self._opened.close()
+        self.log.close()
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _loader(self, split: str, consumed: int = 0) -> Loader:
+        place = self.ranks
         return build_loader(
-            self.config, split, rank=self.ranks.rank, world_size=self.ranks.world_size, consumed=consumed
+            self.config, split, rank=place.rank, world_size=place.world_size, consumed=consumed, sizes=self.sizes
         )
 
-    def _first_state(self, config: Config) -> State:
+    def _first_state(self) -> State:
         return State(
             step=0,
             consumed=0,
-            global_batch=self.global_batch,
+            global_batch=self.sizes.global_batch,
             data_fingerprint=self.train_loader.dataset.fingerprint,
-            config=config.to_dict(),
+            config=self.config.to_dict(),
             class_names=self.class_names,
-            classifier_file=file_digest(config.network),
+            classifier_file=file_digest(self.config.network),
         )
 
-    def _joined_state(self, config: Config, found: State) -> State:
+    def _joined_state(self, found: State) -> State:
         """The state of the checkpoint, if it is of this run."""
         assert self.start_from is not None
-        check_same_run(found, config, self.train_loader.dataset.fingerprint, self.start_from)
-        _check_few_shot(self.output / FEW_SHOT_LIST, self.train_loader.planner.few_shot_list())
-        return replace(found, config=config.to_dict())
+        check_same_run(found, self.config, self.train_loader.dataset.fingerprint, self.start_from)
+        check_few_shot(self.output / FEW_SHOT_LIST, self.train_loader.planner.few_shot_list())
+        return replace(found, config=self.config.to_dict())
 
-    def _start_engine(self, model: torch.nn.Module) -> Any:
+    def _model(self) -> VideoClip:
+        """The model with the weights that the run starts from."""
+        config = self.config
+        model = build_model(config.network, config.data.num_segments, image_size=config.data.input_size)
+        if self.start_from is not None:
+            checkpoint.load_checkpoint(model, self.start_from)  # the engine restores only what trains
+        elif config.pretrain:
+            load_pretrained(model, Path(config.pretrain))
+        return model
+
+    def _engine(self, model: VideoClip) -> Engine:
         """The engine with the checkpoint's optimiser state and fp32 weights, or the model's own to begin with."""
         first = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
-        started = engine.start_engine(model, self.config, self.ranks.world_size)
+        engine = Engine(model, self.config, self.sizes)
         if self.start_from is None:
-            engine.restore(started, first.__getitem__, None, 0)
+            engine.restore(first.__getitem__, None, 0)
         else:
-            checkpoint.load(started, self.start_from, self.state)
-        return started
-
-
-def _check_same_classes(config: Config, train: list[str], val: list[str]) -> None:
-    """Labels of both splits mean the same classes. Raises ConfigError."""
-    if config.data.label_list is None and train != val:
-        raise ConfigError(
-            f"data.val: its shards name {len(val)} classes that are not the {len(train)} of data.train in their order; "
-            "build both with one --labels file, name data.label_list, or evaluate other classes with evaluate.py"
-        )
-
-
-def _check_world_size(config: Config, world_size: int) -> None:
-    expected = config.engine.world_size
-    if expected is not None and expected != world_size:
-        raise ConfigError(
-            f"engine.world_size: expected {expected} ranks, the job has {world_size}. `deepspeed` starts on this "
-            "machine alone when it does not find the file after --hostfile: check its path, its hosts and their slots"
-        )
-
-
-def _check_few_shot(path: Path, wanted: str) -> None:
-    """The videos that a few-shot run began with are those it goes on with. Raises CheckpointError."""
-    if path.exists() and (found := path.read_text(encoding="utf-8")) != wanted:
-        line, before, now = next(
-            (number, *pair)
-            for number, pair in enumerate(itertools.zip_longest(found.split("\n"), wanted.split("\n")), start=1)
-            if pair[0] != pair[1]
-        )
-        raise CheckpointError(
-            f"{path}:{line}: the run began with {before!r}, data.shot now chooses {now!r}; "
-            "bring the file back as it was, or give another --output"
-        )
+            checkpointing.load(engine, self.start_from, self.state)
+        return engine

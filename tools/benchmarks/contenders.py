@@ -25,7 +25,8 @@ from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms import InterpolationMode, v2
 
 from benchmarks.data import Workload
-from text4vis.config.schema import Config, config_from_dict
+from text4vis.config.loading import config_from_dict
+from text4vis.config.schema import Config
 from text4vis.data import augmentation, sampling
 from text4vis.data.dali import image_graph, outputs, start_run
 from text4vis.data.loader import build_loader

@@ -24,11 +24,14 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 from benchmarks.figures import Figure, against, compared, forks, interleaved, run_fresh
 from text4vis.cluster import distributed
 from text4vis.cluster.stop import StopRequest
-from text4vis.config.schema import Config, ConfigError, config_from_dict
+from text4vis.config.batches import BatchSizes
+from text4vis.config.loading import config_from_dict
+from text4vis.config.schema import Config, ConfigError
 from text4vis.data.loader import Batch
 from text4vis.model.video_clip import VideoClip, build_model
 from text4vis.saved import checkpoint
-from text4vis.training import engine as engines
+from text4vis.training import checkpointing
+from text4vis.training.engine import Engine
 from text4vis.training.logs import Meter
 from text4vis.training.losses import cross_entropy
 from text4vis.training.optim import build_optimizer
@@ -122,7 +125,7 @@ def step_seconds(setup: EngineSetup, rounds: int) -> dict[str, list[float]]:
     def ours(trainer: Trainer) -> Callable[[], object]:
         return functools.partial(trainer.train_step, iter(trainer.train_loader), Meter.new(trainer.device))
 
-    config, classes_CD = trainers[0].config, trainers[0].objective.classes
+    config, classes_CD = trainers[0].config, trainers[0].class_embeddings()
     batch = next(iter(trainers[0].train_loader))
     contenders: dict[str, Callable[[], object]] = {
         "ours": ours(trainers[0]),
@@ -198,8 +201,8 @@ def _held(arch: str, stage: int, world_size: int) -> Held:
     model = build_model(config.network, 1, image_size=config.data.input_size)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     first = {name: value.detach().clone() for name, value in model.named_parameters()}
-    engine = engines.start_engine(model, config, world_size)
-    engines.restore(engine, first.pop, None, 0)
+    engine = Engine(model, config, BatchSizes.of(config, world_size))
+    engine.restore(first.pop, None, 0)
     side = config.data.input_size
     logits_BC = engine(torch.zeros(1, 1, 3, side, side, dtype=torch.uint8), torch.randn(_CLASSES, model.embed_dim))
     engine.backward(logits_BC.square().sum())
@@ -207,16 +210,16 @@ def _held(arch: str, stage: int, world_size: int) -> Held:
     gc.collect()
 
     own = [getattr(parameter, "ds_tensor", parameter) for parameter in model.parameters()]
-    averaged = getattr(engine.optimizer, "averaged_gradients", {})  # ZeRO-1 to 3
+    averaged = getattr(engine.runtime.optimizer, "averaged_gradients", {})  # ZeRO-1 to 3
     gradients = [tensor for group in averaged.values() for tensor in group or ()]
     gradients += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    states = engine.basic_optimizer.state
+    states = engine.runtime.basic_optimizer.state
     moments = [value for state in states.values() for value in state.values() if isinstance(value, Tensor)]
     kinds = [_storages(own), _storages(gradients), _storages([*states, *moments])]
     named = functools.reduce(lambda known, kind: known | kind, kinds)
     foreign = before | _storages(model.text.module.state_dict().values()) | named
     rest = {place: size for place, size in _storages(_live_tensors()).items() if place not in foreign}
-    engines.take_step(engine)
+    engine.step()
     return Held(num_parameters, *(sum(kind.values()) for kind in (*kinds, rest)))
 
 
@@ -289,7 +292,7 @@ def resuming(setup: EngineSetup, output: Path, started: float) -> Resuming:
     save = _seconds(trainer.save)
     folder = checkpoint.latest(output)
     assert folder is not None
-    load = _seconds(lambda: checkpoint.load(trainer.engine, folder, checkpoint.verify(folder)))
+    load = _seconds(lambda: checkpointing.load(trainer.engine, folder, checkpoint.verify(folder)))
     size = sum(file.stat().st_size for file in folder.iterdir())
     trainer.close()
     distributed.stop()

@@ -28,7 +28,7 @@ _MODULES = Path("/usr/lib/nginx/modules")
 
 _NGINX = """
 {modules}
-daemon off; worker_processes 1; pid {work}/pid; error_log {work}/error.log;
+{user}daemon off; worker_processes 1; pid {work}/pid; error_log {work}/error.log;
 events {{ worker_connections 4096; }}
 http {{
   access_log off; sendfile on; keepalive_requests 1000000; lua_shared_dict counts 1m;
@@ -66,7 +66,7 @@ class FarStore:
 
 @contextmanager
 def far_store(folder: Path, work: Path, pauses_ms: Sequence[int]) -> Iterator[FarStore]:
-    """Serves `folder` while the context lasts; `work` is for the server's own files. Raises OSError if it can't start."""
+    """Serves `folder` while the context lasts; `work` is for the server's files. Raises OSError if it can't start."""
     work.mkdir(parents=True, exist_ok=True)
     ports = {pause: _free_port() for pause in pauses_ms}
     nginx = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
@@ -92,7 +92,9 @@ def _write_nginx(folder: Path, work: Path, ports: dict[int, int]) -> Path:
     ]
     modules = "\n".join(f"load_module {_MODULES / module};" for module in _LUA_MODULES)
     config = work.resolve() / "nginx.conf"
-    config.write_text(_NGINX.format(modules=modules, work=work.resolve(), servers="".join(servers)), encoding="utf-8")
+    user = "user root; " if os.getuid() == 0 else ""  # started by root it would read as nobody
+    text = _NGINX.format(user=user, modules=modules, work=work.resolve(), servers="".join(servers))
+    config.write_text(text, encoding="utf-8")
     return config
 
 
