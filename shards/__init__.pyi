@@ -11,6 +11,7 @@ from .plan import epoch_order as epoch_order
 from .plan import eval_slice as eval_slice
 from .plan import few_shot_subset as few_shot_subset
 from .plan import rank_slice as rank_slice
+from .reader import Reading as Reading
 from .reader import ShardDataset as ShardDataset
 from .reader import open_dataset as open_dataset
 from .writer import build_shards as build_shards

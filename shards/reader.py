@@ -13,22 +13,27 @@ import hashlib
 import itertools
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from isal import isal_zlib
 
 from shards.address import expand_sources, local_path, scheme_of
-from shards.cache import CachedShards, ShardCache, default_cache_dir, entry_name, fetch_once
+from shards.ahead import look_ahead
+from shards.cache import ShardCache, default_cache_dir, entry_name, fetch_once
+from shards.cached import CachedShards
 from shards.format import INDEX_ROLES, MANIFEST, Manifest, ShardError, video_crc32
 from shards.index import MAX_MANIFEST_BYTES, Index, check_crc32, open_index, read_local_manifest
-from shards.local import LocalShards, ShardSource
+from shards.local import Check, LocalShards, ShardSource
 from shards.remote import RemoteFiles, RemoteShards
 from shards.text import printable
+from shards.transfer import BYTES_IN_FLIGHT, REQUESTS_IN_FLIGHT, Transfers
+
+Batch = TypeVar("Batch")
 
 _OPENING_THREADS = 8
 
@@ -43,7 +48,8 @@ class _Options:
     retries: int
     timeout_seconds: float
     storage_options: Mapping[str, Any] | None
-    io_threads: int
+    requests_in_flight: int
+    bytes_in_flight: int
 
     @property
     def cache_path(self) -> Path:
@@ -82,7 +88,8 @@ def open_dataset(
     retries: int = 5,
     timeout_seconds: float = 30,
     storage_options: Mapping[str, Any] | None = None,
-    io_threads: int = 16,
+    requests_in_flight: int = REQUESTS_IN_FLIGHT,
+    bytes_in_flight: int = BYTES_IN_FLIGHT,
 ) -> ShardDataset:
     """Opens one data set, or several joined into one. Costs O(videos).
 
@@ -90,32 +97,41 @@ def open_dataset(
         's3://bucket/part{0..3}'.
     cache_dir: where the index files of remote data sets are kept, and shards if `cache_bytes` is given; shared by the
         processes of the node. Default: $XDG_CACHE_HOME/text4vis or ~/.cache/text4vis.
-    cache_bytes: keep whole shards of remote data sets, up to this many bytes, least recently used out first. Without
-        it only the ranges of the wanted frames are fetched. Local folders, network mounts included, are read in place.
+    cache_bytes: keep whole shards of remote data sets, up to this many bytes; see `ShardDataset.ahead`. Without it
+        only the ranges of the wanted frames are fetched. Local folders, network mounts included, are read in place.
     verify: compare each frame with its CRC-32.
     retries: attempts after the first when a remote or mount fails for a moment, with exponential backoff.
     timeout_seconds: for connecting and for each wait for data.
     storage_options: passed to fsspec for the remote data sets (credentials, endpoint ...).
-    io_threads: requests that `read_many` works on at the same time. One is enough for local folders: the kernel is told
-        of all ranges beforehand and fetches them at the same time.
+    requests_in_flight, bytes_in_flight: of remote data sets, so many requests at the same time, and so many bytes that
+        are being fetched or wait to be taken, at most.
 
     Raises ShardError for anything that is not a sound data set, ValueError for bad options.
     """
-    if retries < 0 or io_threads < 1 or timeout_seconds <= 0 or (cache_bytes is not None and cache_bytes < 1):
+    options = _Options(
+        cache_dir, cache_bytes, verify, retries, timeout_seconds, storage_options, requests_in_flight, bytes_in_flight
+    )
+    least = min(requests_in_flight, bytes_in_flight, 1 if cache_bytes is None else cache_bytes)
+    if retries < 0 or timeout_seconds <= 0 or least < 1:
         raise ValueError(
-            "open_dataset: expected retries >= 0, io_threads >= 1, timeout_seconds > 0 and cache_bytes >= 1, got "
-            f"{retries}, {io_threads}, {timeout_seconds} and {cache_bytes}"
+            "open_dataset: expected retries >= 0, timeout_seconds > 0, and cache_bytes, requests_in_flight and "
+            f"bytes_in_flight >= 1, got {retries}, {timeout_seconds}, {cache_bytes}, {requests_in_flight} and "
+            f"{bytes_in_flight}"
         )
-    options = _Options(cache_dir, cache_bytes, verify, retries, timeout_seconds, storage_options, io_threads)
     addresses = expand_sources(sources)
-    with ThreadPoolExecutor(min(_OPENING_THREADS, len(addresses))) as pool:
-        parts = list(pool.map(lambda address: _open_part(address, options), addresses))
-    return ShardDataset(addresses, options, parts)
+    transfers = Transfers(requests_in_flight, bytes_in_flight)
+    try:
+        with ThreadPoolExecutor(min(_OPENING_THREADS, len(addresses))) as pool:
+            parts = list(pool.map(lambda address: _open_part(address, options, transfers), addresses))
+        return ShardDataset(addresses, options, parts, transfers)
+    except BaseException:
+        transfers.close()
+        raise
 
 
-def _open_part(address: str, options: _Options) -> _Part:
+def _open_part(address: str, options: _Options, transfers: Transfers) -> _Part:
     if scheme_of(address) is not None:
-        return _open_remote(address, options)
+        return _open_remote(address, options, transfers)
     folder = local_path(address)
     manifest = read_local_manifest(folder)
     files = {role: folder / manifest.index[role]["file"] for role in INDEX_ROLES}
@@ -125,11 +141,11 @@ def _open_part(address: str, options: _Options) -> _Part:
         return _Part(index, LocalShards(folder, manifest.shards, options.retries))
     if scheme_of(place) is None:
         return _Part(index, LocalShards(local_path(place), manifest.shards, options.retries))
-    return _Part(index, _remote_source(place, manifest, options))
+    return _Part(index, _remote_source(_remote_files(place, options, transfers), manifest, options))
 
 
-def _open_remote(address: str, options: _Options) -> _Part:
-    remote = _remote_files(address, options)
+def _open_remote(address: str, options: _Options, transfers: Transfers) -> _Part:
+    remote = _remote_files(address, options, transfers)
     manifest = Manifest.from_json(remote.read_whole(MANIFEST, MAX_MANIFEST_BYTES), remote.place(MANIFEST))
     if manifest.tars not in (None, "."):
         raise ShardError(
@@ -137,21 +153,21 @@ def _open_remote(address: str, options: _Options) -> _Part:
             "the index to a local folder"
         )
     index = _open_fetched_index(remote, manifest, options.cache_path / "index")
-    return _Part(index, _remote_source(address, manifest, options))
+    return _Part(index, _remote_source(remote, manifest, options))
 
 
-def _remote_files(address: str, options: _Options) -> RemoteFiles:
+def _remote_files(address: str, options: _Options, transfers: Transfers) -> RemoteFiles:
     return RemoteFiles(
         address,
+        transfers,
         retries=options.retries,
         timeout_seconds=options.timeout_seconds,
         storage_options=options.storage_options,
     )
 
 
-def _remote_source(address: str, manifest: Manifest, options: _Options) -> ShardSource:
+def _remote_source(remote: RemoteFiles, manifest: Manifest, options: _Options) -> ShardSource:
     """The tars below an address: whole in the cache, or by ranges."""
-    remote = _remote_files(address, options)
     if options.cache_bytes is None:
         return RemoteShards(remote, manifest.shards)
     return CachedShards(remote, manifest, ShardCache(options.cache_path / "shards", options.cache_bytes))
@@ -222,7 +238,7 @@ class ShardDataset:
     manager.
     """
 
-    def __init__(self, addresses: list[str], options: _Options, parts: list[_Part]) -> None:
+    def __init__(self, addresses: list[str], options: _Options, parts: list[_Part], transfers: Transfers) -> None:
         first = parts[0].index
         for part in parts[1:]:
             if part.index.manifest.classes != first.manifest.classes:
@@ -234,28 +250,25 @@ class ShardDataset:
         self._addresses = addresses
         self._options = options
         self._parts = parts
+        self._transfers = transfers
         counts = [len(part.index.videos) for part in parts]
         self._starts = [0, *itertools.accumulate(counts)]
-        shard_starts = np.cumsum([0, *(len(part.index.manifest.shards) for part in parts)])
+        self._shard_starts = np.cumsum([0, *(len(part.index.manifest.shards) for part in parts)])[:-1].tolist()
         self.labels = self._column("label")
         self.num_frames = self._column("num_frames")
-        self.shard_of = self._column("shard") + np.repeat(shard_starts[:-1], counts)
+        self.shard_of = self._column("shard") + np.repeat(self._shard_starts, counts)
         self.classes: list[str] = list(first.manifest.classes)
         prints = [part.index.manifest.fingerprint for part in parts]
         self.fingerprint = prints[0] if len(prints) == 1 else hashlib.sha256("\n".join(prints).encode()).hexdigest()
         self._closed = False
-        self._pool = self._make_pool()
         _opened.add(self)
 
     def _column(self, name: str) -> np.ndarray:
         return np.concatenate([part.index.videos[name].astype(np.int64) for part in self._parts])
 
-    def _make_pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(self._options.io_threads, thread_name_prefix="shards-read")
-
     def _renew(self) -> None:
         """Replaces what does not survive a fork."""
-        self._pool = self._make_pool()
+        self._transfers.renew()
         for part in self._parts:
             part.source.renew()
 
@@ -266,6 +279,11 @@ class ShardDataset:
     def places(self) -> list[str]:
         """Addresses of the data sets as they may be shown."""
         return [part.index.where for part in self._parts]
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether any of the data sets lies behind an address."""
+        return any(not isinstance(part.source, LocalShards) for part in self._parts)
 
     @property
     def skipped(self) -> list[dict[str, Any]]:
@@ -320,34 +338,45 @@ class ShardDataset:
         """
         if self.content(sample) != "frames":
             raise ValueError(f"{self.describe(sample)}: a stored video has no single frames; use read_video")
-        return self._read(self._wanted(sample, frames))
+        return self.read_many([(sample, frames)])[0]
 
     def read_video(self, sample: int) -> bytes:
         """The encoded file of a stored video. Raises ShardError, ValueError if its frames are stored one by one."""
         if self.content(sample) != "video":
             raise ValueError(f"{self.describe(sample)}: stored as single frames; use read")
-        return self._read(self._wanted(sample, np.zeros(1, np.int64)))[0]
+        return self.read_many([(sample, np.zeros(1, np.int64))])[0][0]
 
     def read_many(self, requests: Sequence[tuple[int, np.ndarray]]) -> list[list[bytes]]:
-        """`read(sample, frames)` of each request, at the same time on `io_threads` threads, results in order.
+        """`read(sample, frames)` of each request, fetched at the same time, results in order.
 
         For a stored video the list holds its one file, whatever the frames. Raises what `read` and `read_video` raise.
         """
+        return self.start(requests).result()
+
+    def start(self, requests: Sequence[tuple[int, np.ndarray]]) -> Reading:
+        """`read_many` in two steps: begins to fetch and waits for nothing, `result()` of what it returns waits. With
+        remote data sets many such readings may be under way at the same time."""
         wanted = [
             self._wanted(sample, frames if self.content(sample) == "frames" else np.zeros(1, np.int64))
             for sample, frames in requests
         ]
-        for one in wanted:
-            one.part.source.expect(one.shard, one.ranges)
-        if self._options.io_threads == 1:
-            return [self._read(one) for one in wanted]
-        futures = [self._pool.submit(self._read, one) for one in wanted]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            raise
+        return Reading(self, wanted)
+
+    def ahead(self, batches: Iterable[Batch], ids_of: Callable[[Batch], np.ndarray]) -> Iterator[Batch]:
+        """The same batches. Those to come are looked at beforehand, as far as two passes over the data: of remote data
+        sets that are kept whole (cache_bytes) the shards that they need are fetched in that order as far as they fit
+        into the cache, and those that they need latest leave it first.
+
+        ids_of(batch): its samples. Reading works without this; a shard is then fetched when it is needed.
+        """
+        followers = [
+            (part.source, first)
+            for part, first in zip(self._parts, self._shard_starts, strict=True)
+            if isinstance(part.source, CachedShards)
+        ]
+        if not followers:
+            return iter(batches)
+        return look_ahead(batches, lambda batch: self.shard_of[ids_of(batch)], followers, most_samples=2 * len(self))
 
     def _wanted(self, sample: int, frames: np.ndarray) -> _Wanted:
         if self._closed:
@@ -360,21 +389,18 @@ class ShardDataset:
         ranges, shard = part.index.ranges(video, rows), int(part.index.videos["shard"][video])
         return _Wanted(part, sample, shard, distinct, rows["crc32"].tolist(), ranges, positions)
 
-    def _read(self, wanted: _Wanted) -> list[bytes]:
-        if not wanted.ranges:
-            return []
-        part = wanted.part
+    def _check(self, wanted: _Wanted) -> Check:
+        """Compares what was read with the checksums of the index."""
 
         def check(chunks: Sequence[bytes]) -> str | None:
             if not self._options.verify:
                 return None
             for number, expected, chunk in zip(wanted.numbers, wanted.crc32s, chunks, strict=True):
                 if isal_zlib.crc32(chunk) != expected:
-                    return self._describe_damage(part, wanted.sample, number, isal_zlib.crc32(chunk), expected)
+                    return self._describe_damage(wanted.part, wanted.sample, number, isal_zlib.crc32(chunk), expected)
             return None
 
-        chunks = part.source.read(wanted.shard, wanted.ranges, check)
-        return [chunks[position] for position in wanted.positions]
+        return check
 
     def _describe_damage(self, part: _Part, sample: int, number: int, actual: int, expected: int) -> str:
         index, video = part.index, self._locate(sample)[1]
@@ -394,9 +420,9 @@ class ShardDataset:
         return _reopen, (self._addresses, self._options, self.fingerprint)
 
     def close(self) -> None:
-        """Ends threads, connections and open files. Reading afterwards is an error."""
+        """Ends threads, connections and open files. Reading afterwards is an error, and so is what is under way."""
         self._closed = True
-        self._pool.shutdown(cancel_futures=True)
+        self._transfers.close()
         for part in self._parts:
             part.source.close()
 
@@ -405,6 +431,31 @@ class ShardDataset:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Reading:
+    """Frames of several requests on their way. Made by `ShardDataset.start`."""
+
+    def __init__(self, dataset: ShardDataset, wanted: list[_Wanted]) -> None:
+        self._dataset, self._wanted = dataset, wanted
+        by_part: dict[int, list[_Wanted]] = {}
+        places = []
+        for one in wanted:
+            own = by_part.setdefault(id(one.part), [])
+            places.append((id(one.part), len(own)))
+            own.append(one)
+        fetches = {
+            part: own[0].part.source.start([(one.shard, one.ranges) for one in own]) for part, own in by_part.items()
+        }
+        self._places = [(fetches[part], number) for part, number in places]
+
+    def result(self) -> list[list[bytes]]:
+        """What `ShardDataset.read_many` returns; waits for it. Raises what that raises."""
+        files = []
+        for one, (fetch, number) in zip(self._wanted, self._places, strict=True):
+            chunks = fetch.read(number, self._dataset._check(one)) if one.ranges else []
+            files.append([chunks[position] for position in one.positions])
+        return files
 
 
 def _first_difference(ours: list[str], theirs: list[str]) -> str:

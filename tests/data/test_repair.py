@@ -280,7 +280,9 @@ def test_a_store_that_fails_is_no_bad_video(sound, monkeypatch, tmp_path):
     monkeypatch.setattr(shards.remote, "_BACKOFF_SECONDS", 0.001)
     monkeypatch.setattr(shards.remote, "_MAX_BACKOFF_SECONDS", 0.002)
     with shard_data.serve(sound) as server:
-        config = settings(server.address, cache_dir=str(tmp_path / "cache"), batch_size=1, prefetch=1)
+        config = settings(
+            server.address, cache_dir=str(tmp_path / "cache"), batch_size=1, prefetch=1, requests_in_flight=1
+        )
         with build_loader(config, "train") as loader:
             batches = iter(loader)
             next(batches)

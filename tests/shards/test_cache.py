@@ -1,6 +1,7 @@
 """The node-wide cache of shards: one download each, the limit, least recently used first, crashes and damage."""
 
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -14,12 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from shard_data import FlakyServer, make_dataset, read_everything, read_in_process, serve, status_fault
+from shard_data import FlakyServer, make_dataset, read_everything, read_in_process, serve, slow_fault, status_fault
 
 import shards.cache
+import shards.cached
 import shards.remote
+from shards.ahead import Plan
 from shards.cache import CacheFullError, ShardCache, default_cache_dir, entry_name, fetch_once
 from shards.format import ShardError
+from shards.plan import Stream
 from shards.reader import open_dataset
 
 
@@ -47,6 +51,14 @@ def open_cached(server: FlakyServer, tmp_path: Path, name: str = "data", **optio
 
 def kept(tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "cache" / "shards").glob("*.tar"))
+
+
+def settle(dataset) -> None:
+    """Waits until what was downloaded is in the cache: readers do not."""
+    deadline = time.monotonic() + 20
+    while dataset._parts[0].source._under_way:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def tar_requests(server: FlakyServer) -> dict[str, int]:
@@ -128,7 +140,8 @@ def test_killed_download_leaves_nothing_behind(server, stored, tmp_path):
     with open_cached(server, tmp_path) as dataset:
         # Only the first shard is asked for; the other one's leftover is cleaned away with it.
         assert dataset.read(0, np.array([0])) == stored[0][:1]
-        assert not list(folder.glob("*.part"))
+    assert not list(folder.glob("*.part")) and len(kept(tmp_path)) == 1
+    with open_cached(server, tmp_path) as dataset:
         assert read_everything(dataset) == stored
 
 
@@ -206,7 +219,7 @@ def test_limit_holds_with_concurrent_ranks(tmp_path):
 
 def test_small_limit_still_reads_right(server, stored, tmp_path):
     limit = max(path.stat().st_size for path in (tmp_path / "served" / "data").glob("*.tar"))
-    with open_cached(server, tmp_path, cache_bytes=limit, io_threads=1) as dataset:
+    with open_cached(server, tmp_path, cache_bytes=limit) as dataset:
         for _ in range(3):
             assert read_everything(dataset) == stored
             assert sum(path.stat().st_size for path in kept(tmp_path)) <= limit
@@ -239,9 +252,10 @@ def test_full_or_read_only_disk_falls_back_to_ranges(server, stored, tmp_path, m
         assert dataset.read(6, np.array([1])) == stored[6][1:2]
         assert server.requests == before
         monkeypatch.undo()
-        monkeypatch.setattr(shards.cache, "_PAUSE_SECONDS", 0)
+        monkeypatch.setattr(shards.cached, "_PAUSE_SECONDS", 0)
         dataset._parts[0].source._paused_until = 0
         assert read_everything(dataset) == stored
+        settle(dataset)
         assert len(kept(tmp_path)) == 3
 
 
@@ -260,12 +274,14 @@ def overwrite_all(tmp_path: Path) -> None:
 
 
 def test_damaged_entry_is_fetched_again(server, stored, tmp_path):
-    with open_cached(server, tmp_path, io_threads=8) as dataset:
+    with open_cached(server, tmp_path) as dataset:
         assert read_everything(dataset) == stored
+        settle(dataset)
         overwrite_all(tmp_path)
         with ThreadPoolExecutor(8) as pool:
             assert all(result == stored for result in pool.map(lambda _: read_everything(dataset), range(8)))
         assert tar_requests(server) == {f"data/00000{number}.tar": 2 for number in range(3)}
+        settle(dataset)
         # Truncated and deleted by hand.
         paths = kept(tmp_path)
         os.truncate(paths[0], 100)
@@ -330,3 +346,117 @@ def test_names_and_default_place(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert default_cache_dir() == Path("/home/me/.cache/text4vis")
     assert len({entry_name("a", 1), entry_name("a", 2), entry_name("b", 1), entry_name("a\n1")}) == 3
+
+
+# Ahead of the plan
+
+
+def test_a_plan_knows_what_is_needed_next():
+    plan = Plan()
+    for shards_of_batch in ([0, 1], [1, 2], *[[3]] * 300, [0]):
+        plan.add(shards_of_batch)
+    assert plan.in_order() == [0, 1, 2, 3]
+    assert [plan.next_use(shard) for shard in (0, 1, 2, 3, 9)] == [0, 0, 1, 2, math.inf]
+    for _ in range(60):
+        plan.advance()
+    # 0 is needed again in the last batch, 1 and 2 never are; 3 is in use.
+    assert plan.in_order() == [3, 0] and plan.next_use(0) == 302 and plan.next_use(1) == math.inf
+
+
+def test_uses_of_a_plan_are_kept_apart_where_an_epoch_is_short():
+    """On many ranks an epoch is a few batches for each."""
+    plan = Plan()
+    for number in range(40):
+        plan.add([number % 8])
+    for _ in range(10):
+        plan.advance()
+    assert plan.in_order() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert [plan.next_use(shard) for shard in range(8)] == [8, 9, 10, 11, 12, 13, 14, 15]
+
+
+def test_what_is_needed_latest_leaves_first_and_what_is_needed_sooner_stays(tmp_path):
+    cache = ShardCache(tmp_path / "shards", 300)
+    need = {"a": 5.0, "b": 9.0, "c": 1.0, "other": math.inf}
+    for name in ("other", "a", "b"):
+        cache.fetch(name, 100, lambda _: None)
+    names = lambda: sorted(path.stem for path in cache.folder.glob("*.tar"))  # noqa: E731
+    cache.fetch("c", 100, lambda _: None, need=need.__getitem__)
+    assert names() == ["a", "b", "c"]
+    with pytest.raises(CacheFullError):
+        cache.fetch("d", 100, lambda _: None, need=need.__getitem__, spare=9.0)
+    assert names() == ["a", "b", "c"]
+    cache.fetch("d", 100, lambda _: None, need=need.__getitem__, spare=8.0)
+    assert names() == ["a", "c", "d"]
+
+
+@pytest.fixture
+def many(tmp_path, monkeypatch):
+    """24 shards of two videos on a server 20 ms away."""
+    monkeypatch.setattr(shards.cached, "_LOOK_SECONDS", 0.005)
+    frames = make_dataset(tmp_path / "served" / "data", [4] * 48, videos_per_shard=2)
+    with serve(tmp_path / "served") as server:
+        server.fault = lambda path, count: slow_fault(0.02)
+        yield server, frames
+
+
+def read_epochs(dataset, frames, num_epochs: int, pause_seconds: float = 0.0) -> None:
+    """Goes over the data in windows of two shards, the order of which each epoch draws anew."""
+    stream = Stream(48, 3, "shards:2", dataset.shard_of)
+    batches = (stream.take(first, first + 4) for first in range(0, 48 * num_epochs, 4))
+    for ids, _ in dataset.ahead(batches, lambda batch: batch[0]):
+        for sample, got in zip(ids, dataset.read_many([(sample, np.array([0, 2])) for sample in ids]), strict=True):
+            assert got == [frames[sample][0], frames[sample][2]]
+        time.sleep(pause_seconds)
+
+
+def test_shards_come_before_they_are_needed(many, tmp_path, monkeypatch):
+    """A reader that takes its time finds every shard but the first ones there, also at the borders of windows."""
+    server, frames = many
+    with open_cached(server, tmp_path) as dataset:
+        source = dataset._parts[0].source
+        waited = []
+        want = source._want
+        monkeypatch.setattr(source, "_want", lambda shard: waited.append(shard) or want(shard))
+        read_epochs(dataset, frames, 2, pause_seconds=0.03)
+        assert len(set(waited)) <= 6  # of 24: the first window's, and a few while the machine is busy
+        assert all(count == 1 for count in tar_requests(server).values())
+
+
+def test_an_abandoned_pass_fetches_no_more_than_fits(many, tmp_path):
+    server, frames = many
+    limit = 5 * max(path.stat().st_size for path in (tmp_path / "served" / "data").glob("*.tar"))
+    with open_cached(server, tmp_path, cache_bytes=limit) as dataset:
+        batches = [(np.arange(first, first + 4),) for first in range(0, 48, 4)]
+        next(dataset.ahead(iter(batches), lambda batch: batch[0]))
+        settle(dataset)
+        time.sleep(0.1)
+        settle(dataset)
+        assert {int(path[-10:-4]) for path in tar_requests(server)} <= set(range(6))  # in the plan's order
+        assert sum(path.stat().st_size for path in kept(tmp_path)) <= limit
+        assert dataset.read(47, np.array([1])) == frames[47][1:2]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("shards-")]
+
+
+def test_a_second_epoch_gains_although_the_cache_is_smaller_than_the_data(many, tmp_path):
+    """Half of the shards fit. In the order of least recent use a new order of the shards would find fewer of them."""
+    server, frames = many
+    sizes = [path.stat().st_size for path in (tmp_path / "served" / "data").glob("*.tar")]
+    with open_cached(server, tmp_path, cache_bytes=12 * max(sizes)) as dataset:
+        read_epochs(dataset, frames, 5, pause_seconds=0.01)
+        settle(dataset)
+    downloads = sum(tar_requests(server).values())
+    assert downloads <= 24 + 4 * 13  # 24 + 4 * 12 at best; in the order of least recent use 24 + 4 * 19
+
+
+def test_a_store_that_fails_ahead_fails_the_reader_alone(many, tmp_path):
+    """What cannot be fetched ahead is an error only when it is needed."""
+    server, _ = many
+    server.fault = lambda path, count: status_fault(404) if path.endswith("000020.tar") else None
+    with open_cached(server, tmp_path) as dataset:
+        batches = [(np.arange(first, first + 4),) for first in range(0, 48, 4)]
+        read = []
+        with pytest.raises(ShardError, match=r"000020.tar: HTTP status 404"):
+            for (ids,) in dataset.ahead(iter(batches), lambda batch: batch[0]):
+                dataset.read_many([(sample, np.array([0])) for sample in ids])
+                read.append(ids[0])
+        assert read == list(range(0, 40, 4))

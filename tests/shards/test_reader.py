@@ -172,7 +172,7 @@ def test_class_lists_must_agree(tmp_path):
 def test_threads_and_more_shards_than_open_files(tmp_path, monkeypatch):
     monkeypatch.setattr(shards.local, "_MAX_OPEN_FILES", 3)
     stored = make_dataset(tmp_path / "d", [4] * 40, videos_per_shard=1)
-    with open_dataset(str(tmp_path / "d"), io_threads=12) as dataset:
+    with open_dataset(str(tmp_path / "d")) as dataset:
         descriptors = num_descriptors()
         for _ in range(5):
             assert read_everything(dataset) == stored
@@ -205,7 +205,7 @@ def test_in_a_child_process(folder, method):
 
 
 def test_unpickling_another_data_set_is_an_error(folder):
-    data = pickle.dumps(open_dataset(str(folder), io_threads=2))
+    data = pickle.dumps(open_dataset(str(folder)))
     with pickle.loads(data) as again:
         assert len(again) == 7
     shutil.rmtree(folder)
@@ -436,7 +436,7 @@ def test_damaged_files_only_raise_documented_errors(tmp_path_factory, data):
         content = content[: data.draw(st.integers(0, len(content)))]
     file.write_bytes(content)
     try:
-        with open_dataset(str(folder), io_threads=1) as dataset:
+        with open_dataset(str(folder)) as dataset:
             for sample in range(len(dataset)):
                 dataset.name(sample), dataset.describe(sample)
             assert read_everything(dataset) == stored
@@ -523,7 +523,8 @@ def test_damaged_member_table_is_told_from_a_damaged_shard(folder):
 
 
 def test_bad_options(folder):
-    for options in [{"retries": -1}, {"io_threads": 0}, {"timeout_seconds": 0}, {"cache_bytes": 0}]:
+    counts = ("requests_in_flight", "bytes_in_flight", "timeout_seconds", "cache_bytes")
+    for options in [{"retries": -1}, *({count: 0} for count in counts)]:
         with pytest.raises(ValueError, match="expected"):
             open_dataset(str(folder), **options)
 
@@ -565,9 +566,8 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
-def test_closing_ends_the_threads(folder):
+def test_a_local_data_set_needs_no_thread(folder):
     before = threading.active_count()
     with open_dataset(str(folder)) as dataset:
         read_everything(dataset)
-        assert threading.active_count() > before
-    assert threading.active_count() == before
+        assert threading.active_count() == before

@@ -49,7 +49,7 @@ def send_everything(dataset: ShardDataset, connection) -> None:
 
 def read_in_process(address: str, folder: Path, barrier, results) -> None:
     """Reads everything through a cache as soon as all processes are there."""
-    with open_dataset(address, cache_bytes=10**7, cache_dir=folder, io_threads=8) as dataset:
+    with open_dataset(address, cache_bytes=10**7, cache_dir=folder) as dataset:
         barrier.wait(30)
         results.put(read_everything(dataset))
 

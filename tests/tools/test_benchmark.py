@@ -5,12 +5,15 @@ import json
 import runpy
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from benchmarks import contenders, engine
+from benchmarks import contenders, engine, store
 from benchmarks.contenders import Setup
 from benchmarks.data import make_workload, multiplied, open_workload
 from benchmarks.figures import Figure, against, compared, interleaved, machine
@@ -27,7 +30,7 @@ TINY = (
     "--order-samples 1000 --step-videos 1 --ranks 2 --scale-videos 1000 --world-sizes 1 8"
 )
 FIGURES = {"loader": 5, "views": 2, "read": 4, "build": 3, "open": 2, "order": 2, "position": 2}
-FIGURES |= {"step": 4, "memory": 16, "resume": 3, "scale": 4}
+FIGURES |= {"remote": 25, "step": 4, "memory": 16, "resume": 3, "scale": 4}
 # Two blocks at 224 px, the size of the recipe that the benchmarks train.
 SMALL_VIT = {
     "embed_dim": 64,
@@ -68,7 +71,7 @@ def test_every_benchmark_reports_its_figures(work, workload, small_vit, tmp_path
     assert {name: names.count(name) for name in names} == FIGURES
     for figure in report["figures"]:
         assert len(figure["values"]) == (engine.TURNS_A_ROUND if figure["benchmark"] == "step" else 1)
-        assert 0 < figure["min"] <= figure["median"] <= figure["max"]
+        assert (0 if "stalls" in figure["what"] else 1e-9) <= figure["min"] <= figure["median"] <= figure["max"]
         assert figure["what"] in done.stdout
     # Of all figures these alone follow from the program and not from the machine.
     ours, whole = (figure for figure in report["figures"] if figure["unit"] == "kB/sample")
@@ -241,3 +244,24 @@ def test_shares_of_4096_ranks_are_a_partition():
 def test_scale_leaves_out_batches_larger_than_an_epoch():
     figures = scale([500], world_sizes=[1, 4, 1000], batch_size=8, rounds=1)
     assert [figure.unit for figure in figures] == ["s", "MB", "us", "us"]
+
+
+@pytest.mark.parametrize("has_nginx", [True, False])
+def test_the_far_store_is_late_and_serves_ranges(tmp_path, monkeypatch, has_nginx):
+    if not has_nginx:
+        monkeypatch.setattr(store, "_MODULES", tmp_path)
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served" / "file").write_bytes(bytes(range(200)))
+    with store.far_store(tmp_path / "served", tmp_path / "work", [0, 200]) as far:
+        assert has_nginx or far.kind.startswith("our own server")
+        for pause, address in far.addresses.items():
+            started = time.perf_counter()
+            request = urllib.request.Request(f"{address}/file", headers={"Range": "bytes=5-9"})
+            with urllib.request.urlopen(request) as answer:
+                assert answer.status == 206 and answer.headers["Content-Range"] == "bytes 5-9/200"
+                assert answer.read() == bytes(range(5, 10))
+            assert time.perf_counter() - started >= pause / 1000
+        requests, sent = far.counts()
+        assert requests >= 2 and sent >= 10
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(f"{address}/nothing")

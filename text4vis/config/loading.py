@@ -17,7 +17,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from text4vis.config.contradictions import check
-from text4vis.config.retired import RETIRED
+from text4vis.config.retired import FORMER, RETIRED
 from text4vis.config.schema import Config, ConfigError, schema
 
 # Far above any recipe: the largest that ships has 2 kB.
@@ -53,8 +53,17 @@ def resolve_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Con
 
 
 def config_from_dict(values: Mapping[str, Any], where: str) -> Config:
-    """The inverse of `Config.to_dict`; `where` names the source in errors. Raises ConfigError."""
-    return _validate(dict(values), {}, where)
+    """The inverse of `Config.to_dict`, also for what an earlier version saved; `where` names the source in errors.
+
+    Raises ConfigError.
+    """
+    kept = {
+        section: {name: value for name, value in inner.items() if f"{section}.{name}" not in FORMER}
+        if isinstance(inner, Mapping)
+        else inner
+        for section, inner in values.items()
+    }
+    return _validate(kept, {}, where)
 
 
 def _read_yaml(path: Path, including: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:

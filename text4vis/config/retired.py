@@ -22,3 +22,9 @@ RETIRED = {
     "solver.evaluate": "use text4vis/evaluate.py",
     "resume": "use --resume",
 }
+
+# Keys of earlier versions. A recipe that names one is told what to do; what was saved with one is read without it.
+FORMER = {
+    "data.io_threads": "delete it: data.requests_in_flight bounds what a far store is asked, folders need no more",
+}
+RETIRED |= FORMER

@@ -123,7 +123,16 @@ class DataConfig:
         "auto", Role.EXECUTION, "where frames are decoded; auto: gpu if there is one"
     )
     workers: Natural = key(0, Role.EXECUTION, "decoding threads per rank; 0: the cores that the rank owns")
-    io_threads: Natural = key(0, Role.EXECUTION, "reading threads per rank; 0: 1 for local folders, 16 for remote ones")
+    requests_in_flight: Count = key(
+        256,
+        Role.EXECUTION,
+        "requests per rank to remote shards at the same time, at most; several batches share them",
+    )
+    bytes_in_flight: Count = key(
+        256 << 20,
+        Role.EXECUTION,
+        "bytes per rank of remote shards that are being fetched or wait to be decoded, at most",
+    )
     prefetch: Count = key(3, Role.EXECUTION, "batches prepared ahead of the step")
     verify: Bool = key(True, Role.EXECUTION, "check each frame's CRC-32 as it is read")
     on_error: Literal["fail", "skip"] = key(

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from shards.address import scheme_of
 from shards.annotations import parse_labels
 from shards.format import ShardError
 from shards.reader import ShardDataset, open_dataset
 from text4vis.config.schema import Config, ConfigError
-
-REMOTE_IO_THREADS = 16
 
 
 def open_split(config: Config, split: str) -> ShardDataset:
@@ -19,11 +16,11 @@ def open_split(config: Config, split: str) -> ShardDataset:
     sources = config.data.train if split == "train" else config.data.val
     if not sources:
         raise ConfigError(f"data.{split}: no shards named; build them with tools/build_shards.py and name the folder")
-    is_local = all(scheme_of(source) is None for source in sources)
     try:
         return open_dataset(
             list(sources),
-            io_threads=config.data.io_threads or (1 if is_local else REMOTE_IO_THREADS),
+            requests_in_flight=config.data.requests_in_flight,
+            bytes_in_flight=config.data.bytes_in_flight,
             cache_dir=config.data.cache_dir,
             cache_bytes=config.data.cache_bytes or None,
             verify=config.data.verify,

@@ -168,8 +168,11 @@ class Loader:
         decoder = make_decoder()
         repair = Repair(self.dataset, self.planner, reader, make_decoder, self.bad)
         unreadable, undecodable = ((SampleError,), (SampleError, RuntimeError)) if self._skips else ((), ())
-        picked = self.planner.batches(self._consumed)
-        read = pipelined(picked, reader.start, reader.finish, 2, recover=repair.reread, errors=unreadable)
+        picked = self.dataset.ahead(self.planner.batches(self._consumed), lambda batch: batch[0])
+        begun = pipelined(picked, reader.begin, lambda batch: batch, reader.batches_ahead)
+        read = pipelined(
+            begun, reader.start, reader.finish, 2, recover=lambda batch: repair.reread(batch.picked), errors=unreadable
+        )
         decoded = pipelined(read, decoder.start, decoder.finish, 1, recover=repair.redecode, errors=undecodable)
         for videos, frames_BVTSS3 in pipelined(decoded, finisher.start, Finishing.result, 2):
             if videos:  # in evaluation nothing may be left of a batch

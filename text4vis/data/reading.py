@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from shards.format import SampleError
 from shards.images import ImageProbe, plain_image
-from shards.reader import ShardDataset
-from text4vis.data.plan import FramePlan, Picked, Planner, VideoPlan
+from shards.reader import Reading, ShardDataset
+from text4vis.data.plan import BatchPlan, FramePlan, Picked, Planner, VideoPlan
 
 
 class ReadVideo(NamedTuple):
@@ -22,15 +22,36 @@ class ReadVideo(NamedTuple):
     is_stored_video: bool
 
 
+class Begun(NamedTuple):
+    """A batch whose bytes are on their way, once its plan is made."""
+
+    picked: Picked
+    fetched: Future[tuple[BatchPlan, Reading]]
+
+
 class PlanReader:
     """Plans and reads batches on the given thread, so that reading overlaps with decoding."""
 
     def __init__(self, dataset: ShardDataset, planner: Planner, thread: ThreadPoolExecutor) -> None:
         self._dataset, self._planner, self._thread = dataset, planner, thread
 
-    def start(self, picked: Picked) -> Future[list[ReadVideo]]:
-        """Starts planning and reading a batch, and returns at once."""
-        return self._thread.submit(self.read, picked)
+    @property
+    def batches_ahead(self) -> int:
+        """Batches to begin ahead of the one that is started: from a far store so many that all requests that may be in
+        flight are, and as many again wait for their turn."""
+        if not self._dataset.is_remote:
+            return 1
+        stored_videos = self._dataset.content(0) == "video"
+        requests = self._planner.batch_size if stored_videos else self._planner.max_frames
+        return 1 + -(-2 * self._planner.config.data.requests_in_flight // requests)
+
+    def begin(self, picked: Picked) -> Begun:
+        """Starts planning and fetching a batch, and returns at once."""
+        return Begun(picked, self._thread.submit(self._fetch, picked))
+
+    def start(self, begun: Begun) -> Future[list[ReadVideo]]:
+        """Starts taking what was fetched, and returns at once."""
+        return self._thread.submit(lambda: self._take(*begun.fetched.result()))
 
     def finish(self, started: Future[list[ReadVideo]]) -> list[ReadVideo]:
         """Waits for a batch that was started. Raises what `read` raises."""
@@ -41,8 +62,14 @@ class PlanReader:
 
         Raises SampleError if one of its videos is at fault, another ShardError if the store is.
         """
+        return self._take(*self._fetch(picked))
+
+    def _fetch(self, picked: Picked) -> tuple[BatchPlan, Reading]:
         plan = self._planner.plan(*picked)
-        by_video = self._dataset.read_many(plan.requests)
+        return plan, self._dataset.start(plan.requests)
+
+    def _take(self, plan: BatchPlan, reading: Reading) -> list[ReadVideo]:
+        by_video = reading.result()
         return [self._checked(video, files) for video, files in zip(plan.videos, by_video, strict=True)]
 
     def _checked(self, plan: VideoPlan, files: list[bytes]) -> ReadVideo:

@@ -10,6 +10,7 @@ from typing import Any
 
 from shards.files import require_folder, try_lock
 from text4vis.classifier.embeddings import file_digest
+from text4vis.config.retired import FORMER
 from text4vis.config.schema import Config, schema
 from text4vis.saved import checkpoint
 from text4vis.saved.checkpoint import CheckpointError, State
@@ -79,7 +80,7 @@ def check_same_run(found: State, config: Config, data_fingerprint: str, folder: 
         )
     # A run that began before a key existed did what its default does.
     before, now = _flatten(Config().to_dict()) | _flatten(found.config), _flatten(config.to_dict())
-    free = {key.name for key in schema() if key.role.may_change}
+    free = {key.name for key in schema() if key.role.may_change} | set(FORMER)
     changed = [key for key in sorted(before | now) if key not in free and before.get(key) != now.get(key)]
     if changed:
         values = ", ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed)

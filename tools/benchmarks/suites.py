@@ -29,6 +29,7 @@ from benchmarks.figures import (
     interleaved,
     run_fresh,
 )
+from benchmarks.remote import remote
 from benchmarks.scale import scale
 from shards.plan import epoch_order
 from shards.writer import build_shards
@@ -323,6 +324,7 @@ SUITES: dict[str, Callable[[Plan], list[Figure]]] = {
     "open": open_,
     "order": order,
     "position": position,
+    "remote": lambda plan: remote(plan.setup, plan.processes, plan.work, plan.rounds, plan.seconds),
     "step": lambda plan: engine.step(plan.engine_setup, plan.rounds),
     "memory": lambda plan: engine.memory(plan.model, plan.ranks),
     "resume": lambda plan: engine.resume(plan.engine_setup, plan.work, plan.rounds),

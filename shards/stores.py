@@ -1,0 +1,392 @@
+"""How one request to a store is made: HTTP(S) and S3 by aiohttp, other stores by fsspec; all within one event loop.
+
+Every body is checked for its length, and for HTTP and S3 the answered range and file size too, so a truncated body or
+a server that ignores ranges is never taken for the bytes asked for. Whether a failure may be gone at the next attempt
+is told by `is_transient`; trying again is up to the caller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import ssl
+import time
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Protocol
+from urllib.request import getproxies, proxy_bypass
+
+import aiohttp
+import fsspec
+from yarl import URL
+
+from shards.address import join_address, scheme_of
+from shards.format import ShardError
+from shards.text import printable, redact, redact_text
+
+# Takes the pieces of a body in order, as they come.
+Write = Callable[[bytes], None]
+
+# A transfer slower than this is given up and tried again, even if single bytes keep dripping in.
+_MIN_BYTES_PER_SECOND = 64 << 10
+# Below this the limit on the whole request is as good as one on each wait for data, which costs a timer a piece.
+_SMALL_BODY_BYTES = 1 << 20
+_SIGNATURE_SECONDS = 120.0  # S3 takes a signature for 15 minutes, and clocks differ
+_MAX_EXPLANATION_BYTES = 4096
+_FINAL_STATUS = frozenset(range(300, 500)) - {408, 425, 429}
+# Names, because botocore is imported only when an s3 address is in use.
+_FINAL_ERROR_NAMES = frozenset(
+    ["NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "ParamValidationError", "UnknownProtocolError"]
+)
+
+
+class BadBodyError(Exception):
+    """A body that is not what was asked for: too short, too long, or of another range. Transient."""
+
+
+class RangesIgnoredError(ShardError):
+    """The server answers a range request with the whole file."""
+
+
+class WriteError(Exception):
+    """What came could not be written to the local file: not the server's fault, and trying again does not help."""
+
+    def __init__(self, cause: OSError) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+_FINAL_ERRORS = (
+    ShardError,
+    WriteError,
+    FileNotFoundError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    ImportError,
+    TypeError,
+    ValueError,
+    NotImplementedError,
+    aiohttp.ClientConnectorCertificateError,
+)
+
+
+def _status(error: BaseException) -> int | None:
+    """HTTP status that an error of aiohttp or botocore carries."""
+    if isinstance(error, aiohttp.ClientResponseError):
+        return error.status
+    for source in (error, error.__cause__):
+        response = getattr(source, "response", None)
+        if isinstance(response, Mapping):
+            return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return None
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether trying again may help."""
+    if isinstance(error, (TimeoutError, asyncio.TimeoutError)):
+        return True
+    if isinstance(error, aiohttp.ClientResponseError) and error.message == "RequestTimeout":
+        return True  # S3's word for a slow connection, with the status 400
+    status = _status(error)
+    if status is not None:
+        return status not in _FINAL_STATUS
+    if not isinstance(error, Exception) or isinstance(error, _FINAL_ERRORS):
+        return False
+    return type(error).__name__ not in _FINAL_ERROR_NAMES
+
+
+def explain(error: BaseException) -> str:
+    """What happened, on one line, with addresses in it redacted."""
+    if isinstance(error, aiohttp.ClientResponseError):
+        return redact_text(f"HTTP status {error.status} {error.message}".strip())
+    text = redact_text(str(error))
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+@dataclass(frozen=True)
+class Span:
+    """Bytes start <= offset < stop of a file of `total` bytes. total None: a whole file of unknown size, of which not
+    more than `stop` bytes are read or accepted."""
+
+    start: int
+    stop: int
+    total: int | None
+
+    @property
+    def size(self) -> int | None:
+        return None if self.total is None else self.stop - self.start
+
+    @property
+    def is_whole(self) -> bool:
+        return self.total is None or (self.start, self.stop) == (0, self.total)
+
+    def check_length(self, received: int) -> None:
+        """Raises BadBodyError unless so many bytes are the whole answer."""
+        if self.size not in (None, received):
+            raise BadBodyError(f"{received} bytes came of the {self.size} at {self.start}")
+
+    def check_range(self, where: str, status: int, content_range: str) -> None:
+        """Raises unless the answer to an HTTP range request holds just this range of a file of just this size."""
+        if status == 206 and content_range == f"bytes {self.start}-{self.stop - 1}/{self.total}":
+            return
+        if status != 206:
+            raise RangesIgnoredError(
+                f"{where}: the server answers a request for a range of bytes with status {status} and the whole file; "
+                "use a server that supports ranges, or keep whole shards in the cache (cache_bytes)"
+            )
+        match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", content_range.strip(), re.ASCII)
+        if match is None or (int(match[1]), int(match[2])) != (self.start, self.stop - 1):
+            raise BadBodyError(
+                f"asked for the bytes {self.start}-{self.stop - 1}, the answer is of {printable(content_range[:80])!r}"
+            )
+        if match[3] != "*" and int(match[3]) != self.total:
+            raise ShardError(
+                f"{where}: has {match[3]} bytes, the manifest says {self.total}; the data set was changed or is "
+                "incomplete: upload it again, and check it with check_shards"
+            )
+
+
+class Store(Protocol):
+    """The files below one address. Used and closed in one event loop."""
+
+    async def get(self, name: str, span: Span, write: Write | None = None) -> bytes:
+        """One attempt to get some bytes of a file. With `write` each piece goes there as it comes, and the answer is
+        empty. Raises what `is_transient` tells apart."""
+
+    async def close(self) -> None: ...
+
+
+def open_store(address: str, *, timeout_seconds: float, storage_options: Mapping[str, Any]) -> Store:
+    """timeout_seconds: limit on connecting, on each wait for data, and, with time for the bytes at 64 KiB a second
+    added, on a whole request. storage_options: of fsspec's file system. Raises ImportError if its driver is missing."""
+    scheme = scheme_of(address)
+    kind = _S3Store if scheme in ("s3", "s3a") else _HttpStore if scheme in ("http", "https") else _OtherStore
+    return kind(address, timeout_seconds, dict(storage_options))
+
+
+class _HttpStore:
+    def __init__(self, address: str, timeout_seconds: float, options: dict[str, Any]) -> None:
+        self._address, self._timeout_seconds = address, timeout_seconds
+        self._session: aiohttp.ClientSession | None = None
+        self._urls: dict[str, URL] = {}
+        self._filesystem = _asynchronous(scheme_of(address), options)
+        # How many connections there are is decided by who asks, so that nothing waits within aiohttp.
+        self._client_options = {"connector": None, **getattr(self._filesystem, "client_kwargs", {})}
+        self._options = dict(getattr(self._filesystem, "kwargs", {}))
+        self._headers = {**self._options.pop("headers", {}), "Accept-Encoding": "identity"}
+
+    async def _target(self, name: str) -> tuple[URL, dict[str, str]]:
+        """Where a file is, and the headers to ask for it with."""
+        url = self._urls.get(name)
+        if url is None:
+            url = self._urls[name] = self._filesystem.encode_url(join_address(self._address, name))
+        return url, self._headers
+
+    async def get(self, name: str, span: Span, write: Write | None = None) -> bytes:
+        url, headers = await self._target(name)
+        if not span.is_whole:
+            headers = {**headers, "Range": f"bytes={span.start}-{span.stop - 1}"}
+        async with self._connected().get(url, headers=headers, timeout=self._limits(span), **self._options) as response:
+            if response.status >= 300:
+                await self._refuse(response)
+            if not span.is_whole:
+                span.check_range(redact(str(url)), response.status, response.headers.get("Content-Range", ""))
+            if write is None and response.content_length == span.size:
+                body = await response.read()  # not longer than announced
+                span.check_length(len(body))
+                return body
+            return await _collect(response, span, write)
+
+    def _connected(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            options = dict(self._client_options)
+            options["connector"] = options["connector"] or aiohttp.TCPConnector(limit=0)
+            self._session = aiohttp.ClientSession(**options)
+        return self._session
+
+    def _limits(self, span: Span) -> aiohttp.ClientTimeout:
+        seconds, size = self._timeout_seconds, span.size or 0
+        return aiohttp.ClientTimeout(
+            seconds + size / _MIN_BYTES_PER_SECOND,
+            sock_connect=seconds,
+            sock_read=None if 0 < size <= _SMALL_BODY_BYTES else seconds,
+        )
+
+    async def _refuse(self, response: aiohttp.ClientResponse) -> None:
+        raise aiohttp.ClientResponseError(
+            response.request_info, (), status=response.status, message=response.reason or ""
+        )
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+
+async def _collect(response: aiohttp.ClientResponse, span: Span, write: Write | None) -> bytes:
+    """The body piece by piece: its length is unknown, or it goes elsewhere."""
+    pieces: list[bytes] = []
+    received = 0
+    async for piece in response.content.iter_any():
+        received += len(piece)
+        if received > span.stop - span.start:
+            raise BadBodyError(f"more than the {span.stop - span.start} bytes at {span.start} came")
+        if write is None:
+            pieces.append(piece)
+        else:
+            write(piece)
+    span.check_length(received)
+    return b"".join(pieces)
+
+
+# Set while botocore prepares a request that is not to be sent by it; receives the request.
+_prepared: ContextVar[list[Any] | None] = ContextVar("_prepared", default=None)
+
+
+class _NotSent:
+    """The answer that botocore gets in place of a response."""
+
+    status_code = 200
+    headers: Mapping[str, str] = {}
+    raw = None
+
+
+def _keep_from_sending(request: Any, **_: Any) -> _NotSent | None:
+    requests = _prepared.get()
+    if requests is None:
+        return None
+    requests.append(request)
+    return _NotSent()
+
+
+class _S3Store(_HttpStore):
+    """Objects of a bucket. botocore finds credentials, region and address and signs; aiohttp fetches.
+
+    A signature is valid for a quarter of an hour and doesn't cover the range, so one serves all requests for an object
+    within two minutes: a request costs as much as one by HTTP.
+    """
+
+    def __init__(self, address: str, timeout_seconds: float, options: dict[str, Any]) -> None:
+        # Retries are the caller's alone: layers of them would multiply.
+        limits = {"connect_timeout": timeout_seconds, "read_timeout": timeout_seconds, "retries": {"max_attempts": 0}}
+        options["config_kwargs"] = {**limits, **options.get("config_kwargs", {})}
+        super().__init__(address, timeout_seconds, options)
+        self._filesystem.retries = 1
+        self._client_options = {"connector": None}
+        self._options = {"allow_redirects": False}
+        self._proxies = options["config_kwargs"].get("proxies")
+        self._client: Any = None
+        self._has_met_bucket = False
+        self._signed: dict[str, tuple[float, asyncio.Future[tuple[URL, dict[str, str]]]]] = {}
+
+    async def _target(self, name: str) -> tuple[URL, dict[str, str]]:
+        expires, signed = self._signed.get(name, (0.0, None))
+        if signed is None or time.monotonic() > expires or (signed.done() and signed.exception() is not None):
+            # One signs, the others wait for it.
+            signed = asyncio.ensure_future(self._sign(name))
+            self._signed[name] = time.monotonic() + _SIGNATURE_SECONDS, signed
+        return await asyncio.shield(signed)
+
+    async def _sign(self, name: str) -> tuple[URL, dict[str, str]]:
+        if not self._has_met_bucket:
+            await self._read_by_botocore(name, 0, 1)
+        bucket, key, version = self._filesystem.split_path(self._path(name))
+        wanted = {"Bucket": bucket, "Key": key, **({"VersionId": version} if version else {})}
+        requests: list[Any] = []
+        token = _prepared.set(requests)
+        try:
+            await self._client.get_object(**self._filesystem._get_s3_method_kwargs(self._client.get_object, wanted))
+        finally:
+            _prepared.reset(token)
+        headers = {key: _text(value) for key, value in requests[-1].headers.items()}
+        return URL(requests[-1].url, encoded=True), {**headers, "Accept-Encoding": "identity"}
+
+    def _path(self, name: str) -> str:
+        return self._filesystem._strip_protocol(join_address(self._address, name))
+
+    async def _connect(self) -> None:
+        client = await self._filesystem.set_session()
+        if self._client is not None:
+            return
+        client.meta.events.register("before-send.s3.GetObject", _keep_from_sending)
+        endpoint = URL(client.meta.endpoint_url)
+        scheme = endpoint.scheme
+        # As botocore does; aiohttp's own look at the environment costs a thread's work for each request.
+        if self._proxies is None and not proxy_bypass(endpoint.host or ""):
+            self._proxies = getproxies()
+        if proxy := (self._proxies or {}).get(scheme):
+            self._options["proxy"] = proxy
+        verify = self._filesystem.client_kwargs.get("verify")
+        if verify is None:
+            verify = self._filesystem.session.get_config_variable("ca_bundle")
+        if scheme == "https" and verify is not None:
+            self._options["ssl"] = verify if isinstance(verify, bool) else ssl.create_default_context(cafile=verify)
+        self._client = client
+
+    async def get(self, name: str, span: Span, write: Write | None = None) -> bytes:
+        if span.total is None:
+            return await self._read_by_botocore(name, span.start, span.stop)
+        return await super().get(name, span, write)
+
+    async def _read_by_botocore(self, name: str, start: int, stop: int) -> bytes:
+        """The first request of all: botocore follows a bucket to its region and remembers that."""
+        await self._connect()
+        path = self._path(name)
+        body = await asyncio.wait_for(self._filesystem._cat_file(path, start=start, end=stop), self._timeout_seconds)
+        self._has_met_bucket = True
+        return body
+
+    async def _refuse(self, response: aiohttp.ClientResponse) -> None:
+        text = await response.content.read(_MAX_EXPLANATION_BYTES)
+        code = re.search(rb"<Code>(\w{1,64})</Code>", text)
+        message = code[1].decode() if code else response.reason or ""
+        raise aiohttp.ClientResponseError(response.request_info, (), status=response.status, message=message)
+
+    async def close(self) -> None:
+        await super().close()
+        if self._client is not None:
+            await self._client.__aexit__(None, None, None)
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode("latin-1") if isinstance(value, bytes) else value
+
+
+class _OtherStore:
+    """What else fsspec reaches. Drivers that are not asynchronous are called in a thread, one call at a time: they may
+    share one connection among all their callers (ftp does)."""
+
+    def __init__(self, address: str, timeout_seconds: float, options: dict[str, Any]) -> None:
+        self._address, self._timeout_seconds = address, timeout_seconds
+        self._filesystem = _asynchronous(scheme_of(address), options)
+        self._one_at_a_time = asyncio.Lock()
+
+    async def get(self, name: str, span: Span, write: Write | None = None) -> bytes:
+        path = self._filesystem._strip_protocol(join_address(self._address, name))
+        if self._filesystem.async_impl:
+            seconds = self._timeout_seconds + (span.size or 0) / _MIN_BYTES_PER_SECOND
+            body = await asyncio.wait_for(
+                self._filesystem._cat_file(path, start=span.start, end=span.stop), timeout=seconds
+            )
+        else:
+            async with self._one_at_a_time:
+                body = await asyncio.to_thread(self._filesystem.cat_file, path, start=span.start, end=span.stop)
+        span.check_length(len(body))
+        if write is None:
+            return body
+        write(body)
+        return b""
+
+    async def close(self) -> None:
+        session = getattr(self._filesystem, "_session", None)  # of gcsfs and what is built like it
+        if session is not None:
+            await session.close()
+
+
+def _asynchronous(scheme: str | None, options: dict[str, Any]) -> Any:
+    """fsspec's file system, made for the running loop if it can."""
+    kind = fsspec.get_filesystem_class(scheme)
+    if kind.async_impl:
+        options = {**options, "asynchronous": True, "loop": asyncio.get_running_loop()}
+    return kind(skip_instance_cache=True, **options)

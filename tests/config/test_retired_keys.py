@@ -1,0 +1,15 @@
+"""Keys of earlier versions: recipes are told what to do, saved configurations are read without them."""
+
+import pytest
+
+from text4vis.config.loading import config_from_dict, load_config
+from text4vis.config.schema import Config, ConfigError
+
+
+def test_a_former_key_is_explained_in_a_recipe_and_passed_over_in_what_was_saved(tmp_path):
+    saved = Config().to_dict()
+    saved["data"]["io_threads"] = 16
+    assert config_from_dict(saved, "export.json") == Config()
+    (tmp_path / "c.yaml").write_text("data: {io_threads: 16}")
+    with pytest.raises(ConfigError, match=r"data.io_threads: not used here .*data.requests_in_flight"):
+        load_config(tmp_path / "c.yaml")
