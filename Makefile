@@ -1,15 +1,25 @@
-# make demo: data, shards, training, evaluation and a picture, from nothing. make test: the whole test suite.
+# make demo: data, shards, training, evaluation and a picture, from nothing. make check: before
+# each commit. make test: the whole test suite.
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test lint audit bench clean
+.PHONY: demo test check lint mutants audit bench clean
 
 demo: .venv/runtime
 	$(BIN)/python tools/demo.py --output demo
 
 test: .venv/dev
 	$(BIN)/python -m pytest
+
+# Before each commit: all but the tests that take long.
+check: lint
+	$(BIN)/python -m pytest -q -m 'not slow and not multihost and not gpu and not long'
+
+# Changes the code in small ways and counts the changes that its tests notice.
+mutants: .venv/dev
+	mkdir -p bench
+	$(BIN)/python tests/support/mutants.py --json bench/mutants.json
 
 lint: .venv/dev
 	$(BIN)/ruff check .

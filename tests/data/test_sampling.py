@@ -118,3 +118,17 @@ def test_train_reaches_every_frame_about_equally_often():
 def test_impossible_counts_are_refused(frames, segments, clips):
     with pytest.raises(ValueError, match="must be at least 1"):
         clip_indices(frames, segments, clips)
+
+
+@pytest.mark.parametrize("frames, segments", [(0, 8), (8, 0)])
+@pytest.mark.parametrize("dense", [False, True])
+def test_impossible_training_clips_are_refused(frames, segments, dense):
+    with pytest.raises(ValueError, match="must be at least 1, got 0"):
+        train_indices(frames, segments, np.random.default_rng(0), dense)
+
+
+def test_a_video_of_as_many_frames_as_segments_draws_nothing():
+    """What is drawn after the frames, the crop, depends on how many numbers they took."""
+    rng = np.random.default_rng(0)
+    assert train_indices(8, 8, rng).tolist() == list(range(8))
+    assert rng.random() == np.random.default_rng(0).random()

@@ -95,3 +95,39 @@ def test_confusion_and_mean_class_accuracy():
         confusion_matrix(np.array([4]), np.array([0]), 4)
     with pytest.raises(ValueError, match=r"labels -1\.\.-1"):
         topk_correct(np.zeros((1, 3)), np.array([-1]))
+
+
+def test_a_class_of_one_video_counts_as_much_as_others():
+    assert mean_class_accuracy(np.array([[0, 1], [0, 2]])) == 50.0
+
+
+def test_one_class_has_no_halves():
+    with pytest.raises(ValueError, match="at least 2 classes, got 1"):
+        half_class_splits(1)
+
+
+def test_ids_of_one_class_are_in_range():
+    assert confusion_matrix(np.array([1, 1]), np.array([1, 1]), 2).tolist() == [[0, 0], [0, 2]]
+    assert topk_correct(np.eye(2), np.array([1, 1]), ks=(1,)) == {1: 1}
+
+
+@pytest.mark.parametrize("ids", [[-1, 1], [0, 3]])
+def test_one_id_out_of_range_among_good_ones_is_refused(ids):
+    good = np.array([0, 1])
+    for predicted, labels in ((np.array(ids), good), (good, np.array(ids))):
+        with pytest.raises(ValueError, match=r"are not in 0\.\.2"):
+            confusion_matrix(predicted, labels, 3)
+    with pytest.raises(ValueError, match=r"are not in 0\.\.2"):
+        topk_correct(np.zeros((2, 3)), np.array(ids))
+
+
+@pytest.mark.parametrize("shapes", [((2,), (3,)), ((2, 2), (2, 2))])
+def test_a_confusion_of_other_shapes_is_refused(shapes):
+    with pytest.raises(ValueError, match=r"expected two \(N,\) arrays"):
+        confusion_matrix(*(np.zeros(shape, int) for shape in shapes), 3)
+
+
+@pytest.mark.parametrize("shapes", [((2, 3), (3,)), ((2,), (2,)), ((2, 3, 1), (2,))])
+def test_scores_of_other_shapes_are_refused(shapes):
+    with pytest.raises(ValueError, match=r"expected scores \(N, C\) and labels \(N,\)"):
+        topk_correct(*(np.zeros(shape, int) for shape in shapes))

@@ -188,6 +188,7 @@ def test_few_shot_subset():
     assert not np.array_equal(subset, few_shot_subset(labels, 6, 2))
     with pytest.raises(ValueError, match=r"class 1 has 1 videos, 2 are asked for \(2 of 4 classes"):
         few_shot_subset(np.array([0, 0, 1, 3, 3]), 2, 0)
+    assert sorted(labels[few_shot_subset(labels, 1, 1)].tolist()) == sorted(set(labels.tolist()))
     assert few_shot_subset(np.array([0, 0, 1, 3, 3]), 2, 0, at_most=True).tolist() == [0, 1, 2, 3, 4]
     capped = few_shot_subset(labels, 12, 1, at_most=True)
     assert np.array_equal(np.bincount(labels[capped]), np.minimum(np.bincount(labels), 12))
