@@ -169,5 +169,6 @@ class _OwnServer:
 
 
 if __name__ == "__main__":
-    given = dict(map(int, word.split(":")) for word in sys.argv[2:])
+    pairs = (word.split(":") for word in sys.argv[2:])
+    given = {int(first): int(second) for first, second in pairs}
     asyncio.run(_OwnServer(Path(sys.argv[1])).serve(given))
