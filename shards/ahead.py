@@ -74,7 +74,8 @@ class Follower(Protocol):
     """A source of whole shards that fetches them ahead."""
 
     @property
-    def num_shards(self) -> int: ...
+    def num_shards(self) -> int:
+        """Shards of the data set."""
 
     def follow(self, plan: Plan) -> None:
         """From now on shards are fetched and kept by this plan."""

@@ -75,6 +75,7 @@ class CachedShards:
         self.renew()
 
     def renew(self) -> None:
+        """Forgets threads and downloads, see `ShardSource`."""
         self._lock = threading.Lock()
         self._ended = threading.Condition(self._lock)  # a download is over
         self._dropping_lock = threading.Lock()
@@ -102,6 +103,7 @@ class CachedShards:
 
     @property
     def num_shards(self) -> int:
+        """Shards of the data set."""
         return len(self._shards)
 
     def follow(self, plan: Plan) -> None:
@@ -110,10 +112,12 @@ class CachedShards:
         self.advanced()
 
     def advanced(self) -> None:
+        """Starts what the plan wants now."""
         with self._lock:
             self._start_threads()
 
     def start(self, wanted: Sequence[Extent]) -> _CachedFetch:
+        """Starts fetching, see `ShardSource`."""
         shards = tuple(dict.fromkeys(shard for shard, ranges in wanted if ranges))
         fetch = _CachedFetch(self, wanted)
         with self._lock:

@@ -83,6 +83,7 @@ class LocalFetch:
     wanted: Sequence[Extent]
 
     def read(self, number: int, check: Check) -> list[bytes]:
+        """See `Fetch`."""
         return self.source.read(*self.wanted[number], check)
 
 

@@ -90,6 +90,7 @@ class RemoteFiles:
         return Request(stop - start, partial(self._fetch, name, Span(start, stop, total)))
 
     def submit(self, requests: Sequence[Request]) -> Transfer:
+        """Hands requests to the loop, all at once."""
         return self._transfers.submit(requests)
 
     def download(self, name: str, total: int, descriptor: int) -> None:
@@ -237,14 +238,17 @@ class RemoteShards:
         self._shards = shards
 
     def renew(self) -> None:
+        """Forgets connections, see `ShardSource`."""
         self.files.renew()
 
     def close(self) -> None:
         """Nothing is left open here: connections end with the loop."""
 
     def requests(self, shard: int, ranges: Sequence[Range]) -> list[Request]:
+        """The requests for some ranges of a shard."""
         info = self._shards[shard]
         return [self.files.request(info.name, start, stop, info.bytes) for start, stop in ranges]
 
     def start(self, wanted: Sequence[Extent]) -> _RemoteFetch:
+        """Starts fetching, see `ShardSource`."""
         return _RemoteFetch(self, wanted)

@@ -116,10 +116,12 @@ class Span:
 
     @property
     def size(self) -> int | None:
+        """Bytes of the span, None where it is not known."""
         return None if self.total is None else self.stop - self.start
 
     @property
     def is_whole(self) -> bool:
+        """Whether the span is the whole file."""
         return self.total is None or (self.start, self.stop) == (0, self.total)
 
     def check_length(self, received: int) -> None:

@@ -58,14 +58,17 @@ class Transfer:
 
     @property
     def has_failed(self) -> bool:
+        """Whether a part of the transfer has failed."""
         return self._done.done()  # else there is something left to fetch
 
     def put(self, position: int, body: Any) -> None:
+        """Keeps the body of a request."""
         self._bodies[position] = body
         if self._left == 1 and not self._done.done():
             self._done.set_result(None)
 
     def fail(self, error: BaseException) -> None:
+        """Ends the transfer with an error; the first one counts."""
         if not self._done.done():
             self._done.set_exception(error)
 
