@@ -3,6 +3,7 @@ from .annotations import parse_annotations as parse_annotations
 from .annotations import parse_labels as parse_labels
 from .checker import Report as Report
 from .checker import check_datasets as check_datasets
+from .foreign import index_tars as index_tars
 from .format import SampleError as SampleError
 from .format import ShardError as ShardError
 from .plan import Stream as Stream

@@ -4,9 +4,11 @@ An annotation list holds one video a line, the fields separated by spaces or tab
 
     path/to/folder frames label     a folder of frames
     path/to/video.mp4 label         a video file, known by the extension at the end of the path
+    path/to/video - label           a video file whatever its name
 
-Names are split off from the right, so they may hold spaces. Empty lines are skipped, and so are comments: lines that
-begin with `# ` or `##`, or hold `#` alone. (`#name 30 4` is a video: real data sets have names that begin with `#`.)
+Names are split off from the right, so they may hold spaces. One path has one spelling: `./a`, `b/../a`, `a//` and,
+below the root, `/root/a` are read as `a`. Empty lines are skipped, and so are comments: lines that begin with `# ` or
+`##`, or hold `#` alone. (`#name 30 4` is a video: real data sets have names that begin with `#`.)
 
 A class list is a CSV file with the header `id,name`; ids are 0..C-1, in any order.
 """
@@ -22,11 +24,8 @@ from typing import TextIO
 import numpy as np
 
 from shards.format import CONTROL_CHARACTER, MAX_FRAMES, ShardError
+from shards.list_lines import LAYOUT, hint, is_video_file, path_below, refuse_more_numbers
 
-VIDEO_EXTENSIONS = (
-    ".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ts",
-)  # fmt: skip
-_LAYOUT = "expected `folder frames label` or `video.mp4 label`"
 _LABEL_LAYOUT = "expected `id,name`, names with commas quoted"
 _MAX_LABEL = 2**31 - 1
 
@@ -46,14 +45,21 @@ class Annotation:
 
 
 def parse_annotations(
-    path: str | Path, num_classes: int | None = None, *, labels_file: str | Path | None = None
+    path: str | Path,
+    num_classes: int | None = None,
+    *,
+    labels_file: str | Path | None = None,
+    root: str | Path | None = None,
 ) -> list[Annotation]:
     """Reads an annotation list (UTF-8, with or without byte-order mark, LF or CRLF).
 
-    num_classes: labels must be below it; labels_file names the class list in that error.
+    num_classes: labels must be below it; labels_file names the class list in that error. root: the folder that the
+    paths begin in; absolute paths below it and paths as Windows writes them are understood then, and lines with more
+    numbers than a list has are told from names that end in numbers.
     Raises ShardError, one line of `file:line`, the value and the fix.
     """
     path = Path(path)
+    root = None if root is None else Path(root)
     annotations: list[Annotation] = []
     limit = _MAX_LABEL + 1 if num_classes is None else num_classes
     with _open_text(path, newline="\n") as lines:
@@ -62,7 +68,7 @@ def parse_annotations(
             if not line or line.isspace() or _is_comment(line):
                 continue
             try:
-                annotation = _parse_line(line, number)
+                annotation = _parse_line(line, number, root)
             except ValueError as error:
                 raise ShardError(f"{path}:{number}: {error}") from None
             if annotation.label >= limit:
@@ -70,11 +76,12 @@ def parse_annotations(
                 raise ShardError(
                     f"{path}:{number}: label {annotation.label} of {annotation.name!r} has no class: {classes} has "
                     f"the ids 0 to {limit - 1}; correct the label or add id {annotation.label} to the class list"
+                    + ("; where labels count from 1, subtract 1 from each" if annotation.label == limit else "")
                 )
             annotations.append(annotation)
     if not annotations:
-        raise ShardError(f"{path}: no annotations in this file; {_LAYOUT} on each line")
-    _refuse_duplicates(path, annotations)
+        raise ShardError(f"{path}: no annotations in this file; {LAYOUT} on each line")
+    _refuse_duplicates(path, annotations, root)
     return annotations
 
 
@@ -107,70 +114,88 @@ def parse_labels(path: str | Path) -> list[str]:
     return [names[number][0] for number in range(len(names))]
 
 
-def is_video_file(name: str) -> bool:
-    """Whether a name of an annotation list means a video file."""
-    return name.lower().endswith(VIDEO_EXTENSIONS)
+def format_annotation(name: str, num_frames: int | None, label: int) -> str:
+    """The line of a list, without its end, that parses to this. Raises ValueError for a name that no line can hold."""
+    count = "" if num_frames is None and is_video_file(name) else f" {'-' if num_frames is None else num_frames}"
+    line = f"{'./' if name[:1] == '#' else ''}{name}{count} {label}"
+    try:
+        line.encode()
+        if "\n" not in name and _parse_line(line, 0) == Annotation(name, num_frames, label, 0):
+            return line
+    except UnicodeEncodeError:
+        raise ValueError(f"the name {name!r} is not UTF-8; rename the file (convmv -f latin1 -t utf8)") from None
+    raise ValueError(f"the name {name!r} cannot stand in a list; rename the file, without spaces at its ends")
 
 
 def _is_comment(line: str) -> bool:
     return line[0] == "#" and (len(line) == 1 or line[1] in "# \t")
 
 
-def _parse_line(line: str, number: int) -> Annotation:
+def _parse_line(line: str, number: int, root: Path | None = None) -> Annotation:
     """Raises ValueError with the value and the fix."""
     head, _, last = line.rpartition(" ")
     if "\t" in last:
         head, last = line.rsplit(None, 1)
     if not head:
-        raise ValueError(f"{line!r} has one column; {_LAYOUT}{_comment_hint(line)}")
+        raise ValueError(f"{line!r} has one column; {LAYOUT}{hint(line)}")
+    num_frames: int | None = None
     if is_video_file(head := head.rstrip(" \t")):
-        name, num_frames = head, None
+        name = head
     else:
         name, _, count = head.rpartition(" ")
         if "\t" in count:
             name, count = head.rsplit(None, 1) if len(head.split(None, 1)) == 2 else ("", head)
         name = name.rstrip(" \t")
         if not name:
-            raise ValueError(f"{line!r} has two columns and its path is no video file; {_LAYOUT}{_comment_hint(line)}")
-        num_frames = _integer(count, "frames", line)
-        if not 0 <= num_frames <= MAX_FRAMES:
-            raise ValueError(f"frames is {num_frames}; it must be 1 to {MAX_FRAMES}: remove or correct the line")
+            raise ValueError(f"{line!r} has two columns and its path is no video file; {LAYOUT}{hint(line)}")
+        if count != "-":
+            num_frames = _integer(count, "frames", line)
+            if not 0 <= num_frames <= MAX_FRAMES:
+                raise ValueError(f"frames is {num_frames}; it must be 1 to {MAX_FRAMES}: remove or correct the line")
     label = _integer(last, "label", line)
     if not 0 <= label <= _MAX_LABEL:
         raise ValueError(f"label is {label}; labels are 0 to C-1: correct the line")
-    if not name.isprintable() and CONTROL_CHARACTER.search(name):
-        raise ValueError(f"the path {name!r} holds a control character; rename the file")
-    if name[0] == "/" or (".." in name and ".." in name.split("/")):
-        raise ValueError(f"the path {name!r} leaves the root folder; give paths below --root, without `..`")
+    name = path_below(name, root)
+    if root is not None:
+        refuse_more_numbers(name, num_frames, root)
     return Annotation(name, num_frames, label, number)
 
 
 def _integer(text: str, column: str, line: str) -> int:
     digits = text[1:] if text[0] in "+-" else text
     if not (digits.isascii() and digits.isdigit()) or len(digits) > 18:
-        raise ValueError(f"{column} is {text!r}, not a whole number; {_LAYOUT}{_comment_hint(line)}")
+        raise ValueError(f"{column} is {text!r}, not a whole number; {LAYOUT}{hint(line)}")
     return int(text)
 
 
-def _comment_hint(line: str) -> str:
-    return " (a comment begins with `# `)" if line[0] == "#" else ""
-
-
-def _refuse_duplicates(path: Path, annotations: list[Annotation]) -> None:
+def _refuse_duplicates(path: Path, annotations: list[Annotation], root: Path | None) -> None:
+    """With a root, names that differ in case alone are compared as files: some file systems do not tell them apart."""
     # Sorted hashes take 8 bytes a line where a dictionary takes a hundred; lists run to millions of lines.
-    hashes = np.fromiter((hash(annotation.name) for annotation in annotations), np.int64, len(annotations))
+    keys = (item.name if root is None else item.name.casefold() for item in annotations)
+    hashes = np.fromiter(map(hash, keys), np.int64, len(annotations))
     order = np.argsort(hashes, kind="stable")
     equal = np.flatnonzero(np.diff(hashes[order]) == 0)
     suspects = sorted(set(order[equal].tolist()) | set(order[equal + 1].tolist()))
-    first: dict[str, int] = {}
+    first: dict[str, Annotation] = {}
     for position in suspects:
         annotation = annotations[position]
-        if annotation.name in first:
+        twin = first.setdefault(annotation.name, annotation)
+        if twin is annotation and root is not None:
+            others = (other for other in first.values() if other.name.casefold() == annotation.name.casefold())
+            twin = next((other for other in others if _same_file(root, other.name, annotation.name)), annotation)
+        if twin is not annotation:
+            spelled = "" if twin.name == annotation.name else f", spelled {twin.name!r}"
             raise ShardError(
-                f"{path}:{annotation.line}: {annotation.name!r} is already on line {first[annotation.name]}; remove "
-                "one of the two"
+                f"{path}:{annotation.line}: {annotation.name!r} is already on line {twin.line}{spelled}; remove one of "
+                "the two"
             )
-        first[annotation.name] = annotation.line
+
+
+def _same_file(root: Path, name: str, other: str) -> bool:
+    try:
+        return name != other and (root / name).samefile(root / other)
+    except (OSError, ValueError):
+        return False
 
 
 def _add_label(names: dict[int, tuple[str, int]], row: list[str], where: str, line: int) -> None:

@@ -126,10 +126,25 @@ class Workspace:
         """Puts a shard, written and synced at `part`, in its place and records its index rows."""
         self.part(number).replace(self.output / shard_name(number))
         sync(self.output)
+        self.record(
+            number,
+            {"bytes": shard.info.bytes, "next_position": shard.next_position, "skipped": shard.skipped},
+            tables,
+        )
+
+    def record(self, number: int, meta: dict[str, Any], tables: dict[str, np.ndarray]) -> None:
+        """Keeps the index rows of a shard that is complete where it lies; meta: what else is to be known of it."""
         stream = io.BytesIO()
-        meta = {"bytes": shard.info.bytes, "next_position": shard.next_position, "skipped": shard.skipped}
         np.savez(stream, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8), **tables)  # type: ignore[arg-type]
         write_atomically(self._rows_path(number), stream.getvalue())
+
+    def recorded(self, number: int) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+        """What `record` keeps of a shard; None if there is nothing, or it is damaged."""
+        try:
+            with np.load(self._rows_path(number), allow_pickle=False) as arrays:
+                return json.loads(arrays["meta"].tobytes()), {role: arrays[role] for role in INDEX_ROLES}
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            return None
 
     def table(self, number: int, role: str) -> np.ndarray:
         """Index rows of a finished shard."""
@@ -149,15 +164,16 @@ class Workspace:
                 path.unlink()
 
     def _load(self, number: int) -> FinishedShard | None:
+        found = self.recorded(number)
+        if found is None:
+            return None
+        meta, tables = found
         try:
-            with np.load(self._rows_path(number), allow_pickle=False) as arrays:
-                tables = {role: arrays[role] for role in INDEX_ROLES}
-                meta = json.loads(arrays["meta"].tobytes())
             if (self.output / shard_name(number)).stat().st_size != meta["bytes"]:
                 return None
             info = ShardInfo(shard_name(number), meta["bytes"], len(tables["videos"]), len(tables["members"]))
             return FinishedShard(info, len(tables["names"]), meta["next_position"], meta["skipped"])
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        except (OSError, KeyError):
             return None
 
 
@@ -185,9 +201,6 @@ def publish(
         )
         for role in ("videos", "names")
     }
-    identity = fingerprint(small["videos"], small["names"], classes, content)
-    num_members = sum(shard.members for shard in shards)
-    (output / "index").mkdir(exist_ok=True)
 
     def members() -> Iterable[np.ndarray]:
         if existing:
@@ -195,26 +208,61 @@ def publish(
             yield from (existing.members[start : start + 2**20] for start in range(0, len(existing.members), 2**20))
         yield from (workspace.table(number, "members") for number in numbers)
 
+    manifest = write_index(
+        output,
+        shards,
+        small["videos"],
+        small["names"],
+        members(),
+        content=content,
+        classes=classes,
+        build={"runs": [*(old.build.get("runs", []) if old else []), record]},
+        skipped=[*(old.skipped if old else []), *skipped],
+    )
+    clean_up(workspace, manifest)
+    return manifest
+
+
+def write_index(
+    output: Path,
+    shards: list[ShardInfo],
+    videos: np.ndarray,
+    names: np.ndarray,
+    members: Iterable[np.ndarray],
+    *,
+    content: str,
+    classes: list[str],
+    build: dict[str, Any],
+    skipped: list[dict[str, Any]],
+    tars: str | None = None,
+) -> Manifest:
+    """Writes the index tables, then the manifest in one step. members: pieces of the member table, in order."""
+    identity = fingerprint(videos, names, classes, content)
+    num_members = sum(shard.members for shard in shards)
+    (output / "index").mkdir(exist_ok=True)
+    tables: dict[str, tuple[int, Iterable[np.ndarray]]] = {
+        "videos": (len(videos), [videos]),
+        "members": (num_members, members),
+        "names": (len(names), [names]),
+    }
     index: dict[str, dict[str, Any]] = {}
-    for role in INDEX_ROLES:
-        arrays = members() if role == "members" else [small[role]]
-        length = num_members if role == "members" else len(small[role])
+    for role, (length, arrays) in tables.items():
         file = index_file(role, identity)
         size, crc32 = _write_table(output / file, _DTYPES[role], length, arrays)
         index[role] = {"file": file, "bytes": size, "crc32": crc32}
     manifest = Manifest(
         content=content,
         classes=classes,
-        num_videos=len(small["videos"]),
+        num_videos=len(videos),
         num_members=num_members,
         fingerprint=identity,
         shards=shards,
         index=index,
-        build={"runs": [*(old.build.get("runs", []) if old else []), record]},
-        skipped=[*(old.skipped if old else []), *skipped],
+        build=build,
+        skipped=skipped,
+        tars=tars,
     )
     write_atomically(output / MANIFEST, manifest.to_json().encode())
-    clean_up(workspace, manifest)
     return manifest
 
 

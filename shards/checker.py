@@ -7,12 +7,14 @@ import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from isal import isal_zlib
 
+from shards.address import local_path, scheme_of
 from shards.building import FOLDER
 from shards.format import (
     BLOCK_BYTES,
@@ -26,6 +28,9 @@ from shards.format import (
 )
 from shards.images import check_decodes, probe_image
 from shards.index import Index, check_crc32, open_index, read_local_manifest
+from shards.local import pread_exactly
+from shards.similar import look_at, similar_pairs
+from shards.text import printable, redact
 from shards.video import probe_video
 
 # A rank that sees fewer videos an epoch than two batches of 32 spends its time in start-up and evaluation.
@@ -47,16 +52,22 @@ class DatasetReport:
 
 @dataclass
 class Report:
-    """Of all data sets that were checked together. leaks: videos that are in more than one of them."""
+    """Of all data sets that were checked together. leaks: videos that are in more than one of them.
+
+    similar: videos of two data sets that look like one recording; a warning, for it is found by looks.
+    """
 
     datasets: list[DatasetReport]
     leaks: list[str]
+    similar: list[str] = field(default_factory=list)
 
     @property
     def sound(self) -> bool:
+        """Whether no data set has a problem and no video is in two of them."""
         return not self.leaks and not any(dataset.problems for dataset in self.datasets)
 
     def to_json(self) -> str:
+        """The report as JSON, with `sound` first."""
         return json.dumps({"sound": self.sound, **asdict(self)}, ensure_ascii=False, indent=1) + "\n"
 
 
@@ -65,13 +76,15 @@ def check_datasets(
     *,
     labels: Sequence[str] | None = None,
     deep: bool = False,
+    similar: bool = False,
     workers: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Report:
     """Checks the data sets in local folders, each by itself and all against each other.
 
     Every byte is read: headers, checksums, JSON members and image headers. labels: the class names that the data sets
-    must have. deep: also decode every frame. progress: called with the number of videos done since its last call.
+    must have. deep: also decode every frame. similar: also look for the same recording in two data sets, see
+    `shards.similar`. progress: called with the number of videos done since its last call.
     """
     workers = workers or len(os.sched_getaffinity(0))
     progress = progress or (lambda videos: None)
@@ -86,12 +99,16 @@ def check_datasets(
             continue
         opened.append((str(path), index))
         report.statistics = _statistics(index)
-        _check_folder(Path(path), index.manifest, report)
+        place = _place_of_tars(Path(path), index.manifest)
         _check_classes(index, labels, report)
         _check_layout(index, report)
-        _check_members(Path(path), index, report, deep=deep, workers=workers, progress=progress)
+        if place is None:
+            report.warnings.append(f"{path}: the tars lie at {redact(index.manifest.tars or '')}; they were not read")
+        else:
+            _check_folder(Path(path), place, index.manifest, report)
+            _check_members(place, index, report, deep=deep, workers=workers, progress=progress)
         _check_duplicates(index, report)
-    return Report(reports, _leaks(opened))
+    return Report(reports, _leaks(opened), _similar(opened, workers, progress) if similar else [])
 
 
 def _open(path: Path, report: DatasetReport) -> Index:
@@ -105,19 +122,28 @@ def _open(path: Path, report: DatasetReport) -> Index:
     return index
 
 
-def _check_folder(path: Path, manifest: Manifest, report: DatasetReport) -> None:
+def _place_of_tars(path: Path, manifest: Manifest) -> Path | None:
+    """The local folder that the tars lie in, None if they lie elsewhere."""
+    if manifest.tars in (None, "."):
+        return path
+    return local_path(manifest.tars) if scheme_of(manifest.tars) is None else None
+
+
+def _check_folder(path: Path, place: Path, manifest: Manifest, report: DatasetReport) -> None:
     expected = {shard.name: shard.bytes for shard in manifest.shards}
-    found = {file.name: file.stat().st_size for file in path.glob("*.tar")}
     for name, size in expected.items():
-        if name not in found:
-            report.problems.append(f"{path / name}: missing; copy it again")
-        elif found[name] != size:
-            report.problems.append(f"{path / name}: has {found[name]} bytes, the manifest says {size}; copy it again")
+        try:
+            found = (place / name).stat().st_size
+        except OSError:
+            report.problems.append(f"{place / name}: missing; copy it again")
+            continue
+        if found != size:
+            report.problems.append(f"{place / name}: has {found} bytes, the manifest says {size}; copy it again")
     unfinished = (path / FOLDER).exists()
     if unfinished:
         report.warnings.append(f"{path / FOLDER}: an unfinished build; run it again or delete it")
-    extra = sorted(set(found) - set(expected))
-    for name in extra:
+    extra = {file.name for file in path.glob("*.tar")} - set(expected) if manifest.tars is None else set()
+    for name in sorted(extra):
         line = f"{path / name}: not in the manifest; delete it, or finish the --append that wrote it"
         (report.warnings if unfinished else report.problems).append(line)
 
@@ -184,6 +210,8 @@ def _check_members(
                     for problems in pool.map(walk.check_video, batch):
                         report.problems += problems[: _MAX_PROBLEMS - len(report.problems)]
                     progress(len(batch))
+            if index.manifest.tars is not None:
+                continue  # what others wrote may hold more than the index uses, in their own headers
             end = walk.end_of(last - 1) if last > first else 0
             trailer = os.pread(file, 2 * BLOCK_BYTES + 1, end)
             if trailer != bytes(2 * BLOCK_BYTES):
@@ -214,7 +242,18 @@ class _TarWalk:
 
     def check_video(self, video: int) -> list[str]:
         """One line for each problem."""
-        return [f"{self.where}: {problem}; copy the shard again or rebuild" for problem in self._problems(video)]
+        found = self._problems(video) if self.index.manifest.tars is None else self._problems_of_data(video)
+        return [f"{self.where}: {problem}; copy the shard again or rebuild" for problem in found]
+
+    def _problems_of_data(self, video: int) -> Iterator[str]:
+        """Of a tar that others wrote: the bytes that the index uses, whatever lies around them."""
+        row = self.index.videos[video]
+        members = self.index.member_rows(video, np.arange(int(row["num_members"])))
+        for number, (block, size, *facts) in enumerate(members.tolist()):
+            what = f"frame {number}" if self.index.manifest.content == "frames" else "the video"
+            name = f"{printable(self.index.name(video))}, {what}"
+            data = pread_exactly(self.file, block * BLOCK_BYTES, block * BLOCK_BYTES + size)
+            yield from self._data_problems(name, data, tuple(facts), int(row["num_frames"]))
 
     def _problems(self, video: int) -> Iterator[str]:
         row = self.index.videos[video]
@@ -291,7 +330,8 @@ class _TarWalk:
         try:
             if self.index.manifest.content == "frames":
                 info = probe_image(data)
-                if (info.width, info.height) != (width, height) or not name.endswith(info.extension):
+                ours = self.index.manifest.tars is None
+                if (info.width, info.height) != (width, height) or (ours and not name.endswith(info.extension)):
                     yield f"{name}: a {info.extension} of {info.width}x{info.height}, not {width}x{height} as indexed"
                 if self.deep:
                     check_decodes(data)
@@ -374,3 +414,25 @@ def _leaks(opened: list[tuple[str, Index]]) -> list[str]:
         for name, content in zip(names, contents, strict=True):
             owner_of_content.setdefault(content, (path, name))
     return leaks
+
+
+def _similar(opened: list[tuple[str, Index]], workers: int, progress: Callable[[int], object]) -> list[str]:
+    """Videos of two data sets that look like one recording, except those that `_leaks` finds."""
+    opened = [(path, index) for path, index in opened if _place_of_tars(Path(path), index.manifest) is not None]
+    looks = [
+        look_at(index, place, workers=workers, progress=progress)
+        for path, index in opened
+        if (place := _place_of_tars(Path(path), index.manifest)) is not None
+    ]
+    identities = [_identities(index) for _, index in opened]
+    lines: list[str] = []
+    for one, other in combinations(range(len(opened)), 2):
+        (names, contents), (other_names, other_contents) = identities[one], identities[other]
+        for pair in similar_pairs(looks[one], looks[other]):
+            name, twin = other_names[pair.second], names[pair.first]
+            if name != twin and other_contents[pair.second] != contents[pair.first]:
+                lines.append(
+                    f"{opened[other][0]}: {name!r} looks like {twin!r} in {opened[one][0]}: {pair.share:.0%} of the "
+                    "frames of one match the other; look at both, and keep one recording in one data set"
+                )
+    return lines

@@ -10,7 +10,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from shards.annotations import Annotation
+from shards.annotations import Annotation, format_annotation
 from shards.files import require_folder, try_lock, write_atomically
 from shards.format import ShardError
 from shards.sources import InputError, SourceOptions, encoded_frames, probe_file, video_positions
@@ -71,7 +71,7 @@ def extract_frames(
             pool.shutdown(cancel_futures=True)
         counts = [future.result() for future in futures if not future.cancelled()]
         rows = zip(folders, counts, videos, strict=True)
-        lines = [f"{folder} {count} {video.label}\n" for folder, count, video in rows]
+        lines = [f"{format_annotation(folder, count, video.label)}\n" for folder, count, video in rows]
         write_atomically(output / ANNOTATIONS, "".join(lines).encode())
         shutil.rmtree(output / _PARTS, ignore_errors=True)
     return sum(counts)
@@ -90,6 +90,10 @@ def _folder_names(videos: Sequence[Annotation], list_name: str | Path) -> list[s
                 f"{list_name}:{video.line}: {video.name!r} and {first[folder].name!r} (line {first[folder].line}) "
                 f"would both be extracted to {folder!r}; rename one of the two"
             )
+        try:
+            format_annotation(folder, 1, video.label)
+        except ValueError as error:
+            raise ShardError(f"{list_name}:{video.line}: {video.name!r}: the folder of its frames: {error}") from None
         first[folder] = video
     return list(first)
 

@@ -92,6 +92,8 @@ class Manifest:
     classes: class names, the label is the position. build: the settings the data set was built with.
     skipped: inputs that were left out on request, as {"name", "line", "reason"}.
     index: for each role of INDEX_ROLES its {"file", "bytes", "crc32"}.
+    tars: None for shards that we wrote. Else the place of tars that others wrote, below which the names of `shards`
+        lie: an address, or "." for beside the manifest.
     """
 
     content: str
@@ -104,9 +106,14 @@ class Manifest:
     build: dict[str, Any] = field(default_factory=dict)
     skipped: list[dict[str, Any]] = field(default_factory=list)
     version: int = FORMAT_VERSION
+    tars: str | None = None
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), ensure_ascii=False, indent=1, sort_keys=True) + "\n"
+        """The text of `manifest.json`."""
+        content = asdict(self)
+        if self.tars is None:
+            del content["tars"]
+        return json.dumps(content, ensure_ascii=False, indent=1, sort_keys=True) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> Manifest:
@@ -149,8 +156,15 @@ def _check_manifest(manifest: Manifest) -> None:
     require(is_count(manifest.num_videos) and is_count(manifest.num_members), "num_videos or num_members is no count")
     require(re.fullmatch("[0-9a-f]{64}", manifest.fingerprint) is not None, "fingerprint is not 64 hex digits")
     require(isinstance(manifest.build, dict) and isinstance(manifest.skipped, list), "build or skipped has a bad type")
+    require(manifest.tars is None or isinstance(manifest.tars, str), "tars is no address")
     for number, shard in enumerate(manifest.shards):
-        require(shard.name == shard_name(number), f"shard {number} is named {shard.name!r}, not {shard_name(number)}")
+        if manifest.tars is None:
+            require(
+                shard.name == shard_name(number), f"shard {number} is named {shard.name!r}, not {shard_name(number)}"
+            )
+        else:
+            problem = tar_place_problem(shard.name)
+            require(problem is None, f"the name of shard {number}, {shard.name!r}, {problem}")
         require(all(map(is_count, (shard.bytes, shard.videos, shard.members))), f"{shard.name} has a bad count")
     require(sum(shard.videos for shard in manifest.shards) == manifest.num_videos, "shards do not add up to num_videos")
     require(
@@ -166,12 +180,22 @@ def _check_manifest(manifest: Manifest) -> None:
         require(is_count(entry["bytes"]) and is_count(entry["crc32"]), f"index {role} has a bad size or checksum")
 
 
+def tar_place_problem(name: object) -> str | None:
+    """What is wrong with the name of a tar below its place; None if it stays below it."""
+    if not isinstance(name, str) or not name or CONTROL_CHARACTER.search(name) or re.search(r"[?#\\]", name):
+        return "is empty or holds a control character, '?', '#' or a backslash"
+    if any(part in {"", ".", ".."} for part in name.split("/")):
+        return "leads out of its place"
+    return None
+
+
 def index_file(role: str, fingerprint: str) -> str:
     """Path inside the data set of an index table; role is one of INDEX_ROLES."""
     return f"index/{role}-{fingerprint[:32]}.npy"
 
 
 def shard_name(number: int) -> str:
+    """File name of the number-th shard of a data set."""
     return f"{number:06d}.tar"
 
 

@@ -1,4 +1,4 @@
-"""Encoded images: what they are, by their bytes and not by their name, and re-encoding with Pillow."""
+"""Encoded images: what they are, by their bytes and not by their name, what they show, and re-encoding with Pillow."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ MAX_FRAME_PIXELS = 1 << 25
 
 _JPEG_END = b"\xff\xd9"
 _NO_HEAD = b"no image begins like this"
+_PNG_BEGIN = b"\x89PNG\r\n\x1a\n"
 _PNG_END = b"IEND\xaeB`\x82"
 _PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 
@@ -61,7 +62,7 @@ def _probe(data: bytes) -> tuple[ImageInfo, int]:
         if data.startswith(b"\xff\xd8\xff"):
             width, height, head_bytes = _jpeg_size(data)
             info = ImageInfo("jpg", width, height)
-        elif data.startswith(b"\x89PNG\r\n\x1a\n"):
+        elif data.startswith(_PNG_BEGIN):
             info = ImageInfo("png", *_png_size(data))
         elif data.startswith(b"RIFF") and data[8:12] == b"WEBP":
             info = ImageInfo("webp", *_webp_size(data))
@@ -78,26 +79,52 @@ def _probe(data: bytes) -> tuple[ImageInfo, int]:
     return info, head_bytes
 
 
-def reencode(data: bytes, short_side: int | None, quality: int | None) -> bytes:
-    """Decodes an image and encodes it as JPEG, see `encode_jpeg`. Raises ValueError when it does not decode."""
+def read_image(data: bytes) -> Image.Image:
+    """The image as RGB. Raises ValueError for what `probe_image` refuses, and when it does not decode.
+
+    Grey, palette and CMYK become what Pillow's `convert("RGB")` shows, transparency is dropped, and of 16 bits the
+    upper eight count: Pillow would make grey of 16 bits white. The EXIF orientation is not applied, as the field's
+    loaders do not.
+    """
+    probe_image(data)
     try:
         with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as image:
-            return encode_jpeg(image, short_side, quality)
+            if image.mode.startswith("I"):
+                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+            image.info.pop("transparency", None)  # of palettes Pillow would warn
+            return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"the image does not decode ({error})") from error
 
 
-def encode_jpeg(image: Image.Image | np.ndarray, short_side: int | None, quality: int | None) -> bytes:
-    """JPEG of an image, as RGB, its shorter side scaled down to `short_side` pixels.
+def plain_image(data: bytes) -> bytes:
+    """An image that every decoder turns into the pixels of `read_image`: those that decoders round as they like, or not
+    all of them know, become a BMP of 24 bits. All others are given back unchanged.
 
-    Grey, palette and CMYK become what Pillow's `convert("RGB")` shows. Scaling is bicubic with antialias. An image that
-    is already smaller keeps its size: enlarging costs bytes and adds nothing. The EXIF orientation is not applied, as
-    the field's loaders do not, and the tag is dropped. image may be an array (H, W, 3) uint8. quality: 90 by default.
+    Raises ValueError when such an image does not decode.
+    """
+    deep_png = data.startswith(_PNG_BEGIN) and data[24:25] == b"\x10"
+    odd_bmp = data.startswith(b"BM") and data[28:34] != b"\x18\0\0\0\0\0"  # other than 24 bits, not compressed
+    if not deep_png and not odd_bmp:
+        return data
+    stream = io.BytesIO()
+    read_image(data).save(stream, "BMP")
+    return stream.getvalue()
+
+
+def reencode(data: bytes, short_side: int | None, quality: int | None) -> bytes:
+    """Decodes an image and encodes it as JPEG, see `encode_jpeg`. Raises ValueError when it does not decode."""
+    return encode_jpeg(read_image(data), short_side, quality)
+
+
+def encode_jpeg(image: Image.Image | np.ndarray, short_side: int | None, quality: int | None) -> bytes:
+    """JPEG of an RGB image, or an array (H, W, 3) uint8, its shorter side scaled down to `short_side` pixels.
+
+    Scaling is bicubic with antialias. An image that is already smaller keeps its size: enlarging costs bytes and adds
+    nothing. EXIF tags are dropped. quality: 90 by default.
     """
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
-    if image.mode != "RGB":
-        image = image.convert("RGB")
     if short_side is not None and min(image.size) > short_side:
         scale = short_side / min(image.size)
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))

@@ -41,7 +41,8 @@ class ShardSource(Protocol):
     def renew(self) -> None:
         """Drops locks, connections and threads, which do not survive a fork. Called in the child."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Ends threads and connections, and closes files."""
 
 
 class OpenFile:
@@ -95,10 +96,12 @@ class LocalShards:
         return status.st_size, status.st_mtime_ns
 
     def renew(self) -> None:
+        """Forgets open files; they are opened again when needed."""
         self._lock = threading.Lock()
         self._open_files: OrderedDict[int, OpenFile] = OrderedDict()
 
     def close(self) -> None:
+        """Closes the open files, each when its last reader is done."""
         with self._lock:
             self._open_files.clear()
 
@@ -139,6 +142,7 @@ class LocalShards:
                 os.posix_fadvise(descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
 
     def read(self, shard: int, ranges: Sequence[Range], check: Check) -> list[bytes]:
+        """See `ShardSource`. A file whose size or time has changed is an error; a stale mount is tried again."""
         try:
             try:
                 chunks = self._read_once(shard, ranges)

@@ -120,22 +120,41 @@ def _open_part(address: str, options: _Options) -> _Part:
     manifest = read_local_manifest(folder)
     files = {role: folder / manifest.index[role]["file"] for role in INDEX_ROLES}
     index = open_index(printable(str(folder)), manifest, files)
-    return _Part(index, LocalShards(folder, manifest.shards, options.retries))
+    place = manifest.tars
+    if place is None or place == ".":
+        return _Part(index, LocalShards(folder, manifest.shards, options.retries))
+    if scheme_of(place) is None:
+        return _Part(index, LocalShards(local_path(place), manifest.shards, options.retries))
+    return _Part(index, _remote_source(place, manifest, options))
 
 
 def _open_remote(address: str, options: _Options) -> _Part:
-    remote = RemoteFiles(
+    remote = _remote_files(address, options)
+    manifest = Manifest.from_json(remote.read_whole(MANIFEST, MAX_MANIFEST_BYTES), remote.place(MANIFEST))
+    if manifest.tars not in (None, "."):
+        raise ShardError(
+            f"{remote.place(MANIFEST)}: names tars in another place, which is followed from local folders alone; copy "
+            "the index to a local folder"
+        )
+    index = _open_fetched_index(remote, manifest, options.cache_path / "index")
+    return _Part(index, _remote_source(address, manifest, options))
+
+
+def _remote_files(address: str, options: _Options) -> RemoteFiles:
+    return RemoteFiles(
         address,
         retries=options.retries,
         timeout_seconds=options.timeout_seconds,
         storage_options=options.storage_options,
     )
-    manifest = Manifest.from_json(remote.read_whole(MANIFEST, MAX_MANIFEST_BYTES), remote.place(MANIFEST))
-    index = _open_fetched_index(remote, manifest, options.cache_path / "index")
+
+
+def _remote_source(address: str, manifest: Manifest, options: _Options) -> ShardSource:
+    """The tars below an address: whole in the cache, or by ranges."""
+    remote = _remote_files(address, options)
     if options.cache_bytes is None:
-        return _Part(index, RemoteShards(remote, manifest.shards))
-    cache = ShardCache(options.cache_path / "shards", options.cache_bytes)
-    return _Part(index, CachedShards(remote, manifest, cache))
+        return RemoteShards(remote, manifest.shards)
+    return CachedShards(remote, manifest, ShardCache(options.cache_path / "shards", options.cache_bytes))
 
 
 def _open_fetched_index(remote: RemoteFiles, manifest: Manifest, folder: Path) -> Index:

@@ -58,11 +58,13 @@ class Chunk:
     bytes: int = 0
 
     def add(self, member: Member) -> None:
+        """Appends a member."""
         self.members.append(member)
         self.bytes += len(member.data)
 
     @property
     def full(self) -> bool:
+        """Whether the chunk is large enough to be passed on."""
         return len(self.members) >= CHUNK_FRAMES or self.bytes >= CHUNK_BYTES
 
 
@@ -98,9 +100,11 @@ class SourceOptions:
 
     @property
     def reencodes(self) -> bool:
+        """Whether frames are encoded anew."""
         return self.short_side is not None or self.quality is not None
 
     def record(self) -> dict[str, Any]:
+        """The settings as the manifest keeps them."""
         return asdict(self)
 
 

@@ -1,34 +1,54 @@
-"""Video files: what they hold, all their frames in order, or exactly the frames with given numbers. Uses PyAV.
+"""What a video file shows: which stream, which frames at which times, turned and coloured as `ffmpeg` shows them.
+
+Every decision on a video is made here, so building, checking, training, evaluation and prediction see the same pixels.
+Uses PyAV and numpy only: `tools/export.py --onnx` copies this file beside its program.
 
 Frame numbers count from 0 in the order of presentation, the order in which a decoder gives frames out. Everything here
-agrees on these numbers: `iter_frames`, `decode_frames` and the count in `VideoInfo`. A rotation that the file asks for
-(phones write it) is applied, as `ffmpeg` and OpenCV do.
+agrees on these numbers: `iter_frames`, `FrameReader`, `decode_frames` and `VideoInfo.times_N`.
+
+N frames of a video, K of them.
 """
 
 from __future__ import annotations
 
 import io
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, cast
 
 import av
-import av.container
 import av.error
+import av.filter
 import numpy as np
+from av.container import InputContainer
+from av.sidedata.sidedata import Type
+from av.stream import Disposition
 
-# FFmpeg also "opens" playlists and scripts, which make it read other files and addresses; only real containers here.
-_FORMATS = "mov,mp4,avi,matroska,webm,mpegts,mpeg,mpegvideo,flv,asf,ogg,m4v"
+# FFmpeg also "opens" playlists and scripts, which make it read other files and addresses, and pictures: only these.
+_FORMATS = (
+    "mov,mp4,avi,matroska,webm,mpegts,mpeg,mpegvideo,flv,asf,ogg,m4v,gif,apng,dv,mxf,rm,nut,ivf,wtv,"
+    "h264,hevc,vvc,obu,av1,h261,h263,vc1,vc1test,yuv4mpegpipe,dhav,gxf,amv,nuv"
+)
 
-# Containers round times, so a duration is known to a part of a frame only.
-_RATE_TOLERANCE = 0.05
+# Matroska, WebM, FLV and ASF round times to a millisecond: a frame counts as shown up to half of one before its time.
+_ROUNDING = 0.0005 + 1e-6
 _DEFAULT_FPS = 25.0
-
+# A longer step of the clock is a jump and no frame that stands still: the limits of `ffmpeg`, in seconds.
+_LONGEST_STEP, _LONGEST_STEPS = 30 * 3600.0, {"mpegts": 10.0, "mpeg": 10.0}
+_REORDERED_FRAMES = 8  # frames may come out of order for so long; a clock that stays behind was reset
+_PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
+_NVDEC_CODECS = {"h264", "hevc", "mpeg4", "vp8", "vp9", "libdav1d", "av1"}
+_UNSPECIFIED, _LIMITED, _BT601 = 2, 1, {5, 6}  # ITU-T H.273
+_MATRICES = {0, 1, 2, 4, 7, 9} | _BT601  # also RGB, BT.709, unspecified, FCC, SMPTE 240M, BT.2020
 
 Use = Callable[[np.ndarray], np.ndarray]
+Source = str | Path | bytes
+_Filter = tuple[str, str]  # name and arguments
 
 
 class VideoError(ValueError):
@@ -52,55 +72,59 @@ class VideoInfo:
 
     @property
     def num_frames(self) -> int:
+        """Frames that are shown."""
         return len(self.times_N)
 
+    def shown(self, start: float, stop: float) -> np.ndarray:
+        """Numbers (K,) int64 of the frames on the screen from `start` to `stop` seconds, one for each step of the
+        video's usual rate: a frame that stands still is repeated. At least one."""
+        step = float(np.median(np.diff(self.times_N))) if self.num_frames > 1 else self.duration
+        return frames_at(self.times_N, start + np.arange(max(1, round((stop - start) / step))) * step)
 
-def probe_video(source: str | Path | bytes) -> VideoInfo:
+
+def frames_at(times_N: np.ndarray, seconds_K: np.ndarray) -> np.ndarray:
+    """Numbers (K,) int64 of the frames on the screen at these times: the last one whose time is not later."""
+    return np.maximum(np.searchsorted(times_N, seconds_K + _ROUNDING, side="right") - 1, 0).astype(np.int64)
+
+
+def frames_at_rate(times_N: np.ndarray, duration: float, fps: float) -> np.ndarray:
+    """Numbers (K,) int64 of the frames on the screen at the times 0, 1/fps, 2/fps … of a video of `duration` seconds.
+
+    K is duration x fps, rounded, and at least 1. A rate above the video's own repeats frames.
+    """
+    return frames_at(times_N, np.arange(max(1, math.floor(duration * fps + 0.5))) / fps)
+
+
+def probe_video(source: Source) -> VideoInfo:
     """Decodes the whole video: only then is the number of frames known, and that all of them decode.
 
     Raises VideoError.
     """
     with _opened(source) as (container, stream):
-        times: list[float | None] = []
+        clock = _Clock()
         size: tuple[int, int] | None = None
-        for frame in container.decode(stream):
-            times.append(frame.time)
+        for frame in _decoded(container, stream):
+            clock.add(frame)
             if size is None:
-                size = (frame.height, frame.width) if frame.rotation % 180 else (frame.width, frame.height)
+                height, width, _ = _RgbConverter()(frame).shape
+                size = width, height
         if size is None:
             raise VideoError("it holds no frame that decodes")
-        stated_fps = float(stream.average_rate) if stream.average_rate else None
-        times_N = _times(times, stated_fps)
-        fps = _fps(times_N, stated_fps)
-        return VideoInfo(
-            extension=_extension(container.format.name, source),
-            width=size[0],
-            height=size[1],
-            fps=fps,
-            duration=float(times_N[-1]) + (1 / fps if fps else 0.0),
-            times_N=times_N,
-        )
+        stated = float(stream.average_rate) if stream.average_rate else None
+        times_N, duration = clock.times(stated, _LONGEST_STEPS.get(container.format.name, _LONGEST_STEP))
+        measured = len(times_N) / duration
+        fps = stated if len(times_N) == 1 or (stated and abs(stated - measured) < 0.01 * measured) else measured
+        return VideoInfo(_extension(container.format.name, source), *size, fps, duration, times_N)
 
 
-def frames_at_rate(times_N: np.ndarray, duration: float, fps: float) -> np.ndarray:
-    """Numbers (K,) int64 of the frames nearest to the times 0, 1/fps, 2/fps … below `duration` seconds.
-
-    A rate above the video's own repeats frames. The earlier frame wins a tie. At least one frame is chosen.
-    """
-    wanted_K = np.arange(max(1, int(np.ceil(duration * fps - _RATE_TOLERANCE)))) / fps
-    middles = (times_N[1:] + times_N[:-1]) / 2
-    return np.searchsorted(middles, wanted_K - 1e-9, side="left").astype(np.int64)
-
-
-def iter_frames(source: str | Path | bytes, *, threads: int = 1) -> Iterator[np.ndarray]:
-    """All frames in order, each (H, W, 3) uint8 RGB. Raises VideoError."""
+def iter_frames(source: Source, *, threads: int = 1) -> Iterator[np.ndarray]:
+    """All frames in order, each (H, W, 3) uint8 RGB of one size. Raises VideoError."""
     with _opened(source, threads) as (container, stream):
-        for frame in container.decode(stream):
-            yield _to_rgb(frame)
+        yield from map(_RgbConverter(), _decoded(container, stream))
 
 
 def decode_frames(
-    source: str | Path | bytes, indices: Sequence[int] | np.ndarray, *, num_frames: int | None = None, threads: int = 1
+    source: Source, indices: Sequence[int] | np.ndarray, *, num_frames: int | None = None, threads: int = 1
 ) -> list[np.ndarray]:
     """`FrameReader.read` of a video that is read once."""
     return FrameReader(source, num_frames=num_frames, threads=threads).read(indices)
@@ -109,12 +133,12 @@ def decode_frames(
 class FrameReader:
     """A video's frames by their numbers.
 
-    Where the container gives every frame a time, decoding starts at the last key frame before a wanted frame instead of
-    at the beginning. num_frames: the video's number of frames if known; a file whose packets do not add up to it
-    is decoded from the beginning, so that damage never shifts the numbers.
+    Where the packets tell the frames' order, decoding starts at the last key frame before a wanted frame, else at the
+    beginning. num_frames: the video's number of frames if known; a file whose packets do not add up to it is decoded
+    from the beginning, so that damage never shifts the numbers.
     """
 
-    def __init__(self, source: str | Path | bytes, *, num_frames: int | None = None, threads: int = 1) -> None:
+    def __init__(self, source: Source, *, num_frames: int | None = None, threads: int = 1) -> None:
         self._source, self._num_frames, self._threads = source, num_frames, threads
         self._table: _PacketTable | None = None
         self._looked = False
@@ -139,7 +163,7 @@ class FrameReader:
             found = _decode_from_start(self._source, wanted, self._threads, use)
         return [found[int(index)] for index in indices]
 
-    def _packets(self, container: av.container.InputContainer, stream: av.VideoStream) -> _PacketTable | None:
+    def _packets(self, container: InputContainer, stream: av.VideoStream) -> _PacketTable | None:
         """Read once; None where packets do not tell the frames' numbers."""
         if not self._looked:
             table = _PacketTable.read(container, stream)
@@ -148,19 +172,49 @@ class FrameReader:
         return self._table
 
 
+def nvdec_shows_the_same(source: Source, num_frames: int) -> bool:
+    """Whether DALI's decoder on an NVIDIA GPU gives this video's frames the numbers and pixels that they have here.
+
+    It turns no picture, counts the packets that edit lists hide, and takes every video for BT.601, limited range.
+    Only chroma is interpolated differently. num_frames: by the index. False for a damaged file.
+    """
+    try:
+        with _opened(source) as (container, stream):
+            table = _PacketTable.read(container, stream)
+            if table is None or table.discards or len(table.pts) != num_frames or len(container.streams.video) > 1:
+                return False
+            container.seek(table.key_pts[0], stream=stream, backward=True)
+            frame = next(_decoded(container, stream))
+            return (
+                stream.codec_context.name in _NVDEC_CODECS
+                and frame.format.name == "yuv420p"
+                and not (frame.width % 2 or frame.height % 2 or frame.interlaced_frame or _turning(frame))
+                and int(frame.colorspace) in _BT601 | {_UNSPECIFIED}
+                and int(frame.color_range) in (0, _LIMITED)
+            )
+    except (VideoError, StopIteration):
+        return False
+
+
 @dataclass(frozen=True)
 class _PacketTable:
-    """Presentation times of all frames in order, and of the key frames, in the stream's time base."""
+    """Presentation times of all frames in order, and of the key frames, in the stream's time base.
+
+    discards: whether there are packets that are decoded and not shown, as edit lists want it.
+    """
 
     pts: list[int]
     key_pts: list[int]
+    discards: bool
 
     @classmethod
-    def read(cls, container: av.container.InputContainer, stream: av.VideoStream) -> _PacketTable | None:
-        """None where packets do not tell the frames' times: without times, with equal ones, or hidden packets."""
+    def read(cls, container: InputContainer, stream: av.VideoStream) -> _PacketTable | None:
+        """None where packets do not tell the frames' order: without times, with equal ones, or a clock that jumps."""
         pts: list[int] = []
         key_pts: list[int] = []
+        discards = False
         for packet in container.demux(stream):
+            discards |= packet.is_discard
             if packet.size == 0 or packet.is_discard:
                 continue
             if packet.pts is None:
@@ -169,31 +223,27 @@ class _PacketTable:
             if packet.is_keyframe:
                 key_pts.append(packet.pts)
         pts.sort()
-        key_pts.sort()
-        if not pts or not key_pts or key_pts[0] != pts[0] or any(a == b for a, b in pairwise(pts)):
+        if not pts or not key_pts or key_pts[0] != pts[0] or any(a >= b for a, b in pairwise(key_pts)):
             return None
-        return cls(pts, key_pts)
+        return None if any(a == b for a, b in pairwise(pts)) else cls(pts, key_pts, discards)
 
 
 def _decode_seeking(
-    container: av.container.InputContainer,
-    stream: av.VideoStream,
-    table: _PacketTable,
-    wanted: list[int],
-    use: Use | None,
+    container: InputContainer, stream: av.VideoStream, table: _PacketTable, wanted: list[int], use: Use | None
 ) -> dict[int, np.ndarray] | None:
     """The wanted frames, or None when the decoder's frames do not follow the packet table."""
     found: dict[int, np.ndarray] = {}
+    convert, size = _RgbConverter(), (stream.codec_context.width, stream.codec_context.height)
     position = -1  # number of the last frame decoded
     frames: Iterator[av.VideoFrame] | None = None
     for index in wanted:
         key = table.key_pts[bisect_right(table.key_pts, table.pts[index]) - 1]
         if frames is None or key > table.pts[position]:
             container.seek(key, stream=stream, backward=True)
-            frames = container.decode(stream)
+            frames = _decoded(container, stream)
             position = -1
         for frame in frames:
-            if frame.pts is None:
+            if frame.pts is None or (frame.width, frame.height) != size:
                 return None
             number = bisect_right(table.pts, frame.pts) - 1
             if number < 0 or table.pts[number] != frame.pts or (position >= 0 and number != position + 1):
@@ -202,23 +252,24 @@ def _decode_seeking(
                 return None
             position = number
             if number == index:
-                found[index] = _used(frame, use)
+                found[index] = convert(frame) if use is None else use(convert(frame))
                 break
         else:
             return None
     return found
 
 
-def _decode_from_start(
-    source: str | Path | bytes, wanted: list[int], threads: int, use: Use | None
-) -> dict[int, np.ndarray]:
+def _decode_from_start(source: Source, wanted: list[int], threads: int, use: Use | None) -> dict[int, np.ndarray]:
     found: dict[int, np.ndarray] = {}
     remaining = set(wanted)
     count = 0
+    convert = _RgbConverter()
     with _opened(source, threads) as (container, stream):
-        for frame in container.decode(stream):
+        for frame in _decoded(container, stream):
+            if count in remaining or count == 0:  # the first one decides the size of all
+                image = convert(frame)
             if count in remaining:
-                found[count] = _used(frame, use)
+                found[count] = image if use is None else use(image)
                 remaining.remove(count)
                 if not remaining:
                     return found
@@ -227,18 +278,11 @@ def _decode_from_start(
 
 
 @contextmanager
-def _opened(
-    source: str | Path | bytes, threads: int = 1
-) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """Container and first video stream; what goes wrong in the body is a VideoError too."""
+def _opened(source: Source, threads: int = 1) -> Iterator[tuple[InputContainer, av.VideoStream]]:
+    """Container and the stream that is played; what goes wrong in the body is a VideoError too."""
     try:
-        file = io.BytesIO(source) if isinstance(source, bytes) else f"file:{source}"
-        with av.open(file, "r", options={"format_whitelist": _FORMATS}) as container:
-            if not container.streams.video:
-                raise VideoError("it holds no video stream")
-            stream = container.streams.video[0]
-            if stream.codec_context is None:
-                raise VideoError("its codec is unknown")
+        with _open(source) as container:
+            stream = _played(container)
             stream.codec_context.thread_count = threads
             stream.codec_context.thread_type = "SLICE" if threads == 1 else "AUTO"
             yield container, stream
@@ -247,46 +291,160 @@ def _opened(
         raise VideoError(f"it does not decode ({getattr(error, 'strerror', None) or error})") from error
 
 
-def _used(frame: av.VideoFrame, use: Use | None) -> np.ndarray:
-    return _to_rgb(frame) if use is None else use(_to_rgb(frame))
+def _open(source: Source) -> InputContainer:
+    try:
+        file = io.BytesIO(source) if isinstance(source, bytes) else f"file:{source}"
+        return av.open(file, "r", options={"format_whitelist": _FORMATS})
+    except av.error.ArgumentError:
+        raise VideoError("not a video format that is read here") from None
 
 
-def _to_rgb(frame: av.VideoFrame) -> np.ndarray:
-    array = frame.to_ndarray(format="rgb24")
-    turns = round(frame.rotation / 90) % 4
-    return np.ascontiguousarray(np.rot90(array, turns)) if turns else array
+def _played(container: InputContainer) -> av.VideoStream:
+    """The stream that players show: no cover picture; of several the one marked as default, then the largest."""
+    videos = [stream for stream in container.streams.video if not stream.disposition & _PICTURES]
+    if not videos:
+        raise VideoError(f"it holds {'a cover picture, but ' if container.streams.video else ''}no video stream")
+    known = [stream for stream in videos if stream.codec_context is not None]
+    if not known:
+        raise VideoError("its codec is unknown")
+
+    def rank(stream: av.VideoStream) -> tuple[bool, bool, int]:
+        context = stream.codec_context
+        return stream.frames != 1, bool(stream.disposition & Disposition.default), context.width * context.height
+
+    return max(known, key=rank)
 
 
-def _times(times: list[float | None], fps: float | None) -> np.ndarray:
-    """Seconds from 0 of each frame, evenly spaced where the container has no true times (AVI with B-frames)."""
-    known = [time for time in times if time is not None]
-    if len(known) == len(times) and all(a < b for a, b in pairwise(known)):
-        return np.array(known, np.float64) - known[0]
-    span = max(known) - min(known) if len(known) > 1 else 0.0
-    step = span / (len(known) - 1) if span else 1 / (fps or _DEFAULT_FPS)
-    return np.arange(len(times)) * step
+def _decoded(container: InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
+    """Decoded frames in order. A recording may begin between two key frames: what does not decode there is no frame."""
+    started = False
+    for packet in container.demux(stream):
+        try:
+            frames = packet.decode()
+        except av.error.InvalidDataError:
+            if started:
+                raise
+            continue
+        started = started or bool(frames)
+        yield from frames
 
 
-def _fps(times_N: np.ndarray, stated: float | None) -> float | None:
-    """Average rate: as the container states it if the frames' times agree, else as they say."""
-    if len(times_N) < 2 or times_N[-1] <= 0:
-        return stated
-    measured = (len(times_N) - 1) / float(times_N[-1])
-    return stated if stated is not None and abs(stated - measured) < 0.01 * measured else measured
+class _RgbConverter:
+    """Frames of one video to (H, W, 3) uint8 RGB, by the filters that `ffmpeg` itself would choose.
+
+    These know colour matrices, ranges and the sampling of chroma. A frame of another size than the first is scaled to
+    that of the first. Pixels are not stretched where they are not square; fields are shown together.
+    """
+
+    def __init__(self) -> None:
+        self._size: tuple[int, int] | None = None
+        self._graphs: dict[Any, av.filter.Graph] = {}
+
+    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
+        turning = _turning(frame)
+        if int(frame.colorspace) not in _MATRICES:  # newer versions of FFmpeg refuse it, older convert like this
+            frame.colorspace = 9 if int(frame.colorspace) == 10 else _UNSPECIFIED
+        frame.color_trc = frame.color_primaries = _UNSPECIFIED  # not converted
+        key = (frame.format.name, frame.width, frame.height, int(frame.colorspace), int(frame.color_range), turning)
+        if key not in self._graphs:
+            self._graphs[key] = self._graph(frame, turning)
+        graph = self._graphs[key]
+        graph.vpush(frame)
+        image = graph.vpull().to_ndarray()
+        self._size = self._size or (image.shape[1], image.shape[0])
+        return image
+
+    def _graph(self, frame: av.VideoFrame, turning: tuple[_Filter, ...]) -> av.filter.Graph:
+        graph = av.filter.Graph()
+        graph.threads = 1  # videos are decoded beside each other
+        source = f"video_size={frame.width}x{frame.height}:pix_fmt={frame.format.name}:time_base=1/1"
+        source += f":colorspace={int(frame.colorspace)}:range={int(frame.color_range)}"
+        filters: list[_Filter] = [("buffer", source), *turning]
+        if self._size is not None:
+            filters.append(("scale", f"{self._size[0]}:{self._size[1]}:flags=bicubic"))
+        filters += [("format", "rgb24"), ("buffersink", "")]
+        graph.link_nodes(*(graph.add(name, arguments) for name, arguments in filters)).configure()
+        return graph
 
 
-def _extension(format_name: str, source: str | Path | bytes) -> str | None:
-    kinds = format_name.split(",")
-    if "mp4" in kinds:
-        return "mp4"
-    if "avi" in kinds:
-        return "avi"
-    if "matroska" in kinds:
-        # One demuxer reads both; the file's first element names its document type.
-        if isinstance(source, bytes):
-            head = source[:64]
-        else:
-            with Path(source).open("rb") as stream:
-                head = stream.read(64)
-        return "webm" if b"webm" in head else "mkv"
-    return None
+def _turning(frame: av.VideoFrame) -> tuple[_Filter, ...]:
+    """The filters by which `ffmpeg` turns and mirrors a frame."""
+    matrix = cast("Any", frame.side_data).get(Type.DISPLAYMATRIX)  # the stubs have it map texts
+    a, b, _, c, d = np.frombuffer(bytes(36) if matrix is None else bytes(matrix), np.int32)[:5].tolist()
+    if not math.hypot(a, c) or not math.hypot(b, d):
+        return ()
+    degrees = round(math.degrees(math.atan2(b / math.hypot(b, d), a / math.hypot(a, c)))) % 360
+    flips = (("hflip", ""),) * (a < 0) + (("vflip", ""),) * (d < 0)
+    turns: dict[int, tuple[_Filter, ...]] = {
+        0: flips,
+        90: (("transpose", "cclock_flip" if c > 0 else "clock"),),
+        180: flips,
+        270: (("transpose", "clock_flip" if c < 0 else "cclock"),),
+    }
+    return turns.get(degrees, (("rotate", f"{degrees}*PI/180"),))
+
+
+class _Clock:
+    """The times of a video's frames, from what the container says of them."""
+
+    def __init__(self) -> None:
+        self._stamps: list[tuple[float | None, float | None]] = []  # presentation and decoding time, seconds
+        self._last_frame = 0.0  # how long it is shown
+
+    def add(self, frame: av.VideoFrame) -> None:
+        base = frame.time_base or 1
+        pts, dts = (None if stamp is None else float(stamp * base) for stamp in (frame.pts, frame.dts))
+        self._stamps.append((pts, dts))
+        self._last_frame = float(frame.duration * base)
+
+    def times(self, stated_fps: float | None, longest_step: float) -> tuple[np.ndarray, float]:
+        """Seconds (N,) from 0, increasing, and the duration. A step above `longest_step` seconds is a jump.
+
+        Where the clock jumps, frames follow at the usual rate; frames without a time lie between their neighbours.
+        """
+        stamps = min(([pts for pts, _ in self._stamps], [dts for _, dts in self._stamps]), key=_faults)
+        steps = np.diff([stamp for stamp in stamps if stamp is not None])
+        steps = steps[(steps > 0) & (steps <= longest_step)]
+        usual = float(np.median(steps)) if len(steps) else self._last_frame or 1 / (stated_fps or _DEFAULT_FPS)
+        times_N = _continuous(stamps, usual, longest_step)
+        return times_N, float(times_N[-1]) + max(self._last_frame, usual)
+
+
+def _faults(stamps: Sequence[float | None]) -> int:
+    """How many are missing or not later than the one before."""
+    return sum(b is None or (a is not None and b <= a) for a, b in pairwise([None, *stamps]))
+
+
+def _continuous(stamps: Sequence[float | None], usual: float, longest_step: float) -> np.ndarray:
+    """Seconds (N,) from 0, increasing; see `_Clock.times`."""
+    numbers: list[int] = []  # of the frames whose stamps hold, and their times
+    times: list[float] = []
+    offset = last = 0.0
+    for number, stamp in enumerate(stamps):
+        if stamp is None:
+            continue
+        if numbers and not 0 < stamp - last <= longest_step:
+            ahead = stamps[number + 1 : number + 1 + _REORDERED_FRAMES]
+            if stamp <= last and any(later is not None and 0 < later - last <= longest_step for later in ahead):
+                continue  # out of order, and the clock goes on
+            offset = times[-1] + usual * (number - numbers[-1]) - stamp
+        numbers.append(number)
+        times.append(stamp + offset)
+        last = stamp
+    if not numbers:
+        return np.arange(len(stamps)) * usual
+    before, behind = np.arange(numbers[0]) - numbers[0], np.arange(1, len(stamps) - numbers[-1])
+    inner = np.interp(np.arange(numbers[0], numbers[-1] + 1), numbers, times)
+    times_N = np.concatenate([times[0] + before * usual, inner, times[-1] + behind * usual])
+    return times_N - times_N[0]
+
+
+def _extension(format_name: str, source: Source) -> str | None:
+    kind = next((kind for kind in ("mp4", "avi", "matroska") if kind in format_name.split(",")), None)
+    if kind != "matroska":
+        return kind
+    # One demuxer reads both; the file's first element names its document type.
+    if isinstance(source, bytes):
+        return "webm" if b"webm" in source[:64] else "mkv"
+    with Path(source).open("rb") as stream:
+        return "webm" if b"webm" in stream.read(64) else "mkv"

@@ -7,6 +7,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ def build_shards(
     workers: int | None = None,
     on_error: str = "fail",
     append: bool = False,
+    replace_unfinished: bool = False,
     store: str = "frames",
     fps: float | None = None,
     progress: Progress | None = None,
@@ -62,7 +64,8 @@ def build_shards(
     bytes are kept unless short_side (pixels) or quality is given; image_template, max_frames, fps: see `SourceOptions`.
     store: "frames", or "video" to keep encoded videos whole. workers: threads; by default one a core, and two where
     frames are copied as they are: more help on network mounts only. on_error: "skip" leaves bad videos out and records
-    them in `Manifest.skipped`. append: adds videos as new shards to a finished data set. progress: called with the
+    them in `Manifest.skipped`. append: adds videos as new shards to a finished data set. replace_unfinished: an
+    unfinished build of other input in the folder is deleted, instead of an error. progress: called with the
     videos, frames and bytes that were added since its last call. list_name: the list's file, for messages.
 
     Memory: about 256 MiB of waiting frames, however long the videos are; stored videos are read whole.
@@ -87,35 +90,46 @@ def build_shards(
         "videos": len(annotations),
         "list_sha256": _list_digest(annotations),
     }
-    existing = _existing_manifest(output)
-    if existing is not None and _is_complete(existing, record, labels, output, append):
-        _remove_leftovers(output, existing, record)
+    build = _Build(
+        annotations, root, labels, output, options, record, append, replace_unfinished, progress or _silent, list_name
+    )
+    return _run(build, workers or _default_workers(annotations, options))
+
+
+def _silent(videos: int, frames: int, size: int) -> None:
+    """No progress is shown."""
+
+
+@dataclass(frozen=True)
+class _Build:
+    """What `build_shards` was asked for, checked. record: the settings that the manifest keeps."""
+
+    annotations: Sequence[Annotation]
+    root: Path
+    labels: list[str]
+    output: Path
+    options: SourceOptions
+    record: dict[str, Any]
+    append: bool
+    replace_unfinished: bool
+    progress: Progress
+    list_name: str | Path
+
+
+def _run(build: _Build, workers: int) -> Manifest:
+    """The finished data set, built now or before. Raises ShardError."""
+    output, existing = build.output, _existing_manifest(build.output)
+    if existing is not None and _is_complete(existing, build.record, build.labels, output, build.append):
+        _remove_leftovers(output, existing, build.record)
         return existing
     if existing is None:
-        _check_new(output, append)
+        _check_new(output, build.append)
     try:
         with Workspace(output) as workspace:
             if _existing_manifest(output) != existing:
                 raise ShardError(f"{output}: another process finished a build here just now; run again")
-            index = (
-                None
-                if existing is None
-                else _open_for_append(
-                    output, existing, annotations=annotations, store=store, labels=labels, list_name=list_name
-                )
-            )
-            builder = _Builder(
-                workspace,
-                annotations=annotations,
-                root=root,
-                labels=labels,
-                options=options,
-                record=record,
-                existing=index,
-                progress=progress,
-                list_name=list_name,
-            )
-            return builder.run(workers or _default_workers(annotations, options))
+            index = None if existing is None else _open_for_append(build, existing)
+            return _Builder(workspace, build, index).run(workers)
     except OSError as error:
         # Sources raise InputError: what is left is the output.
         raise ShardError(
@@ -127,29 +141,10 @@ def build_shards(
 class _Builder:
     """One build: the videos in their order, the shards that are finished, and the one that is being written."""
 
-    def __init__(
-        self,
-        workspace: Workspace,
-        *,
-        annotations: Sequence[Annotation],
-        root: Path,
-        labels: list[str],
-        options: SourceOptions,
-        record: dict[str, Any],
-        existing: Index | None,
-        progress: Progress | None,
-        list_name: str | Path,
-    ) -> None:
-        self.workspace = workspace
-        self.annotations = annotations
-        self.order_N = epoch_order(len(annotations), record["seed"], 0)
-        self.root = root
-        self.labels = labels
-        self.options = options
-        self.record = record
-        self.existing = existing
-        self.progress: Progress = progress or (lambda videos, frames, size: None)
-        self.list_name = list_name
+    def __init__(self, workspace: Workspace, build: _Build, existing: Index | None) -> None:
+        self.workspace, self.build, self.existing = workspace, build, existing
+        self.annotations = build.annotations
+        self.order_N = epoch_order(len(build.annotations), build.record["seed"], 0)
         self.finished: list[FinishedShard] = []
         self.skipped: list[dict[str, Any]] = []  # since the last finished shard
         old = existing.manifest if existing else None
@@ -171,7 +166,7 @@ class _Builder:
                     if shard is None:
                         shard = self._new_shard()
                     self._add_video(shard, feed.take(position), self.annotations[self.order_N[position]])
-                    if shard.position >= self.record["shard_bytes"]:
+                    if shard.position >= self.build.record["shard_bytes"]:
                         self._finish(shard, position + 1)
                         shard = None
             if shard is not None and shard.videos:
@@ -185,10 +180,10 @@ class _Builder:
     def _resume(self) -> int:
         """Takes over what an earlier run finished. Returns the position in the order to go on from."""
         settings = {
-            "record": self.record,
-            "classes_sha256": hashlib.sha256(json.dumps(self.labels).encode()).hexdigest(),
+            "record": self.build.record,
+            "classes_sha256": hashlib.sha256(json.dumps(self.build.labels).encode()).hexdigest(),
             "appends_to": self.existing.manifest.fingerprint if self.existing else None,
-            "encoders": _encoder_versions(self.options, self.annotations),
+            "encoders": _encoder_versions(self.build.options, self.annotations),
         }
         begun = self.workspace.settings()
         if begun is not None:
@@ -197,6 +192,12 @@ class _Builder:
             self.workspace.begin(settings)
             return 0
         difference = _difference(begun, settings, any(shard.skipped for shard in self.finished))
+        if difference and self.build.replace_unfinished:
+            self.workspace.begin(settings)
+            for shard in self.finished:
+                (self.workspace.output / shard.info.name).unlink()
+            self.finished = []
+            return 0
         if difference:
             raise ShardError(
                 f"{self.workspace.output}: holds an unfinished build of other input ({difference}); run that one to "
@@ -206,31 +207,32 @@ class _Builder:
             self.num_videos += shard.info.videos
             self.num_members += shard.info.members
             self.name_bytes += shard.name_bytes
-            self.progress(shard.info.videos + len(shard.skipped), shard.info.members, shard.info.bytes)
+            self.build.progress(shard.info.videos + len(shard.skipped), shard.info.members, shard.info.bytes)
         return self.finished[-1].next_position
 
     def _produce(self, position: int) -> Iterator[Chunk]:
-        return read_source(self.root, self.annotations[self.order_N[position]], self.options)
+        return read_source(self.build.root, self.annotations[self.order_N[position]], self.build.options)
 
     def _new_shard(self) -> ShardFile:
         number = self.first_shard + len(self.finished)
-        return ShardFile(number, self.workspace.part(number), self.options.store, self.num_members, self.name_bytes)
+        return ShardFile(
+            number, self.workspace.part(number), self.build.options.store, self.num_members, self.name_bytes
+        )
 
     def _add_video(self, shard: ShardFile, chunks: Iterator[Chunk], annotation: Annotation) -> None:
         start = shard.position
         key = video_key(self.num_videos + len(shard.videos))
         try:
-            members = shard.add_video(key, chunks, annotation, self.labels[annotation.label])
+            members = shard.add_video(key, chunks, annotation, self.build.labels[annotation.label])
         except InputError as error:
-            if self.record["on_error"] == "fail":
-                raise ShardError(
-                    f"{self.list_name}:{annotation.line}: {str(self.root / error.path)!r}: {error.reason}; {error.fix}"
-                ) from None
+            if self.build.record["on_error"] == "fail":
+                place = f"{self.build.list_name}:{annotation.line}: {str(self.build.root / error.path)!r}"
+                raise ShardError(f"{place}: {error.reason}; {error.fix}") from None
             shard.truncate(start)
             self.skipped.append({"name": annotation.name, "line": annotation.line, "reason": str(error)})
-            self.progress(1, 0, 0)
+            self.build.progress(1, 0, 0)
         else:
-            self.progress(1, members, shard.position - start)
+            self.build.progress(1, members, shard.position - start)
 
     def _finish(self, shard: ShardFile, next_position: int) -> None:
         tables = shard.close()
@@ -250,16 +252,16 @@ class _Builder:
             kinds = Counter(entry["reason"].replace(entry["name"], "NAME") for entry in skipped).most_common(3)
             counts = "; ".join(f"{count} x {kind}" for kind, count in kinds)
             raise ShardError(
-                f"{self.list_name}:{first['line']}: none of the {len(skipped)} videos could be stored, the first is "
-                f"{first['name']!r} ({counts}); check --root and --image-template"
+                f"{self.build.list_name}:{first['line']}: none of the {len(skipped)} videos could be stored, the first "
+                f"is {first['name']!r} ({counts}); check --root and --image-template"
             )
         return publish(
             self.workspace,
             self.finished,
             self.existing,
-            content=self.options.store,
-            classes=self.labels,
-            record=self.record,
+            content=self.build.options.store,
+            classes=self.build.labels,
+            record=self.build.record,
             skipped=sorted(skipped, key=lambda entry: entry["line"]),
         )
 
@@ -350,16 +352,9 @@ def _remove_leftovers(output: Path, manifest: Manifest, record: dict[str, Any]) 
                 clean_up(workspace, manifest)
 
 
-def _open_for_append(
-    output: Path,
-    manifest: Manifest,
-    *,
-    annotations: Sequence[Annotation],
-    store: str,
-    labels: list[str],
-    list_name: str | Path,
-) -> Index:
+def _open_for_append(build: _Build, manifest: Manifest) -> Index:
     """Index of the data set that videos are added to. Raises ShardError when they do not fit to it."""
+    output, labels, store = build.output, build.labels, build.options.store
     if manifest.content != store:
         raise ShardError(f"{output}: stores {manifest.content}, not {store}; append with --store {manifest.content}")
     if labels[: len(manifest.classes)] != manifest.classes:
@@ -373,9 +368,9 @@ def _open_for_append(
     text = index.names.tobytes()
     starts = index.videos["name_start"].tolist()
     known = {text[start : start + size] for start, size in zip(starts, index.videos["name_size"].tolist(), strict=True)}
-    for annotation in annotations:
+    for annotation in build.annotations:
         if annotation.name.encode() in known:
             raise ShardError(
-                f"{list_name}:{annotation.line}: {annotation.name!r} is in {output} already; remove the line"
+                f"{build.list_name}:{annotation.line}: {annotation.name!r} is in {output} already; remove the line"
             )
     return index

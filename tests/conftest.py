@@ -9,6 +9,16 @@ import pytest
 from frame_folders import FrameFolders, make_frame_folders
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Hides GPUs, so that all machines test the same, unless only tests of GPUs are chosen: `pytest -m gpu`."""
+    of_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if len(of_gpu) < len(items):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        for item in of_gpu:
+            item.add_marker(pytest.mark.skip(reason="other tests hide the GPU; run these alone: pytest -m gpu"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What programs keep between runs is kept for these tests alone."""

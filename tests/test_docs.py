@@ -1,10 +1,6 @@
 """What the documentation says runs: its Python, and the options and files that it names."""
 
-import json
 import re
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 from frame_folders import make_frame_folders
@@ -42,6 +38,29 @@ def test_links_lead_somewhere(page):
     assert not missing
 
 
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+def test_lines_are_shorter_than_120_characters(page):
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert [number for number, line in enumerate(lines, 1) if len(line) >= 120] == []
+
+
+def test_the_readme_is_short_and_its_map_leads_to_files():
+    """A room and the modules to begin with, in each row of the table of questions."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    rows = re.findall(r"^\| [^|]*\?[^|]*\| `([^`]+)/` \| (.*) \|$", text, re.MULTILINE)
+    assert len(rows) > 10
+    missing = [
+        f"{room}/{module}"
+        for room, modules in rows
+        for module in re.findall(r"`([^`]+)`", modules)
+        if not (ROOT / room / module).is_file()
+    ]
+    assert not missing
+    rooms = {f"text4vis/{path.parent.name}" for path in ROOT.glob("text4vis/*/__init__.py")} | {"shards"}
+    assert rooms - {room for room, _ in rows} == set()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_programs_and_their_options_exist(page):
     """Every `tools/x.py` and `text4vis/x.py` in a code block or span is there and takes the options that follow it."""
@@ -58,65 +77,13 @@ def test_programs_and_their_options_exist(page):
                 assert not unknown, f"{page.name}: {program} does not take {unknown}"
 
 
-def run_block(block: str, folder: Path) -> None:
-    subprocess.run(["bash", "-euo", "pipefail", "-c", block], cwd=folder, check=True, timeout=60)
-
-
-def test_the_conversions_of_published_lists(tmp_path):
-    """Each on a few lines in the published form; the results must parse, with the ids of our class lists."""
-    kinetics, ucf, hmdb, activitynet = code_blocks("docs/data-sets.md", "sh")
-    classes = ROOT / "configs" / "classes"
-    shutil.copy(classes / "kinetics_400.csv", tmp_path)
-    shutil.copy(classes / "activitynet200.csv", tmp_path)
-
-    def labels(file: str, names: str) -> dict[str, str]:
-        known = parse_labels(classes / f"{names}.csv")
-        return {line.name: known[line.label] for line in parse_annotations(tmp_path / file, len(known))}
-
-    (tmp_path / "train").mkdir()
-    (tmp_path / "train" / "abc_000007_000017.mp4").touch()
-    (tmp_path / "train.csv").write_text(
-        "label,youtube_id,time_start,time_end,split\nyoga,abc,7,17,train\nyoga,gone,1,11,train\n"
-    )
-    run_block(kinetics, tmp_path)
-    assert labels("train.txt", "kinetics_400") == {"abc_000007_000017.mp4": "yoga"}
-
-    (tmp_path / "trainlist01.txt").write_text("YoYo/v_YoYo_g08_c01.avi 101\n")
-    (tmp_path / "testlist01.txt").write_text("ApplyLipstick/v_ApplyLipstick_g01_c01.avi\n")
-    (tmp_path / "classInd.txt").write_text("1 ApplyEyeMakeup\n2 ApplyLipstick\n101 YoYo\n")
-    run_block(ucf, tmp_path)
-    assert labels("train.txt", "ucf101") == {"YoYo/v_YoYo_g08_c01.avi": "yo-yo"}
-    assert labels("val.txt", "ucf101") == {"ApplyLipstick/v_ApplyLipstick_g01_c01.avi": "apply lipstick"}
-
-    inside = tmp_path / "hmdb"
-    inside.mkdir()
-    (tmp_path / "splits").mkdir()
-    for folder in ("cartwheel", "brush_hair"):
-        (inside / folder).mkdir()
-    lines = "A_[vid] #1 clip.avi 1 \r\nb.avi 2 \nc.avi 0 \n"
-    (tmp_path / "splits" / "brush_hair_test_split1.txt").write_text(lines)
-    (tmp_path / "splits" / "cartwheel_test_split1.txt").write_text("d.avi 2 \n")
-    run_block(hmdb, inside)
-    assert labels("hmdb/train.txt", "hmdb51") == {"brush_hair/A_[vid] #1 clip.avi": "brush hair"}
-    assert labels("hmdb/val.txt", "hmdb51") == {"brush_hair/b.avi": "brush hair", "cartwheel/d.avi": "cartwheel"}
-
-    videos = {
-        "x1": {"subset": "validation", "annotations": [{"label": "Playing flauta"}, {"label": "Surfing"}]},
-        "x2": {"subset": "training", "annotations": [{"label": "Surfing"}]},
-        "x3": {"subset": "testing", "annotations": []},
-    }
-    (tmp_path / "activity_net.v1-3.min.json").write_text(json.dumps({"database": videos}))
-    run_block(activitynet, tmp_path)
-    assert labels("val.txt", "activitynet200") == {"v_x1.mp4": "playing flute"}
-
-
 def test_the_tests_that_reliability_names_exist():
-    """`test_file::test_name`, and further names of the same file after it."""
+    """`room/test_file::test_name`, and further names of the same file after it."""
     named, file = set(), ""
     for word in re.findall(r"`([^`]+)`", (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")):
         if word.startswith("tests/"):
             assert (ROOT / word).is_file(), word
-        elif word.startswith("test_"):
+        elif re.match(r"(\w+/)?test_\w+", word):
             file = word.partition("::")[0] if "::" in word else file
             named.add((file, word.rpartition("::")[2]))
     assert len(named) > 50

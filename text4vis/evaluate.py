@@ -29,7 +29,7 @@ import traceback
 from collections.abc import Mapping
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` runs, Ctrl-C ends the program without a traceback
@@ -44,18 +44,14 @@ from text4vis.cluster import distributed, interrupt
 from text4vis.cluster.interrupt import Interrupts
 from text4vis.cluster.watch import Watch
 from text4vis.common.console import console, table
-from text4vis.config.loading import config_from_dict, load_config
+from text4vis.config.loading import load_config
 from text4vis.config.roles import Role
 from text4vis.config.schema import Config, ConfigError, classifier_keys, keys_of
-from text4vis.saved import checkpoint
-from text4vis.saved.checkpoint import CheckpointError, load_model
-from text4vis.saved.weights import EXPORT_FILE, read_export_config
-
-if TYPE_CHECKING:
-    from text4vis.model.video_clip import VideoClip
+from text4vis.saved.checkpoint import CheckpointError
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="recipe, e.g. configs/demo.yaml")
     parser.add_argument("--model", required=True, type=Path, help="run, checkpoint, export, or the original's .pt file")
@@ -67,12 +63,18 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace, config: Config) -> None:
+    """Embeds the videos, writes the report and shows its main figures.
+
+    Raises ConfigError, ShardError, CheckpointError, OSError.
+    """
     import torch
 
     from text4vis.classifier.embeddings import build_classifier
-    from text4vis.data.loader import build_loader, class_names
+    from text4vis.data.datasets import class_names
+    from text4vis.data.loader import build_loader
     from text4vis.evaluation.embedding import class_splits, evaluate, weights_fingerprint
     from text4vis.evaluation.protocols import write_report
+    from text4vis.saved.opening import open_saved
 
     ranks = distributed.ranks()
     distributed.use_cores(config.engine.num_threads)
@@ -81,12 +83,12 @@ def run(arguments: argparse.Namespace, config: Config) -> None:
     with build_loader(config, "val", rank=ranks.rank, world_size=ranks.world_size) as loader:
         names = class_names(config, loader.dataset)
         splits = class_splits(config, names, loader.dataset.labels)
-        trained = trained_with(arguments.model)
-        differing = trained and differences(trained, config, is_export=is_export(arguments.model))
+        saved = open_saved(arguments.model)
+        differing = saved.config and differences(saved.config, config, is_export=saved.kind == "export")
         if differing and ranks.is_main:
             print(f"evaluate: warning: {warning(arguments.model, differing)}", file=sys.stderr)
-        model = load_model(arguments.model, config)
-        check_frames(model, config)
+        model = saved.load(config)
+        model.check_frames(config.data)
         classes_CD = build_classifier(config, model, names)
         weights = weights_fingerprint(model.state_dict()) if ranks.is_main else ""
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.engine.precision]
@@ -106,18 +108,6 @@ def run(arguments: argparse.Namespace, config: Config) -> None:
         write_report(arguments.report, {"model": str(arguments.model), **report})
 
 
-def is_export(path: Path) -> bool:
-    return (path / EXPORT_FILE).is_file()
-
-
-def trained_with(path: Path) -> Config | None:
-    """The configuration that a model records; None for a .pt file, which records none."""
-    if path.suffix in {".pt", ".pth"}:
-        return None
-    values = read_export_config(path) if is_export(path) else checkpoint.read_state(checkpoint.find(path)).config
-    return config_from_dict(values, str(path))
-
-
 def differences(trained: Config, given: Config, *, is_export: bool) -> dict[str, tuple[Any, Any]]:
     """(value in training, value given) of each key that differs and on which the figures depend."""
     network = trained.network
@@ -132,33 +122,12 @@ def differences(trained: Config, given: Config, *, is_export: bool) -> dict[str,
 
 
 def warning(path: Path, differing: Mapping[str, tuple[Any, Any]]) -> str:
+    """What to say where a model is evaluated with other settings than it was trained with."""
     pairs = ", ".join(f"{key}: {before!r} -> {now!r}" for key, (before, now) in differing.items())
     return (
         f"{path} was trained with other settings than are given here ({pairs}), so its figures can fall to chance; "
         "give the first ones with --set to measure it as it was trained"
     )
-
-
-def check_frames(model: VideoClip, config: Config) -> None:
-    """Raises ConfigError where a model that brings its own network cannot take the frames of `config`."""
-    from text4vis.model.heads import NUM_POSITIONS, TransformerHead
-
-    data = config.data
-    if model.image_size != data.input_size:
-        raise ConfigError(
-            f"data.input_size: {data.input_size}, but the model takes {model.image_size} pixels; "
-            f"add --set data.input_size={model.image_size}"
-        )
-    if model.takes_fixed_frames and model.num_segments != data.num_segments:
-        raise ConfigError(
-            f"data.num_segments: {data.num_segments}, but the model takes {model.num_segments} frames; "
-            f"add --set data.num_segments={model.num_segments}"
-        )
-    if isinstance(model.fusion_model, TransformerHead) and data.num_segments > NUM_POSITIONS:
-        raise ConfigError(
-            f"data.num_segments: {data.num_segments}, but the model's head has positions for {NUM_POSITIONS} frames; "
-            f"add --set data.num_segments={model.num_segments}"
-        )
 
 
 def show(report: dict[str, Any]) -> None:
@@ -179,6 +148,13 @@ def show(report: dict[str, Any]) -> None:
         screen.print(f"left out: {entry['reason']}")
     if report["not_finite"]:
         screen.print(f"counted as wrong: {report['not_finite']} videos whose scores are not finite numbers")
+    if known := report["calibration"]:
+        best = next(row for row in known["answers"] if row["accuracy"] == 95)
+        screen.print(
+            f"calibration error of one view {known['ece']:.1f} %, at temperature {known['temperature']:.2f} "
+            f"{known['ece_calibrated']:.1f} %; answers that aim at 95 % right: {best['answered']:.0f} % of videos"
+            + ("" if best["right_of_answered"] is None else f", {best['right_of_answered']:.1f} % of them right")
+        )
     precision = "" if report["map"] is None else f"mAP {report['map']:.2f} %, "
     screen.print(
         f"mean class accuracy {report['mean_class_accuracy']:.2f} %, {precision}"
@@ -187,6 +163,7 @@ def show(report: dict[str, Any]) -> None:
 
 
 def main() -> int:
+    """Returns the exit code."""
     arguments = parse_arguments()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     interrupts = Interrupts("")

@@ -42,6 +42,7 @@ from text4vis.saved.runs import claim
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="recipe, e.g. configs/demo.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="overrides one key")
@@ -54,6 +55,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def train(arguments: argparse.Namespace, config: Config, output: Path, stop: StopRequest) -> None:
+    """Runs the trainer to its end, or tries one batch with --dry-run."""
     from text4vis.data.prefetch import settled
     from text4vis.training.logs import log_to
     from text4vis.training.trainer import Trainer
@@ -68,6 +70,7 @@ def train(arguments: argparse.Namespace, config: Config, output: Path, stop: Sto
 
 
 def main() -> int:
+    """Returns the exit code."""
     arguments = parse_arguments()
     stop = StopRequest(ctrl_c=not arguments.dry_run)
     if not arguments.dry_run:

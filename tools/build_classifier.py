@@ -27,7 +27,7 @@ from text4vis.common.console import console, table
 from text4vis.config.loading import load_config
 from text4vis.config.schema import Config, ConfigError
 from text4vis.config.templates import prompts
-from text4vis.data.loader import open_split
+from text4vis.data.datasets import open_split
 from text4vis.model.video_clip import build_model
 
 

@@ -80,7 +80,9 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     labels = parse_labels(arguments.labels)
-    annotations = parse_annotations(arguments.annotations, len(labels), labels_file=arguments.labels)
+    annotations = parse_annotations(
+        arguments.annotations, len(labels), labels_file=arguments.labels, root=arguments.root
+    )
     options = {name: value for name, value in vars(arguments).items() if name not in ("annotations", "labels")}
     started = time.perf_counter()
     videos = size = 0

@@ -3,6 +3,7 @@
 Examples:
     python tools/check_shards.py shards/train shards/val
     python tools/check_shards.py shards/val --deep --labels labels.csv --json report.json
+    python tools/check_shards.py shards/train shards/val --similar      # the same recording in both, by its looks
 
 Exit codes: 0 sound, 1 unsound, 2 wrong usage.
 """
@@ -29,6 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("datasets", nargs="+", metavar="DIR", help="data sets; no video may be in two of them")
     parser.add_argument("--deep", action="store_true", help="decode every frame too")
+    parser.add_argument("--similar", action="store_true", help="warn of a recording that is in two of them, by looks")
     parser.add_argument("--labels", metavar="CSV", help="class list that the data sets must have")
     parser.add_argument("--json", metavar="FILE", help="write the report here as JSON")
     parser.add_argument("--workers", type=int, metavar="N", help="threads; by default one a core")
@@ -80,12 +82,18 @@ def main() -> int:
         return 2
     with Progress() as bar:
         report = check_datasets(
-            arguments.datasets, labels=labels, deep=arguments.deep, workers=arguments.workers, progress=bar.update
+            arguments.datasets,
+            labels=labels,
+            deep=arguments.deep,
+            similar=arguments.similar,
+            workers=arguments.workers,
+            progress=bar.update,
         )
     print_table(report)
     lines = [f"problem: {line}" for dataset in report.datasets for line in dataset.problems]
     lines += [f"leak: {line}" for line in report.leaks]
     lines += [f"warning: {line}" for dataset in report.datasets for line in dataset.warnings]
+    lines += [f"warning: {line}" for line in report.similar]
     for line in lines[:_SHOWN_LINES]:
         print(line)
     if len(lines) > _SHOWN_LINES:

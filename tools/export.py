@@ -23,11 +23,10 @@ from shards.text import shown
 from text4vis.classifier.embeddings import build_classifier
 from text4vis.config.loading import load_config
 from text4vis.config.schema import ConfigError
-from text4vis.saved import checkpoint
 from text4vis.saved.checkpoint import CheckpointError
-from text4vis.serving.export import export, last_report
+from text4vis.saved.opening import SavedModel, TrainedModel, open_saved
+from text4vis.serving.exporting import export, last_report
 from text4vis.serving.onnx_graph import require_packages
-from text4vis.serving.predictor import Trained, open_run
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -52,19 +51,21 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
+def trained_model(saved: SavedModel, arguments: argparse.Namespace) -> TrainedModel:
+    """The model with its recipe and classes: the recorded ones, or those of --config and --labels."""
+    if saved.config is not None:
+        return saved.trained()
+    config, names = load_config(arguments.config), parse_labels(arguments.labels)
+    model = saved.load(config)
+    return TrainedModel(model, config, names, build_classifier(config, model, names), saved.card)
+
+
 def run(arguments: argparse.Namespace) -> None:
     if arguments.onnx:
         require_packages()
-    report = arguments.report
-    if arguments.checkpoint.is_file():
-        config, names = load_config(arguments.config), parse_labels(arguments.labels)
-        model = checkpoint.load_model(arguments.checkpoint, config)
-        card = {"source": arguments.checkpoint.name}
-        trained = Trained(model, config, names, build_classifier(config, model, names), card)
-    else:
-        trained = open_run(arguments.checkpoint)
-        report = report or last_report(arguments.checkpoint)
-    graph = export(arguments.output, trained, report=report, onnx=arguments.onnx)
+    saved = open_saved(arguments.checkpoint)
+    trained = trained_model(saved, arguments)
+    graph = export(arguments.output, trained, report=arguments.report or last_report(saved), onnx=arguments.onnx)
     print(f"exported {len(trained.class_names)} classes to {arguments.output}")
     if graph is not None:
         compared = "not compared with PyTorch: onnxruntime is not installed"

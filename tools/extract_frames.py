@@ -37,7 +37,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    videos = parse_annotations(arguments.videos)
+    videos = parse_annotations(arguments.videos, root=arguments.root)
     started = time.perf_counter()
     with Progress(total=len(videos)) as bar:
 

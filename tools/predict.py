@@ -29,18 +29,23 @@ from rich.console import Console
 
 import text4vis
 from shards.address import scheme_of
-from shards.annotations import is_video_file, parse_labels
+from shards.annotations import parse_labels
 from shards.files import require_file
+from shards.folders import find_videos as list_videos
 from shards.format import ShardError
+from shards.list_lines import is_video_file
 from shards.text import redact, shown
+from shards.walk import describe, is_hidden
 from text4vis.common.console import console, table
 from text4vis.common.progress import Progress
 from text4vis.config.schema import ConfigError
-from text4vis.report.pictures import save_prediction, save_timeline
 from text4vis.saved.checkpoint import CheckpointError
+from text4vis.serving.pictures import save_prediction, save_timeline
 from text4vis.serving.predictor import FRAME_SUFFIXES, PredictionError, Predictor, Timeline
 
-Row = dict[str, Any]  # {"video", "top": [{"class", "probability"}]}, with "start" and "end" of a window; or an "error"
+# {"video", "top": [{"class", "probability"}], "calibrated"}, on demand with "sure" and "candidates"; of a window
+# {"video", "start", "end", "top"}; or {"video", "error"}.
+Row = dict[str, Any]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -52,6 +57,8 @@ def parse_arguments() -> argparse.Namespace:
     labels.add_argument("--labels", help="class names to choose from, separated by commas; default: the model's own")
     labels.add_argument("--labels-file", type=Path, help="the same as a CSV `id,name`")
     add("--top", type=int, default=5, help="classes to show (default 5)")
+    add("--accuracy", type=float, metavar="PERCENT", help='say "unsure" where answers are right less often')
+    add("--coverage", type=float, metavar="PERCENT", help="name the classes that hold the right one this often")
     add("--window", type=float, metavar="SECONDS", help="scan long videos in windows of this length")
     add("--batch-size", type=int, default=8, help="videos or windows at a time (default 8)")
     add(
@@ -67,6 +74,8 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(arguments, name)}")
     if arguments.picture and arguments.picture.suffix.lower() != ".png":
         parser.error(f"--picture: expected a name that ends with .png, got {arguments.picture}")
+    if arguments.window is not None and (arguments.accuracy or arguments.coverage):
+        parser.error("--accuracy and --coverage were measured on whole videos; leave --window out")
     if arguments.window is not None and arguments.window <= 0:
         parser.error(f"--window: expected seconds above 0, got {arguments.window}")
     return arguments
@@ -99,14 +108,17 @@ def find_videos(words: list[str]) -> list[str]:
 
 
 def _in_folder(folder: Path) -> list[str]:
-    files = [path for path in folder.iterdir() if path.is_file()]
+    """A folder of frames itself, or the videos below a folder."""
+    files = [path for path in folder.iterdir() if path.is_file() and not is_hidden(path.name)]
     has_frames = any(path.suffix.lower() in FRAME_SUFFIXES for path in files)
     if has_frames and not any(is_video_file(path.name) for path in files):
         return [str(folder)]
-    videos = sorted(str(path) for path in folder.rglob("*") if is_video_file(path.name) and path.is_file())
+    videos, left_out = list_videos(folder)
+    if said := describe(left_out):
+        print(f"predict: notice: {folder}: {said}", file=sys.stderr)
     if not videos:
         raise PredictionError(f"{folder}: holds neither videos nor frames ({', '.join(sorted(FRAME_SUFFIXES))})")
-    return videos
+    return [str(folder / path) for path in videos]
 
 
 def picture_path(path: Path, number: int, count: int) -> Path:
@@ -122,7 +134,14 @@ def recognise(recogniser: Predictor, videos: list[str], arguments: argparse.Name
     labels = class_names(arguments)
     results: Iterator[Any]
     if arguments.window is None:
-        results = recogniser.predict_many(videos, labels, arguments.top, arguments.batch_size)
+        results = recogniser.predict_many(
+            videos,
+            labels,
+            arguments.top,
+            arguments.batch_size,
+            accuracy=arguments.accuracy,
+            coverage=arguments.coverage,
+        )
     else:
         scan = partial(recogniser.scan, window_seconds=arguments.window, batch_size=arguments.batch_size)
         results = map(scan, videos, repeat(labels))  # goes on behind a video that raises
@@ -145,7 +164,12 @@ def recognise(recogniser: Predictor, videos: list[str], arguments: argparse.Name
         else:
             if picture:
                 save_prediction(result, shown, picture)
-            yield [{"video": shown, "top": named(result.top)}]
+            row: Row = {"video": shown, "top": named(result.top), "calibrated": result.calibrated}
+            if result.sure is not None:
+                row["sure"] = result.sure
+            if result.candidates is not None:
+                row["candidates"] = result.candidates
+            yield [row]
 
 
 def show(rows: list[Row], screen: Console) -> None:
@@ -164,7 +188,11 @@ def show(rows: list[Row], screen: Console) -> None:
         for entry in rows[0]["top"]:
             drawn.add_row(entry["class"], f"{100 * entry['probability']:.1f}")
     screen.print(rows[0]["video"], style="bold")
+    if rows[0].get("sure") is False:
+        screen.print("unsure", style="yellow")
     screen.print(drawn)
+    if (candidates := rows[0].get("candidates")) is not None:
+        screen.print(f"one of: {', '.join(candidates) or 'none of the classes'}")
 
 
 def write_csv(path: Path, rows: list[Row]) -> None:

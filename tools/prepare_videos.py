@@ -5,20 +5,21 @@ Examples:
     python tools/prepare_videos.py videos --table videos.csv --output data   # lines `path,label[,split]`
     python tools/prepare_videos.py videos --output data --lists-only
 
-Writes data/labels.csv, data/train.txt and data/val.txt, and from them data/shards/train and data/shards/val. The lists
-are yours to edit: with --lists-only nothing is packed yet, and lists that are there already are used as they are.
+Writes data/labels.csv, data/train.txt and data/val.txt, and from them data/shards/train and data/shards/val. Ready
+splits are taken: videos/train/surfing/a.mp4, videos/val/surfing/b.mp4, and test if there is one. Every video is opened
+before anything is written; what is no video is left out and named. The lists are yours to edit: with --lists-only
+nothing is packed yet, and lists that you have edited are used as they are.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-from shards.annotations import Annotation, parse_annotations, parse_labels
-from shards.folders import LABELS, SPLITS, read_table, scan_folders, split_videos, write_lists
 from shards.format import ShardError
+from shards.preparing import LABELS, list_file, prepare_lists, shards_folder
 from shards.text import shown
 from shards.writer import build_shards
 from text4vis.common.progress import Progress
@@ -36,7 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--short-side", type=int, default=256, metavar="PX", help="scale frames down to this shorter side (256)")
     add("--fps", type=float, metavar="N", help="keep N frames a second; by default all")
     add("--store", choices=("frames", "video"), default="frames", help="JPEG frames, or the video files as they are")
-    add("--on-error", choices=("fail", "skip"), default="fail", help="what to do about a video that cannot be read")
+    add("--on-error", choices=("fail", "skip"), default="fail", help="about a video that cannot be read (fail)")
     add("--workers", type=int, metavar="N", help="threads; by default one a core")
     return parser.parse_args()
 
@@ -48,75 +49,50 @@ def _advance(bar: Progress) -> Callable[[int, int, int], None]:
     return advance
 
 
-def refuse_overlap(output: Path, lists: Mapping[str, Sequence[Annotation]]) -> None:
-    train = {one.name for one in lists["train"]}
-    if both := [one for one in lists["val"] if one.name in train]:
-        raise ShardError(
-            f"{output / SPLITS['val']}:{both[0].line}: {both[0].name!r} is in {SPLITS['train']} too, and "
-            f"{len(both) - 1} more are; a model must be measured on videos that it has not seen: remove them from one "
-            "of the lists"
-        )
-
-
-def tell_unlisted(arguments: argparse.Namespace, output: Path, lists: Mapping[str, Sequence[Annotation]]) -> None:
-    """The lists are their owner's, and videos that came later are not in them: say so."""
-    try:
-        videos = read_table(arguments.table) if arguments.table else scan_folders(arguments.videos)
-    except ShardError:  # e.g. no class folders, for the lists were made from a table
-        return
-    known = {one.name for of_split in lists.values() for one in of_split}
-    if new := [video.path for video in videos if video.path not in known]:
-        print(
-            f"prepare_videos: notice: {len(new)} of {len(videos)} videos are in no list and left out, the first is "
-            f"{new[0]!r}. Add lines for them, or delete {LABELS} and the lists to have them made anew; either way "
-            f"delete {output / 'shards'} as well",
-            file=sys.stderr,
-        )
-
-
 def main() -> None:
     arguments = parse_arguments()
     output = arguments.output
-    lists = [output / name for name in (LABELS, *SPLITS.values())]
-    present = [path for path in lists if path.exists()]
-    if not present:
-        videos = read_table(arguments.table) if arguments.table else scan_folders(arguments.videos)
-        counts = write_lists(split_videos(videos, arguments.val_share, arguments.seed), output)
-        print(f"{output}: {len(parse_labels(output / LABELS))} classes, {counts['train']} videos to train, "
-              f"{counts['val']} to validate: {', '.join(path.name for path in lists)}")  # fmt: skip
-    elif len(present) < len(lists):
-        missing = next(path for path in lists if path not in present)
-        raise ShardError(f"{missing}: missing beside {present[0].name}; delete the lists to have them made anew")
+    with Progress("looking at the files", unit="file", keep=False) as bar:
+        prepared = prepare_lists(
+            arguments.videos,
+            output,
+            table=arguments.table,
+            val_share=arguments.val_share,
+            seed=arguments.seed,
+            skip_broken=arguments.on_error == "skip",
+            workers=arguments.workers,
+            progress=bar.update,
+        )
+    for notice in prepared.notices:
+        print(f"prepare_videos: notice: {notice}", file=sys.stderr)
+    if prepared.made:
+        counts = ", ".join(f"{len(videos)} in {split}" for split, videos in prepared.lists.items())
+        files = ", ".join([LABELS, *map(list_file, prepared.lists)])
+        print(f"{output}: {len(prepared.labels)} classes; videos: {counts}; lists: {files}")
     else:
         print(f"{output}: using the lists that are there")
-    labels = parse_labels(output / LABELS)
-    annotations = {
-        split: parse_annotations(output / file, len(labels), labels_file=output / LABELS)
-        for split, file in SPLITS.items()
-    }
-    if present:
-        tell_unlisted(arguments, output, annotations)
-    refuse_overlap(output, annotations)
     if arguments.lists_only:
         return
-    for split, file in SPLITS.items():
-        with Progress(split, len(annotations[split])) as bar:
+    for split, videos in prepared.lists.items():
+        folder = shards_folder(output, split)
+        with Progress(split, len(videos)) as bar:
             manifest = build_shards(
-                annotations[split],
+                videos,
                 root=arguments.videos,
-                labels=labels,
-                output=output / "shards" / split,
+                labels=prepared.labels,
+                output=folder,
                 short_side=arguments.short_side if arguments.store == "frames" else None,
                 fps=arguments.fps,
                 store=arguments.store,
                 seed=arguments.seed,
                 workers=arguments.workers,
                 on_error=arguments.on_error,
-                list_name=output / file,
+                replace_unfinished=True,
+                list_name=output / list_file(split),
                 progress=_advance(bar),
             )
         skipped = f", {len(manifest.skipped)} skipped" if manifest.skipped else ""
-        print(f"{output / 'shards' / split}: {manifest.num_videos} videos{skipped}")
+        print(f"{folder}: {manifest.num_videos} videos{skipped}")
     print(f"next: DATA={output} deepspeed text4vis/train.py --config configs/own.yaml --output runs/own\n"
           "      (without a GPU or a network: --config configs/own-small.yaml)")  # fmt: skip
 

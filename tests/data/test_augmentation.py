@@ -28,7 +28,7 @@ from text4vis.data.augmentation import (
     scaled_size,
     train_geometry,
 )
-from text4vis.data.loader import build_loader, image_graph
+from text4vis.data.loader import build_loader
 
 SIZES = [(240, 320), (256, 340), (320, 240), (1080, 1920), (256, 256), (257, 401), (31, 900), (180, 320)]
 NUM_VIDEOS = 13
@@ -305,26 +305,6 @@ def test_paper_end_to_end_is_the_same_operations_on_every_frame(folders):
     assert len(seen) > 8
 
 
-def test_a_decoder_that_also_resizes_leaves_frames_for_randaugment_as_they_are(folders):
-    """What a GPU's graph does, run on the CPU: operations come before the resize, so it gets the whole frame's size."""
-    made, _ = folders
-    drawn = draw(DataConfig(augmentation="paper"), 10, generator(0, 0, 0))
-    geometry = train_geometry(drawn, 32, 48, 24)
-    assert geometry.region == (0, 0, 32, 48) and geometry.decoded_size == (32, 48)
-    assert geometry.part == drawn.crop.region(32, 48, 24)
-    assert train_geometry(drawn._replace(operations=()), 32, 48, 24).decoded_size == (24, 24)
-    file = made.root / made.names[0] / "img_00001.jpg"
-    graph = image_graph(device_id=None, num_threads=1, batch_size=1, resize="linear")
-    graph.feed_input("encoded", [np.fromfile(file, np.uint8)])
-    graph.feed_input("start", np.array([geometry.region[:2]], np.int32))
-    graph.feed_input("shape", np.array([geometry.region[2:]], np.int32))
-    graph.feed_input("size", np.array([geometry.decoded_size], np.float32))
-    graph.schedule_run()
-    decoded = np.asarray(graph.share_outputs()[0][0])
-    with Image.open(file) as image:
-        np.testing.assert_array_equal(decoded, np.asarray(image.convert("RGB")))
-
-
 def test_a_flip_swaps_the_labels_that_it_must(folders):
     """Labels of the batches, two epochs long: swapped where the video was flipped, as stored elsewhere."""
     made, shards = folders
@@ -373,13 +353,14 @@ def test_micro_batches_are_the_stream_in_order(folders, side, world_size):
     config = settings(shards, **data)
     config = dataclasses.replace(config, solver=dataclasses.replace(config.solver, grad_accumulation_steps=3))
     with build_loader(settings(shards, **data, batch_size=1), "train") as loader:
-        stream = [int(job.ids[0]) for job in itertools.islice(loader.jobs(), 2 * 6 * world_size)]
+        stream = [int(plan.ids[0]) for plan in itertools.islice(loader.plans(), 2 * 6 * world_size)]
     micro = []
     for rank in range(world_size):
         with build_loader(config, "train", rank=rank, world_size=world_size) as loader:
-            jobs = list(itertools.islice(loader.jobs(), 6))
-            assert {frame.geometry.height for job in jobs for frame in job.frames} == {side}
-            micro.append([job.ids.tolist() for job in jobs])
+            plans = list(itertools.islice(loader.plans(), 6))
+            heights = {frame.geometry.height for plan in plans for video in plan.videos for frame in video.frames}
+            assert heights == {side}
+            micro.append([plan.ids.tolist() for plan in plans])
             if rank == 0:
                 assert next(iter(loader)).frames.shape == (2, 1, 1, 3, side, side)
     steps = [micro[rank][3 * step : 3 * step + 3] for step in range(2) for rank in range(world_size)]

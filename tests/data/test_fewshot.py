@@ -47,7 +47,7 @@ def settings(folder, seed=5, **data) -> Config:
 def stream(config, count, rank=0, world_size=1, consumed=0):
     """Ids of the rank's first `count` batches, from the plans."""
     with build_loader(config, "train", rank=rank, world_size=world_size, consumed=consumed) as loader:
-        return [job.ids.tolist() for job in itertools.islice(loader.jobs(), count)]
+        return [plan.ids.tolist() for plan in itertools.islice(loader.plans(), count)]
 
 
 def chosen(config, **ranks):

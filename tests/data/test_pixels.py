@@ -9,9 +9,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 from sklearn.datasets import load_sample_image
 
 from text4vis.data import pixels
-from text4vis.data.augmentation import OPERATIONS, Crop, Geometry, Operation
-from text4vis.data.loader import place, place_on_device
-from text4vis.data.plan import Frame
+from text4vis.data.augmentation import OPERATIONS, Crop, Operation
 
 PICTURE = Image.fromarray(load_sample_image("flower.jpg")).resize((340, 256))
 X, Y = 0.97, 0.3
@@ -127,27 +125,6 @@ def test_a_view_is_blurred_then_solarised():
     np.testing.assert_array_equal(
         np.asarray(pixels.recolour(PICTURE, Crop(0, 0, blur=1.5, solarize=True))), np.asarray(expected)
     )
-
-
-def test_the_device_does_to_a_frame_what_the_cpu_does():
-    """RandAugment on the whole frame, cut, resize, grey, flip, blur; frames of two videos with other operations."""
-    image = np.array(PICTURE)
-    frames = []
-    for b, (name, crop) in enumerate([("translate_x", Crop(0, 0, True)), ("color", Crop(0, 0, False, True, 1.0))]):
-        steps = (Operation(name, 30 if b == 0 else 0.64, 0, 0), Operation("rotate", -9, 0, 0))
-        geometry = Geometry((0, 0, 256, 340), 96, 96, False, (crop,), steps, (20, 50, 80, 96))
-        frames += [Frame(geometry, ((b, 0, t, 0),)) for t in range(2)]
-    plain = Crop(0, 0, solarize=True)
-    frames.append(Frame(Geometry((0, 0, 96, 96), 96, 96, False, (plain,)), ((2, 0, 0, 0), (2, 0, 1, 0))))
-    images = [image, image[::-1].copy(), image, image[:, ::-1].copy(), image[:96, :96].copy()]
-    expected = np.zeros((3, 1, 2, 96, 96, 3), np.uint8)
-    for frame, pixels_HW3 in zip(frames, images, strict=True):
-        place(frame, pixels_HW3, expected)
-    ours = torch.zeros(expected.shape, dtype=torch.uint8)
-    place_on_device(frames, [torch.from_numpy(pixels_HW3) for pixels_HW3 in images], ours)
-    off = np.abs(ours.numpy().astype(int) - expected)
-    assert off.mean() < 0.5 and (off > 8).mean() < 0.01
-    assert all(frame.any() for frame in expected.reshape(6, -1))
 
 
 def test_solarize_keeps_what_is_below_the_threshold():

@@ -1,4 +1,4 @@
-"""What keeps a loop from waiting for the garbage collector."""
+"""What keeps a loop from waiting: overlapping steps, a thread that works ahead, no garbage collection."""
 
 import gc
 import weakref
@@ -8,7 +8,7 @@ import pytest
 from text4vis import train
 from text4vis.cluster.stop import StopRequest
 from text4vis.config.schema import Config
-from text4vis.data.prefetch import settled
+from text4vis.data.prefetch import Prefetcher, pipelined, settled
 
 
 class Knot:
@@ -68,3 +68,62 @@ def test_training_is_settled(monkeypatch, tmp_path, dry_run):
     monkeypatch.setattr("sys.argv", ["train.py", "--config", "x.yaml", *["--dry-run"] * dry_run])
     train.train(train.parse_arguments(), Config(), tmp_path, StopRequest())
     assert (seen[0] > 100_000) is not dry_run
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_steps_finish_in_order_with_so_many_started_ahead(depth):
+    events = []
+    results = pipelined(
+        range(5), lambda item: events.append(("start", item)) or item, lambda item: events.append(("end", item)), depth
+    )
+    next(results)
+    assert events == [*(("start", item) for item in range(depth + 1)), ("end", 0)]
+    list(results)
+    assert [item for kind, item in events if kind == "end"] == list(range(5)) and len(events) == 10
+
+
+def test_an_item_whose_step_fails_is_recovered_in_its_place():
+    def finish(item):
+        if item % 2:
+            raise KeyError(item)
+        return item
+
+    def run(**recovery):
+        return list(pipelined(range(5), lambda item: item, finish, 2, **recovery))
+
+    assert run(recover=lambda item: -item, errors=(KeyError,)) == [0, -1, 2, -3, 4]
+    for recovery in ({}, {"recover": lambda item: -item, "errors": (OSError,)}, {"errors": (KeyError,)}):
+        with pytest.raises(KeyError):
+            run(**recovery)
+
+
+def test_a_prefetcher_gives_the_items_then_the_error_again_and_again():
+    def items():
+        yield from range(3)
+        raise OSError("torn")
+
+    running = Prefetcher(items(), 2, "test")
+    assert [next(running) for _ in range(3)] == [0, 1, 2]
+    for _ in range(2):
+        with pytest.raises(OSError, match="torn"):
+            next(running)
+    assert list(Prefetcher(iter_of(()), 1, "test")) == []
+
+
+def iter_of(values):
+    yield from values
+
+
+def test_closing_a_prefetcher_closes_its_generator():
+    closed = []
+
+    def items():
+        try:
+            yield from range(10**9)
+        finally:
+            closed.append(True)
+
+    running = Prefetcher(items(), 2, "test")
+    assert next(running) == 0
+    running.close()
+    assert closed == [True] and list(running) == []

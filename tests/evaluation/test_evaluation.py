@@ -22,7 +22,7 @@ from text4vis.data.augmentation import eval_geometry
 from text4vis.data.loader import build_loader
 from text4vis.data.sampling import test_indices as clip_indices
 from text4vis.data.sampling import val_indices
-from text4vis.evaluate import check_frames, differences
+from text4vis.evaluate import differences
 from text4vis.evaluation import comparison
 from text4vis.evaluation import embedding as evaluation
 from text4vis.evaluation.embedding import (
@@ -44,7 +44,7 @@ KEYS = [
     "date", "data", "data_fingerprint", "missing", "skipped", "classes_fingerprint", "views", "classifier", "template",
     "class_embeddings", "weights", "precision", "device", "decode", "versions", "videos", "classes", "top1", "top5",
     "top1_correct", "top5_correct", "mean_class_accuracy", "map", "not_finite", "chance", "by_views",
-    "half_classes", "class_splits",
+    "calibration", "half_classes", "class_splits",
     "per_class", "confusion", "predictions",
 ]  # fmt: skip
 
@@ -410,15 +410,15 @@ def test_settings_are_compared_with_those_of_the_training(case):
                                      {"sim_header": "Transf_cls"}])  # fmt: skip
 def test_frames_that_a_model_cannot_take_are_refused(tmp_path, changes):
     model = build_model(tiny_network(tmp_path, **changes), T, image_size=32)
-    check_frames(model, Config(data=DataConfig(num_segments=T, input_size=32)))
+    model.check_frames(DataConfig(num_segments=T, input_size=32))
     with pytest.raises(ConfigError, match=f"data.num_segments: 6, but the model takes {T} frames"):
-        check_frames(model, Config(data=DataConfig(num_segments=6, input_size=32)))
+        model.check_frames(DataConfig(num_segments=6, input_size=32))
     with pytest.raises(ConfigError, match=r"data.input_size: 224, .*--set data.input_size=32"):
-        check_frames(model, Config(data=DataConfig(num_segments=T)))
+        model.check_frames(DataConfig(num_segments=T))
     model = build_model(tiny_network(tmp_path), T)
-    check_frames(model, Config(data=DataConfig(num_segments=77, input_size=32)))
+    model.check_frames(DataConfig(num_segments=77, input_size=32))
     with pytest.raises(ConfigError, match=f"data.num_segments: 78, but .* positions for 77 .*num_segments={T}"):
-        check_frames(model, Config(data=DataConfig(num_segments=78, input_size=32)))
+        model.check_frames(DataConfig(num_segments=78, input_size=32))
 
 
 @pytest.mark.slow

@@ -24,11 +24,11 @@ from text4vis.evaluation.protocols import class_scores
 from text4vis.model import heads
 from text4vis.model.video_clip import build_model
 from text4vis.saved.checkpoint import CheckpointError, State
+from text4vis.saved.opening import TrainedModel, open_saved
 from text4vis.saved.runs import check_same_classes
 from text4vis.serving import onnx_graph
-from text4vis.serving.export import export, last_report, preprocessing
+from text4vis.serving.exporting import export, last_report, preprocessing
 from text4vis.serving.onnx_graph import write_onnx
-from text4vis.serving.predictor import Trained
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'text4vis[onnx]'")
 
@@ -38,7 +38,7 @@ T, S = 4, 32
 CLOSE = 1e-3  # of logits between -100 and 100, in fp32
 
 
-def trained_model(folder: Path, *, dense: bool = False, **network) -> Trained:
+def trained_model(folder: Path, *, dense: bool = False, **network) -> TrainedModel:
     config = Config(
         network=tiny_network(folder, **network),
         data=DataConfig(num_segments=T, input_size=S, scale_size=36, dataset="tiny [x](y)", dense=dense),
@@ -49,11 +49,11 @@ def trained_model(folder: Path, *, dense: bool = False, **network) -> Trained:
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     card = {"step": 7, "figures": {"top1": 12.5}}
-    return Trained(model, config, NAMES, build_classifier(config, model, NAMES), card)
+    return TrainedModel(model, config, NAMES, build_classifier(config, model, NAMES), card)
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory) -> tuple[Trained, Path]:
+def exported(tmp_path_factory) -> tuple[TrainedModel, Path]:
     base = tmp_path_factory.mktemp("exported")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(heads, "NUM_LAYERS", 1)
@@ -72,7 +72,7 @@ def session(path: Path):
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def expected(trained: Trained, frames_BVTCHW: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+def expected(trained: TrainedModel, frames_BVTCHW: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Embeddings (B, V, D) and, by the evaluation's own rule, probabilities (B, C)."""
     with torch.no_grad():
         views_BVD = trained.model.encode_video(frames_BVTCHW.flatten(0, 1)).unflatten(0, frames_BVTCHW.shape[:2])
@@ -201,7 +201,7 @@ def test_a_folder_of_other_files_is_left_alone(exported, tmp_path):
 
 def test_an_export_that_was_killed_is_written_again(exported, tmp_path, monkeypatch):
     with monkeypatch.context() as killed:
-        killed.setattr("text4vis.serving.export.model_card", lambda *_, **__: 1 / 0)
+        killed.setattr("text4vis.serving.exporting.model_card", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             export(tmp_path / "x", exported[0])
     (tmp_path / "x" / "export.json").unlink()  # as if it had been killed before that
@@ -230,9 +230,11 @@ def test_the_last_evaluation_of_a_run_is_found(tmp_path):
     best = tmp_path / "checkpoints" / "best"
     best.mkdir(parents=True)
     (best / "state.json").touch()
-    assert last_report(tmp_path) is None
+    assert last_report(open_saved(tmp_path)) is None
     (tmp_path / "report.json").touch()
-    assert last_report(tmp_path) == last_report(best) == tmp_path / "report.json"
+    assert {last_report(open_saved(path)) for path in (tmp_path, best)} == {tmp_path / "report.json"}
+    (tmp_path / "best.pt").touch()
+    assert last_report(open_saved(tmp_path / "best.pt")) is None
 
 
 def test_another_file_of_class_embeddings_is_noticed(tmp_path):

@@ -23,9 +23,9 @@ from shards.video import _PacketTable
 from text4vis.classifier.embeddings import build_classifier
 from text4vis.config.schema import Config, DataConfig
 from text4vis.model.video_clip import build_model
-from text4vis.report.pictures import save_timeline
 from text4vis.saved.checkpoint import CheckpointError
 from text4vis.saved.weights import export_model
+from text4vis.serving.pictures import save_timeline
 from text4vis.serving.predictor import PredictionError
 
 NAMES = ["archery", "surfing", "playing the flute"]
@@ -65,6 +65,55 @@ def test_frames_are_those_of_an_evaluation_of_one_clip(export, dense):
     assert recogniser.predict(frames).indices.tolist() == expected
 
 
+def test_probabilities_are_calibrated_and_unsure_answers_say_so(export, videos, tmp_path):
+    path = videos / "deep" / "video0.mp4"
+    plain = text4vis.load(export).predict(path, top=3)
+    assert (plain.calibrated, plain.sure, plain.candidates) == (False, None, None)
+    best = dict(plain.top)
+    figures = {
+        "temperature": 50.0,
+        "answers": [
+            {"accuracy": 80, "threshold": 0.0},
+            {"accuracy": 95, "threshold": 0.9},
+            {"accuracy": 99, "threshold": None},
+        ],
+        "sets": [{"coverage": 90, "threshold": 0.0}],
+    }
+    shutil.copytree(export, tmp_path / "export")
+    facts = json.loads((tmp_path / "export" / "export.json").read_text())
+    facts["card"] = {"evaluation": {"calibration": figures}}
+    (tmp_path / "export" / "export.json").write_text(json.dumps(facts))
+    recogniser = text4vis.load(tmp_path / "export")
+    found = recogniser.predict(path, top=1, accuracy=80, coverage=90)
+    (name, probability), *_ = found.top
+    powers = {key: value ** (1 / 50) for key, value in best.items()}
+    assert probability == pytest.approx(powers[name] / sum(powers.values()), rel=1e-6)
+    assert found.calibrated and found.sure and found.candidates == [name for name, _ in plain.top]
+    assert recogniser.predict(path, accuracy=95).sure is False
+    assert not recogniser.predict(path, labels=["a cat", "a dog"]).calibrated
+    for options, message in (
+        ({"accuracy": 99}, "does not reach 99 %"),
+        ({"accuracy": 50}, "accuracy: 50 was not measured; choose 80, 95, 99"),
+        ({"coverage": 90, "labels": ["a", "b"]}, "leave the labels out"),
+    ):
+        with pytest.raises(PredictionError, match=message):
+            recogniser.predict(path, **options)
+    with pytest.raises(PredictionError, match="the model has no calibration; evaluate it"):
+        text4vis.load(export).predict(path, accuracy=80)
+
+
+def test_a_prediction_loads_neither_dali_nor_deepspeed(export, videos):
+    """Both take seconds to import, and neither is needed where models only serve."""
+    code = (
+        "import sys, text4vis\n"
+        f"print(text4vis.load({str(export)!r}).predict({str(videos / 'deep' / 'video0.mp4')!r}).top[0][0])\n"
+        "print(*sorted({name.partition('.')[0] for name in sys.modules} & {'nvidia', 'deepspeed'}))\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    name, loaded = ended.stdout.splitlines()
+    assert name in NAMES and loaded == ""
+
+
 def test_labels_that_a_model_cannot_take_are_refused_before_any_video(export):
     recogniser = text4vis.load(export)
     config = recogniser.config
@@ -90,7 +139,7 @@ def test_many_at_once_are_what_each_is_alone(export, videos):
     (b"bytes", "expected a path, an address or an array of frames, got bytes"),
     (None, "got NoneType"),
     (np.zeros((3, 0, 4, 3), np.uint8), r"expected frames .*got \(3, 0, 4, 3\)"),
-    ("bomb", "1.png: not a readable image .*decompression bomb"),
+    ("bomb", "1.png: not a readable image .*20000x19000 pixels; the limits are"),
     ("text", "1.png: not a readable image"),
 ])  # fmt: skip
 def test_what_is_no_video_costs_no_other(export, videos, tmp_path, odd, message):
@@ -126,7 +175,7 @@ def test_what_is_no_model_is_told_apart(tmp_path):
     (tmp_path / "folder").mkdir()
     for name, message in (
         ("gone", r"gone: not there; name the folder of an export"),
-        ("train.pt", r"train\.pt: a file; a \.pt file of the original is exported first, see tools/export\.py"),
+        ("train.pt", r"train\.pt: a \.pt file does not tell its recipe and classes; export it first: tools/export\.py"),
         ("folder", r"folder: neither an export nor a checkpoint nor a run"),
     ):
         with pytest.raises(CheckpointError, match=message):

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shards.annotations import Annotation, is_video_file, parse_annotations, parse_labels
+from shards.annotations import Annotation, format_annotation, parse_annotations, parse_labels
 from shards.format import Manifest, ShardError
+from shards.list_lines import is_video_file
 
 REAL_LISTS = Path(__file__).parents[3] / "shared" / "lists"
 IN_FILE = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -64,7 +65,7 @@ def test_blank_lines_comments_crlf_and_bom_are_accepted(tmp_path):
         ("a 1 1.5", ["label is '1.5'"]),
         ("a 1 99999999999999999999999", ["label"]),
         ("a 1 4294967296", ["label is 4294967296"]),
-        ("a 1 5", ["label 5", "0 to 4", "the.csv", "add id 5"]),
+        ("a 1 5", ["label 5", "0 to 4", "the.csv", "add id 5", "where labels count from 1"]),
         ("a many 0", ["frames is 'many'"]),
         ("a -3 0", ["frames is -3"]),
         ("a 2000000 0", ["frames is 2000000"]),
@@ -154,7 +155,7 @@ def test_real_lists_parse_in_full(name, classes, num_classes, num_videos):
         ),
         min_size=1,
         unique_by=lambda row: row[0],
-    ).filter(lambda rows: not any(name == ".." for name, _, _ in rows))
+    ).filter(lambda rows: not any(name in (".", "..") for name, _, _ in rows))
 )
 def test_any_name_round_trips(tmp_path, rows):
     content = "\n".join(f"dir/{name} {frames} {label}" for name, frames, label in rows)
@@ -218,3 +219,98 @@ def test_manifest_names_no_file_outside_its_folder(file):
 def test_video_files_are_known_by_extension():
     assert is_video_file("a b/C.MP4")
     assert not is_video_file("mp4")
+
+
+@pytest.fixture
+def root(tmp_path):
+    for name in ("sub/1.mp4", "v.mp4", "my clip.mp4", "drinking (31).mp4", r"back\slash.mp4"):
+        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "root" / name).touch()
+    for name in ("clip", "clip 3", "folder.mp4"):
+        (tmp_path / "root" / name).mkdir()
+    return tmp_path / "root"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("./sub/1.mp4 0", ("sub/1.mp4", None, 0)),
+        ("sub//.//1.mp4 0", ("sub/1.mp4", None, 0)),
+        ("sub/../sub/1.mp4 0", ("sub/1.mp4", None, 0)),
+        ("clip/ 30 0", ("clip", 30, 0)),
+        ("{root}/sub/1.mp4 0", ("sub/1.mp4", None, 0)),
+        (r"sub\1.mp4 0", ("sub/1.mp4", None, 0)),
+        (r"back\slash.mp4 0", (r"back\slash.mp4", None, 0)),
+        ("clip 3 120 2", ("clip 3", 120, 2)),
+        ("folder.mp4 120 2", ("folder.mp4", 120, 2)),
+        ("my clip.mp4 2", ("my clip.mp4", None, 2)),
+        ("drinking (31).mp4 1", ("drinking (31).mp4", None, 1)),
+        ("no extension 7 - 1", ("no extension 7", None, 1)),
+        ("0001.MTS 1", ("0001.MTS", None, 1)),
+    ],
+)
+def test_paths_have_one_spelling(tmp_path, root, text, expected):
+    (parsed,) = parse(tmp_path, text.format(root=root), root=root)
+    assert (parsed.name, parsed.num_frames, parsed.label) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("./sub/1.mp4 0\nsub/1.mp4 0", [":2:", "'sub/1.mp4' is already on line 1"]),
+        ("{root}/v.mp4 0\n./v.mp4 0", [":2:", "'v.mp4' is already on line 1"]),
+        ("/else/1.mp4 0", ["does not lie below --root"]),
+        ("../v.mp4 0", ["leaves the root"]),
+        ("root/v.mp4 0", ["'root/v.mp4' begins with the name of --root itself; give --root "]),
+        ("./ 3 0", ["names the root folder itself"]),
+        (r"C:\data\1.mp4 0", ["drive of Windows"]),
+        ("C:/data/1.mp4 0", ["drive of Windows"]),
+        (r"\\server\1.mp4 0", ["drive of Windows"]),
+        ("clip 5 120 3", ["3 numbers follow 'clip'", "offsets"]),
+        ("v.mp4 0 100 3", ["3 numbers follow 'v.mp4'", "ffmpeg -ss"]),
+        ("gone.mp4 0 100 3", ["3 numbers follow 'gone.mp4'"]),
+        ("clip 30 3 5", ["3 numbers follow 'clip'", "several labels"]),
+        ("v.mp4 3 5", ["2 numbers follow 'v.mp4'"]),
+        ("v.mp4 0.0 10.5 3", ["'10.5'", "times or offsets"]),
+        ("v.mp4 00:00:10 00:00:20 3", ["times or offsets"]),
+        ("v.mp4 3,5", ["'3,5'", "several labels"]),
+        ("clip 30 [3;5]", ["several labels"]),
+        ("v.mp4 surfing", ["'surfing'", "its id in the class list"]),
+        ("v.mp4 ice skating", ["its id in the class list"]),
+        ("clip 30 surfing", ["its id in the class list"]),
+        ("path label\nv.mp4 0", [":1:", "no header"]),
+        ("video_path,label\nv.mp4,0", [":1:", "no header"]),
+        ("v.mp4,0", ["separated by commas"]),
+        ("v.mp4, 0", ["separated by commas"]),
+        ("spaghetti,--3ouPhoy2A,20,30,train", ["separated by commas"]),
+        ('"my clip.mp4" 3', ["quotes"]),
+        ("v.mp4", ["the label is missing"]),
+        ("noext 3", ["two columns", "`path - label`"]),
+        ("v.mp4 1.0", ["label is '1.0'"]),
+    ],
+)
+def test_lists_of_other_kinds_get_the_words_they_deserve(tmp_path, root, text, words):
+    with pytest.raises(ShardError) as caught:
+        parse(tmp_path, text.format(root=root), root=root)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_names_that_differ_in_case_are_two_files_unless_they_are_one(tmp_path, root):
+    (root / "V.mp4").write_text("another")
+    assert len(parse(tmp_path, "v.mp4 0\nV.mp4 0", root=root)) == 2
+    (root / "V.mp4").unlink()
+    (root / "V.mp4").hardlink_to(root / "v.mp4")  # as a file system that ignores case would have it
+    with pytest.raises(ShardError, match=r":2: 'V.mp4' is already on line 1, spelled 'v.mp4'"):
+        parse(tmp_path, "v.mp4 0\nV.mp4 0", root=root)
+
+
+@IN_FILE
+@given(st.text(min_size=1), st.one_of(st.none(), st.integers(0, 1000)), st.integers(0, 400))
+def test_a_line_holds_a_name_or_refuses_it(tmp_path, name, frames, label):
+    try:
+        line = format_annotation(name, frames, label)
+    except ValueError:
+        return
+    (parsed,) = parse(tmp_path, line + "\n")
+    assert (parsed.name, parsed.num_frames, parsed.label) == (name, frames, label)

@@ -1,99 +1,227 @@
-"""A folder of one's own videos: every video in one split, every class in both, lists that parse to what was found."""
+"""Folders and tables of one's own videos: what is a video, which class and split it has, what is left out and why."""
 
-import re
-from collections import Counter
+import os
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import av
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from launch import program
+from frame_folders import jpeg
 from videos import write_video
 
-from shards.annotations import parse_annotations, parse_labels
-from shards.folders import Video, read_table, readable, scan_folders, split_videos, write_lists
+from shards.folders import Video, check_videos, find_videos, read_table, scan_folders, settle_splits, split_name
 from shards.format import ShardError
-from shards.reader import open_dataset
+from shards.walk import describe, list_files
 
 
-def touch(root, *paths):
+@cache
+def video_bytes(extension: str = ".mp4", codec: str = "libx264", form: str | None = None) -> bytes:
+    """A video of five frames."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / f"one{extension}"
+        with av.open(str(path), "w", format=form) as container:
+            stream = container.add_stream(codec, rate=25)
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "rgb8" if codec == "gif" else "yuv420p"
+            for number in range(5):
+                picture = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 40 * number, np.uint8), "rgb24")
+                container.mux(stream.encode(picture.reformat(format=stream.pix_fmt)))
+            container.mux(stream.encode())
+        return path.read_bytes()
+
+
+def put(root: Path, *paths: str, content: bytes | None = None) -> None:
     for path in paths:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_bytes(b"")
+        (root / path).write_bytes(video_bytes() if content is None else content)
+
+
+def pairs(videos):
+    return [(video.path, video.label, video.split) for video in videos]
 
 
 def test_folders_name_the_classes(tmp_path):
-    touch(tmp_path, "b/2.mp4", "a/deep/er/1.MOV", "a/notes.txt", "a/.hidden.mp4", "b/with space 7.avi")
+    put(tmp_path, "b/2.mp4", "a/deep/er/1.MOV", "b/with space 7.avi")
     found = scan_folders(tmp_path)
-    assert found == [Video("a/deep/er/1.MOV", "a"), Video("b/2.mp4", "b"), Video("b/with space 7.avi", "b")]
+    assert pairs(found.videos) == [
+        ("a/deep/er/1.MOV", "a", None), ("b/2.mp4", "b", None), ("b/with space 7.avi", "b", None)]  # fmt: skip
+    assert not found.notices and not describe(found.left_out)
 
 
 @pytest.mark.parametrize(
     ("paths", "message"), [([], "no videos in its sub-folders"), (["top.mp4", "a/x.mp4"], "top.mp4: lies in no class")]
 )
 def test_folders_without_classes_are_refused(tmp_path, paths, message):
-    touch(tmp_path, *paths)
+    put(tmp_path, *paths)
     with pytest.raises(ShardError, match=message):
         scan_folders(tmp_path)
 
 
-@given(
-    st.dictionaries(st.text("abcd", min_size=1, max_size=3), st.integers(1, 30), min_size=1, max_size=6),
-    st.floats(0.01, 0.99),
-    st.integers(0, 3),
-)
-def test_the_split_keeps_every_video_and_every_class(counts, share, seed):
-    videos = [Video(f"{label}/{n}.mp4", label) for label, count in counts.items() for n in range(count)]
-    split = split_videos(videos, share, seed)
-    assert [(video.path, video.label) for video in split] == [(video.path, video.label) for video in videos]
-    assert split == split_videos(videos, share, seed)
-    per_class = Counter((video.label, video.split) for video in split)
-    for label, count in counts.items():
-        assert per_class[label, "train"] >= 1
-        assert per_class[label, "val"] == min(max(1, round(share * count)), count - 1)
+@pytest.mark.parametrize(
+    ("name", "codec", "form"),
+    [("0001.MTS", "libx264", "mpegts"), ("a.m2ts", "libx264", "mpegts"), ("a.ts", "libx264", "mpegts"),
+     ("a.vob", "mpeg2video", "vob"), ("a.mpg", "mpeg2video", None), ("a.f4v", "libx264", "mov"),
+     ("a.3gp", "libx264", None), ("a.flv", "flv", None), ("a.wmv", "wmv2", "asf"), ("a.gif", "gif", None),
+     ("a.webm", "libvpx", None), ("no_extension", "libx264", "matroska"), ("a.mp4.bak", "libx264", "mp4"),
+     ("clip 3", "libx264", "avi"), ("a.y4m", "rawvideo", None)],
+)  # fmt: skip
+def test_what_opens_as_a_video_is_one_whatever_its_name(tmp_path, name, codec, form):
+    put(tmp_path, f"a/{name}", content=video_bytes(Path(name).suffix.lower() or ".mkv", codec, form))
+    assert [video.path for video in scan_folders(tmp_path).videos] == [f"a/{name}"]
 
 
-def test_a_split_that_somebody_chose_stays():
-    videos = [Video("a.mp4", "x", "val"), Video("b.mp4", "x", "train")]
-    assert split_videos(videos, 0.5, 0) == videos
-    with pytest.raises(ShardError, match=r"'c.mp4' has no split"):
-        split_videos([*videos, Video("c.mp4", "x")], 0.5, 0)
+def test_what_is_left_out_is_counted_and_named_by_reason(tmp_path):
+    put(tmp_path, "a/1.mp4", "a/._1.mp4", "a/.hidden.mp4", "__MACOSX/a/1.mp4", ".ipynb_checkpoints/a.mp4")
+    put(tmp_path, "a/Thumbs.db", "a/@eaDir/1.mp4", "a/2.mp4.part")
+    put(tmp_path, "a/notes.txt", "a/b.ts", "a/1.srt", content=b"export const a: number = 1;\n" * 99)
+    put(tmp_path, "a/1.jpg", "a/photo", "a/still.mp4", content=jpeg(0))
+    put(tmp_path, "a/empty.mp4", "a/empty", content=b"")
+    found = scan_folders(tmp_path)
+    assert [video.path for video in found.videos] == ["a/1.mp4"]
+    counts = {reason: len(paths) for reason, paths in found.left_out.items() if paths}
+    assert counts == {"hidden": 6, "no video": 5, "picture": 1, "empty": 2, "unfinished download": 1}
+    assert describe(found.left_out).startswith("15 files left out: 6 hidden ('.ipynb_checkpoints/a.mp4', ")
+    assert "'a/notes.txt'" in describe(found.left_out) and not found.broken
 
 
-def test_another_seed_draws_another_split():
-    videos = [Video(f"{n}.mp4", "x") for n in range(50)]
-    assert split_videos(videos, 0.3, 0) != split_videos(videos, 0.3, 1)
+def test_a_video_that_does_not_open_is_no_other_file(tmp_path):
+    put(tmp_path, "a/1.mp4")
+    put(tmp_path, "a/2.mp4", content=video_bytes()[:200])
+    put(tmp_path, "a/3.ts", content=b"\0G" * 500)
+    put(tmp_path, "a/4.webm", content=b"<html>404 not found</html>")
+    found = scan_folders(tmp_path)
+    assert list(found.broken) == ["a/2.mp4", "a/3.ts", "a/4.webm"] and [v.path for v in found.videos] == ["a/1.mp4"]
+
+
+def test_a_folder_without_videos_is_no_class_and_said(tmp_path):
+    put(tmp_path, "a/1.mp4")
+    put(tmp_path, "annotations/list.csv", content=b"path,label\n")
+    found = scan_folders(tmp_path)
+    assert {video.label for video in found.videos} == {"a"}
+    assert found.notices == ["'annotations': no videos in there, so no class"]
+
+
+def test_folders_of_frames_are_refused_in_words(tmp_path):
+    put(tmp_path, *(f"a/clip/img_{number:05d}.jpg" for number in range(1, 4)), content=jpeg(0))
+    with pytest.raises(ShardError, match=r"1 folder of pictures \(e.g. 'a/clip' with 3\) and no videos.*a/clip 3 0"):
+        scan_folders(tmp_path)
+
+
+def test_links_are_followed_once(tmp_path):
+    root, other = tmp_path / "v", tmp_path / "other"
+    put(root, "red/1.mp4", "red/2.mp4")
+    put(other, "b/1.mp4")
+    (root / "loop").symlink_to(root)
+    (root / "above").symlink_to(tmp_path)
+    (root / "red" / "round").symlink_to(root / "red")
+    (root / "again").symlink_to(root / "red")
+    (root / "green").symlink_to(other / "b")
+    (root / "blue").symlink_to(other / "b")
+    (root / "red" / "3.mp4").symlink_to("1.mp4")
+    (root / "red" / "gone.mp4").symlink_to("nowhere.mp4")
+    (other / "b" / "back").symlink_to(root)
+    os.link(root / "red" / "2.mp4", root / "red" / "4.mp4")
+    os.mkfifo(root / "red" / "pipe.mp4")
+    found = scan_folders(root)
+    assert pairs(found.videos) == [("blue/1.mp4", "blue", None), ("red/1.mp4", "red", None), ("red/2.mp4", "red", None)]
+    assert {reason: sorted(paths) for reason, paths in found.left_out.items()} == {
+        "linked twice": ["again", "blue/back", "green", "loop", "red/3.mp4 = red/1.mp4", "red/4.mp4 = red/2.mp4",
+                         "red/round"],
+        "linked to a folder above": ["above"], "linked to nothing": ["red/gone.mp4"],
+        "no regular file": ["red/pipe.mp4"],
+    }  # fmt: skip
+
+
+def test_one_file_in_two_classes_is_told(tmp_path):
+    put(tmp_path, "walk/1.mp4")
+    (tmp_path / "run").mkdir()
+    os.link(tmp_path / "walk" / "1.mp4", tmp_path / "run" / "1.mp4")
+    listing = list_files(tmp_path)
+    assert listing.files == ["run/1.mp4"] and "'walk/1.mp4 = run/1.mp4'" in describe(listing.left_out)
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    put(tmp_path, "a/1.mp4")
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("/a"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ShardError, match="a: Permission denied; make the folder readable"):
+        list_files(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("label", "name"),
-    [("IceSkating", "ice skating"), ("ice_skating", "ice skating"), ("watching-TV", "watching TV"), ("Yoga", "yoga"),
-     ("push up", "push up"), ("__", "__"), ("弓道", "弓道")],
+    ("name", "split"),
+    [("train", "train"), ("Training", "train"), ("TEST", "test"), ("valid", "val"), ("validation", "val"),
+     ("val_256", "val"), ("test-set", "test"), ("eval", "test"), ("trainer", None), ("train ride", None)],
 )  # fmt: skip
-def test_class_names_become_words(label, name):
-    assert readable(label) == name
+def test_names_of_splits(name, split):
+    assert split_name(name) == split
 
 
-def test_lists_parse_to_what_was_found(tmp_path):
-    videos = [
-        Video(f"{label}/{n} {n}.mp4", label, "val" if n == 0 else "train")
-        for label in ("Bee, b", "a_c")
-        for n in range(2)
+@pytest.mark.parametrize(
+    ("folders", "splits"),
+    [(("train", "val", "test"), ("train", "val", "test")), (("Training", "Validation"), ("train", "val")),
+     (("TRAIN", "TEST"), ("train", "val"))],
+)  # fmt: skip
+@pytest.mark.parametrize("above", [True, False])
+def test_ready_splits_are_taken_and_said(tmp_path, folders, splits, above):
+    for folder in folders:
+        put(tmp_path, *(f"{folder}/{c}/1.mp4" if above else f"{c}/{folder}/1.mp4" for c in ("Run", "Walk")))
+    found = scan_folders(tmp_path)
+    videos = settle_splits(found.videos, found.notices)
+    assert {(video.label, video.split) for video in videos} == {(c, s) for c in ("Run", "Walk") for s in splits}
+    assert all(repr(folder) in found.notices[0] for folder in folders)
+    said = "there is no val: the 2 videos of test are taken for it"
+    assert (said in found.notices) == ("TEST" in folders)
+
+
+def test_train_alone_is_split_later(tmp_path):
+    put(tmp_path, "train/Run/1.mp4", "train/Walk/1.mp4")
+    found = scan_folders(tmp_path)
+    assert {video.split for video in settle_splits(found.videos, found.notices)} == {None}
+    assert found.notices[-1] == "there is a train split alone: a share of it is drawn for val"
+
+
+def test_classes_that_a_split_lacks_are_said(tmp_path):
+    put(tmp_path, "train/a/1.mp4", "train/b/1.mp4", "val/a/2.mp4", "val/c/1.mp4")
+    found = scan_folders(tmp_path)
+    settle_splits(found.videos, found.notices)
+    assert found.notices[1:] == [
+        "1 of 3 classes have no video in train ('c'): a model learns nothing about them",
+        "1 of 3 classes have no video in val ('b'): nothing is measured for them",
     ]
-    assert write_lists(videos, tmp_path) == {"train": 2, "val": 2}
-    assert parse_labels(tmp_path / "labels.csv") == ["bee, b", "a c"]
-    for split, number in (("val", 0), ("train", 1)):
-        parsed = parse_annotations(tmp_path / f"{split}.txt", 2)
-        expected = [(f"Bee, b/{number} {number}.mp4", 0), (f"a_c/{number} {number}.mp4", 1)]
-        assert [(line.name, line.label) for line in parsed] == expected
 
 
-def test_classes_that_read_the_same_are_refused(tmp_path):
-    videos = [Video(f"{label}/{n}.mp4", label, split) for label in ("IceHockey", "ice_hockey") for n, split in
-              enumerate(("train", "val"))]  # fmt: skip
-    with pytest.raises(ShardError, match="'IceHockey', 'ice_hockey' all read 'ice hockey'"):
-        write_lists(videos, tmp_path)
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [(["train/1.mp4", "val/1.mp4"], "train/1.mp4: lies in the split 'train' and in no class folder"),
+     (["train/a/1.mp4", "test/a/1.mp4", "extra/a/1.mp4"], "named like a split: 'test', 'train'; beside them"),
+     (["run/1.mp4", "walk/1.mp4", "test/1.mp4"], "named like a split: 'test'; beside them")],
+)  # fmt: skip
+def test_half_a_split_is_refused(tmp_path, paths, message):
+    put(tmp_path, *paths)
+    with pytest.raises(ShardError, match=message):
+        scan_folders(tmp_path)
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    put(tmp_path, "bus/1.mp4", "train/1.mp4", "train/test/2.mp4", "train/val/3.mp4")
+    found = scan_folders(tmp_path)
+    assert {video.label for video in found.videos} == {"bus", "train"}
+    assert "'train' is taken for a class" in found.notices[0] and "no splits are taken from folders" in found.notices[1]
+
+
+def test_splits_without_videos_to_train_on_are_refused():
+    with pytest.raises(ShardError, match="all videos are in 'val', none to train on"):
+        settle_splits([Video("a.mp4", "x", "val")], [])
+    with pytest.raises(ShardError, match=r"'c.mp4' has no split"):
+        settle_splits([Video("a.mp4", "x", "train"), Video("c.mp4", "x")], [])
 
 
 @pytest.mark.parametrize(
@@ -102,48 +230,77 @@ def test_classes_that_read_the_same_are_refused(tmp_path):
         ("name,label\n", "1: the header is 'name,label'"),
         ("path,label\n", "no videos below the header"),
         ("path,label\na.mp4\n", "2: 1 columns"),
-        ("path,label\na.txt,x\n", "2: 'a.txt', which is no video"),
         ("path,label\na.mp4,\n", "2: no label"),
-        ("path,label\na.mp4,x\na.mp4,x\n", "3: 'a.mp4' is there twice"),
-        ("path,label,split\na.mp4,x,test\n", "2: split is 'test'"),
+        ("path,label\n,x\n", "2: no path"),
+        ("path,label\na.mp4,x\na.mp4,x\n", "3: 'a.mp4' is there twice, first on line 2"),
+        ("path,label\n./sub/1.mp4,a\nsub/1.mp4,a\n", "3: 'sub/1.mp4' is there twice, first on line 2"),
+        ("path,label\nsub//1.mp4,a\nb/../sub/1.mp4,a\n", "3: 'sub/1.mp4' is there twice"),
+        ("path,label\n../1.mp4,a\n", "2: the path '../1.mp4' leaves the root"),
+        ("path,label\n/else/1.mp4,a\n", "2: the path '/else/1.mp4' leaves the root folder"),
+        ("path,label\nC:\\v\\1.mp4,a\n", "2: the path .* begins with a drive of Windows"),
+        ("path,label\na\0b.mp4,x\n", "2: the path .* holds a control character"),
+        ("path,label,split\na.mp4,x,tset\n", "2: split is 'tset'"),
+        ('path,label\n"a.mp4,x\n', "unexpected end"),
     ],
 )
 def test_bad_tables_are_named(tmp_path, text, message):
     (tmp_path / "v.csv").write_text(text)
     with pytest.raises(ShardError, match=message):
-        read_table(tmp_path / "v.csv")
+        read_table(tmp_path / "v.csv", tmp_path)
 
 
-def prepare(*arguments):
-    return program("tools/prepare_videos.py", *arguments)
+@pytest.mark.parametrize(
+    "text",
+    ["path,label,split\n{a},run,Train\nb.mp4,walk,TESTING\n",
+     "\ufeffpath;label;split\r\n{a};run;train\r\nb.mp4;walk;test\r\n",
+     "label\tsplit\tpath\nrun\ttraining\t./{a}\nwalk\teval\tc/../b.mp4\n"],
+)  # fmt: skip
+@pytest.mark.parametrize("spelling", ["sub/1, 2.mp4", r"sub\1, 2.mp4"])
+def test_tables_as_people_export_them(tmp_path, text, spelling):
+    quoted = f'"{spelling}"' if text.startswith("path,") else spelling
+    (tmp_path / "v.csv").write_text(text.format(a=quoted), newline="")
+    assert read_table(tmp_path / "v.csv", tmp_path) == [
+        Video("sub/1, 2.mp4", "run", "train"), Video("b.mp4", "walk", "test")]  # fmt: skip
 
 
-def test_the_command_makes_lists_and_shards_and_respects_edits(tmp_path):
-    for number in range(6):
-        write_video(tmp_path / "v" / ("IceSkating", "yoga")[number % 2] / f"{number}.mp4", 40 * number)
-    first = prepare(tmp_path / "v", "--output", tmp_path / "d", "--short-side", 32, "--lists-only")
-    assert first.returncode == 0, first.stderr
-    assert not (tmp_path / "d" / "shards").exists()
-    labels = tmp_path / "d" / "labels.csv"
-    labels.write_text(labels.read_text().replace("ice skating", "figure skating"))
-    second = prepare(tmp_path / "v", "--output", tmp_path / "d", "--short-side", 32)
-    assert second.returncode == 0 and "using the lists" in second.stdout, second.stderr
-    with open_dataset(str(tmp_path / "d/shards/train")) as train, open_dataset(str(tmp_path / "d/shards/val")) as val:
-        assert train.classes == ["figure skating", "yoga"]
-        names = [dataset.name(i) for dataset in (train, val) for i in range(len(dataset))]
-        assert len(train) == 4 and sorted(names) == [str(video.path) for video in scan_folders(tmp_path / "v")]
-        assert {height for height, _ in train.frame_sizes(0, np.arange(6))} == {32}
-    assert prepare(tmp_path / "v", "--output", tmp_path / "d", "--short-side", 32).returncode == 0
-    write_video(tmp_path / "v" / "yoga" / "later.mp4", 100)
-    again = prepare(tmp_path / "v", "--output", tmp_path / "d", "--short-side", 32, "--on-error", "skip")
-    assert again.returncode == 0, again.stderr  # nothing was left out: what `skip` would have made
-    assert "1 of 7 videos are in no list and left out, the first is 'yoga/later.mp4'" in again.stderr
-    (tmp_path / "v" / "loose.mp4").touch()  # lies in no class folder, which the lists do not care about
-    assert prepare(tmp_path / "v", "--output", tmp_path / "d", "--short-side", 32).returncode == 0
-    train, val = (tmp_path / "d" / name for name in ("train.txt", "val.txt"))
-    val.write_text(val.read_text() + train.read_text())
-    seen = prepare(tmp_path / "v", "--output", tmp_path / "d", "--short-side", 32)
-    assert seen.returncode == 1 and re.search(r"val\.txt:3: .* is in train\.txt too, and 3 more are", seen.stderr)
-    (tmp_path / "d" / "val.txt").unlink()
-    broken = prepare(tmp_path / "v", "--output", tmp_path / "d")
-    assert broken.returncode == 1 and "val.txt: missing" in broken.stderr
+def test_absolute_paths_below_the_root_are_relative_to_it(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "v")
+    put(tmp_path, "v/a/1.mp4")
+    (tmp_path / "v.csv").write_text(f"path,label\n{tmp_path}/v/a/1.mp4,x\n")
+    assert read_table(tmp_path / "v.csv", tmp_path / "v")[0].path == "a/1.mp4"
+    assert read_table(tmp_path / "v.csv", tmp_path / "link")[0].path == "a/1.mp4"
+
+
+def test_files_of_a_table_are_looked_at(tmp_path):
+    put(tmp_path, "a.mp4")
+    put(tmp_path, "b.txt", content=b"no video")
+    put(tmp_path, "c.mp4", content=b"broken \0")
+    table = [Video("a.mp4", "x", None, 2), Video("c.mp4", "x", None, 3)]
+    found = check_videos(tmp_path, table, "v.csv")
+    assert [video.path for video in found.videos] == ["a.mp4"] and list(found.broken) == ["c.mp4"]
+    with pytest.raises(ShardError, match=r"v.csv:4: 'b.txt' is no video"):
+        check_videos(tmp_path, [*table, Video("b.txt", "x", None, 4)], "v.csv")
+    with pytest.raises(ShardError, match=r"v.csv:4: 2 of 3 videos are not in .*: 'd.mp4', 'e.mp4'"):
+        check_videos(tmp_path, [table[0], Video("d.mp4", "x", None, 4), Video("e.mp4", "x", None, 5)], "v.csv")
+
+
+def test_known_files_are_not_opened(tmp_path):
+    put(tmp_path, "a/1.mp4")
+    put(tmp_path, "a/2.mp4", content=b"broken \0")
+    looked = []
+    found = scan_folders(tmp_path, known={"a/2.mp4"}, progress=looked.append)
+    assert [video.path for video in found.videos] == ["a/1.mp4", "a/2.mp4"] and looked == [1]
+
+
+def test_a_video_of_some_frames_is_one(tmp_path):
+    write_video(tmp_path / "a" / "1.mp4", 10, frames=1)
+    assert len(scan_folders(tmp_path).videos) == 1
+
+
+def test_all_videos_below_a_folder_whatever_its_layout(tmp_path):
+    put(tmp_path, "1.MTS", "a/b/2.mp4", "train/3.mp4", ".hidden/4.mp4")
+    put(tmp_path, "a/broken.mp4", content=b"\0 no video")
+    put(tmp_path, "a/notes.txt", content=b"no video")
+    videos, left_out = find_videos(tmp_path)
+    assert videos == ["1.MTS", "a/b/2.mp4", "a/broken.mp4", "train/3.mp4"]
+    assert describe(left_out) == "2 files left out: 1 hidden ('.hidden/4.mp4'), 1 no video ('a/notes.txt')"

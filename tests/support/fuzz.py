@@ -57,7 +57,7 @@ from text4vis.evaluation import embedding as evaluation
 from text4vis.model.tensors import read_weights
 from text4vis.saved import checkpoint
 from text4vis.saved.checkpoint import CheckpointError
-from text4vis.saved.weights import read_export_config, read_text4vis
+from text4vis.saved.weights import read_index, read_text4vis
 from text4vis.training.logs import _step_of
 
 CASE_SECONDS = 20
@@ -485,7 +485,7 @@ TARGETS = {
                 }
             ).encode()
         ],
-        _written("export.json", lambda path: read_export_config(path.parent)),
+        _written("export.json", lambda path: read_index(path.parent)),
         (ConfigError,),
         JSON_TOKENS,
         True,

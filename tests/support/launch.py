@@ -7,6 +7,7 @@ each then runs its script as `python SCRIPT` would, with an environment, a folde
 from __future__ import annotations
 
 import atexit
+import functools
 import multiprocessing
 import os
 import runpy
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import IO
 
@@ -48,6 +50,7 @@ class Rank:
         self._said = _text_file()
         self._complained = self._said if with_errors else _text_file()
         names = self._said.name, self._complained.name
+        _start_server()
         self._process = _ranks.Process(target=_run, args=(str(script), list(arguments), dict(environment), *names))
         self._process.start()
         self.pid: int = self._process.pid
@@ -78,6 +81,18 @@ class Rank:
         self._process.kill()
 
 
+@functools.cache
+def _start_server() -> None:
+    """Starts the process that ranks are forked from. It sees no GPU: who has used CUDA cannot fork users of it."""
+    environment = dict(os.environ)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+
+
 def _text_file() -> IO[str]:
     return tempfile.NamedTemporaryFile("r", prefix="rank-", encoding="utf-8", errors="replace")
 
@@ -93,10 +108,8 @@ def _run(script: str, arguments: list[str], environment: dict[str, str], said: s
     os.environ.update(environment)
     os.chdir(ROOT)
     sys.argv = [script, *arguments]
-    sys.path[:] = [
-        str(Path(script).parent),
-        *(path for path in sys.path if Path(path) not in (ROOT, ROOT / "tests" / "support")),
-    ]
+    others = [path for path in sys.path if Path(path) not in (ROOT, ROOT / "tests" / "support")]
+    sys.path[:] = [str(Path(script).parent), *others, str(ROOT)]  # the project comes last, as what is installed does
     try:
         runpy.run_path(script, run_name="__main__")
     finally:

@@ -12,4 +12,4 @@ def code_blocks(page: str, language: str) -> list[str]:
 
 def commands(code: str) -> list[tuple[str, str]]:
     """(program of this project, what follows it) for each that a line of code starts."""
-    return re.findall(r"\b((?:tools|text4vis)/\w+\.py)\b([^&|;]*)", code)
+    return re.findall(r"(?<![\w/])((?:tools|text4vis)/\w+\.py)\b([^&|;]*)", code)

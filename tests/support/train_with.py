@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "text4vis"))  # wha
 import train
 
 from text4vis.cluster import distributed
-from text4vis.saved import checkpoint
+from text4vis.training import checkpointing
 from text4vis.training.trainer import Trainer
 
 
@@ -45,7 +45,7 @@ def main() -> int:
     call, name_in_call = options.signal_in.split(":")
     place = distributed.ranks()
     is_last = place.rank == place.world_size - 1
-    backward, write_tensors, embed = Trainer.backward, checkpoint.write_tensors, Trainer.save_and_stop_if_asked
+    backward, write_tensors, embed = Trainer.backward, checkpointing.write_tensors, Trainer.save_and_stop_if_asked
 
     def watched_backward(self, batch):
         step = self.state.step + 1
@@ -90,7 +90,7 @@ def main() -> int:
     if options.not_finite is not None:
         Trainer._engine = start_poisoned
     if call == "save" and place.is_main:
-        checkpoint.write_tensors = signalling(write_tensors)
+        checkpointing.write_tensors = signalling(write_tensors)
     if call == "evaluate" and is_last:
         Trainer.save_and_stop_if_asked = signalling(embed)
     code = train.main()

@@ -30,7 +30,7 @@ from text4vis.cluster import distributed
 from text4vis.config.schema import Config, ConfigError, NetworkConfig
 from text4vis.config.templates import prompts
 from text4vis.model.tensors import fingerprint, is_plain, read_torch_file
-from text4vis.model.video_clip import VideoClip
+from text4vis.model.video_clip import Classes, ClassRows, ClassTokens, VideoClip
 
 logger = logging.getLogger("text4vis")
 
@@ -54,7 +54,7 @@ def build_classifier(config: Config, model: VideoClip, class_names: Sequence[str
         trained_CD = normalize(model.classifier.detach().float().cpu(), dim=-1)
         return trained_CD[rows_of(names, model.class_names, "network.classifier_trainable: the trained classifier")]
     builders: dict[str, Callable[[], Tensor]] = {
-        # What a text tower says while it trains is never asked for again.
+        # Not cached while the text tower trains: its weights change, so a kept file would not be read again.
         "text": lambda: text_classifier(
             model, names, network.template, cache=cache_folder(config) if network.fix_text else None
         ),
@@ -100,21 +100,21 @@ def text_classifier(
     return cached(cache, class_names, recipe, lambda: distributed.from_main(embed))
 
 
-def training_classes(config: Config, model: VideoClip, class_names: Sequence[str]) -> Tensor:
-    """What VideoClip's forward takes as its classes in training; the first axis is the class. Collective.
+def training_classes(config: Config, model: VideoClip, class_names: Sequence[str]) -> Classes:
+    """The classes as VideoClip's forward takes them in training. Collective.
 
-    Frozen: class embeddings (C, D). `network.classifier_trainable`: rows (C,) of the model's own classifier, which
-    starts from them unless the model has one. `network.fix_text` false: tokens (C, P, L) for the text tower. Raises
-    ConfigError, and ShardError where it reads videos.
+    Frozen: class embeddings (C, D) float32 on the CPU. `network.classifier_trainable`: ClassRows of the model's own
+    classifier, which starts from the embeddings unless the model has one. `network.fix_text` false: ClassTokens for the
+    text tower. Raises ConfigError, and ShardError where it reads videos.
     """
     if model.classifier is None:
         embeddings_CD = build_classifier(config, model, class_names)
         if model.text_tower is not None:
-            return class_tokens(model, class_names, config.network.template)
+            return ClassTokens(class_tokens(model, class_names, config.network.template))
         if not config.network.classifier_trainable:
             return embeddings_CD
         model.set_classifier(embeddings_CD, class_names)
-    return torch.arange(len(class_names))
+    return ClassRows(torch.arange(len(class_names)))
 
 
 def class_tokens(model: VideoClip, class_names: Sequence[str], template: str | Sequence[str]) -> Tensor:

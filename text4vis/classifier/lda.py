@@ -1,8 +1,7 @@
 """Class embeddings from videos: linear discriminants of CLIP's embeddings of a few training videos a class.
 
 Wu et al. (AAAI 2023) compare text with such a classifier and publish neither its file nor its code; this is theirs as
-far as the paper tells it: frozen CLIP, mean over frames, about 60 videos a class (a tenth of Kinetics-400). Imports
-pipeline and classifier.
+far as the paper tells it: frozen CLIP, mean over frames, about 60 videos a class (a tenth of Kinetics-400).
 
 N videos, T frames, C classes, D embedding width.
 """
@@ -23,8 +22,7 @@ from text4vis.classifier.embeddings import cache_folder, cached, rows_of
 from text4vis.cluster import distributed
 from text4vis.common.progress import track
 from text4vis.config.schema import Config, ConfigError
-from text4vis.data.loader import Loader, open_split
-from text4vis.data.plan import Planner
+from text4vis.data.loader import Loader, build_loader
 from text4vis.model.tensors import fingerprint
 from text4vis.model.video_clip import VideoClip, build_model
 
@@ -36,11 +34,11 @@ def lda_classifier(config: Config, class_names: Sequence[str]) -> Tensor:
     `network.arch` with its own weights, whatever is being trained or evaluated. Collective: the ranks share the videos.
     Raises ConfigError where the training shards hold no videos of a class: such a classifier knows no unseen classes.
     """
-    with open_split(config, "train") as dataset:
+    with build_loader(config, "train") as training:
+        dataset = training.dataset
         where = f"network.classifier: lda: {', '.join(dataset.places)}"
         labels = rows_of(class_names, dataset.classes, where)
-        few_shot = Planner(config, "train", dataset, 0, 1).few_shot
-        ids_N = np.arange(len(dataset)) if few_shot is None else few_shot
+        ids_N = training.planner.videos
         ids_N = ids_N[few_shot_subset(dataset.labels[ids_N], config.network.lda_videos, config.seed, at_most=True)]
         present, rows_N = np.unique(dataset.labels[ids_N], return_inverse=True)
         absent = [name for name, label in zip(class_names, labels, strict=True) if label not in present]
@@ -64,8 +62,7 @@ def lda_classifier(config: Config, class_names: Sequence[str]) -> Tensor:
 
         def make() -> Tensor:
             ranks = distributed.ranks()
-            loader = Loader(single, "val", dataset, rank=ranks.rank, world_size=ranks.world_size, consumed=0, ids=ids_N)
-            with loader:
+            with training.subset(ids_N, config=single, rank=ranks.rank, world_size=ranks.world_size) as loader:
                 shares = distributed.gather_to_main(_embed(model, loader))
             return distributed.from_main(lambda: discriminants(np.concatenate(shares or []), rows_N))
 

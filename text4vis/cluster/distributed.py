@@ -33,6 +33,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0, which writes and speaks."""
         return self.rank == 0
 
 
@@ -186,7 +187,7 @@ def stop() -> None:
 
 
 def barrier() -> None:
-    """Waits for all ranks."""
+    """Waits until every rank is here."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,12 @@ from text4vis.config.loading import resolve_config
 from text4vis.config.roles import Role
 from text4vis.config.schema import Config, schema
 
+WIDTH = 118  # of the page, characters
 _NAMES = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false"}
 
 
 def config_page() -> str:
-    """Markdown: one table a section."""
+    """Markdown: one list a section."""
     types = _types()
     lines = [
         "# Configuration keys",
@@ -36,10 +39,17 @@ def config_page() -> str:
         if (head := key.name.rpartition(".")[0].partition(".")[0]) != section:
             section = head
             title = f"`{head}`" if head else "Top level"
-            lines += ["", f"## {title}", "", "| key | type | default | decides | meaning |", "|---|---|---|---|---|"]
-        meaning = key.meaning.replace("|", r"\|")
-        lines.append(f"| `{key.name}` | {types[key.name]} | {_code(key.default)} | {key.role} | {meaning} |")
+            lines += ["", f"## {title}", ""]
+        facts = f"{types[key.name]}; default {_code(key.default)}; decides {key.role}"
+        lines += _wrapped(f"- `{key.name}` ({facts}): {key.meaning}")
     return "\n".join(lines) + "\n"
+
+
+def _wrapped(item: str) -> list[str]:
+    """The lines of a list's item; none breaks within a span of code."""
+    item = re.sub(r"`[^`]+`", lambda span: span[0].replace(" ", "\0"), item)
+    lines = textwrap.wrap(item, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return [line.replace("\0", " ") for line in lines]
 
 
 def print_config(path: str | Path, overrides: Sequence[str] = ()) -> str:

@@ -366,6 +366,7 @@ class Config:
         return _without_secrets(TypeAdapter(Config).dump_python(self, mode="json"))
 
     def to_yaml(self) -> str:
+        """The configuration as YAML, every key with its value; secrets in addresses are left out."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
 

@@ -27,18 +27,22 @@ def whole_number(value: Any) -> Any:
 
 
 def one_or_many(value: Any) -> Any:
+    """A single value stands for a list of one."""
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
 def false_is_none(value: Any) -> Any:
+    """`false` switches off what is off by None."""
     return None if value is False else value
 
 
 def pair(value: Any) -> Any:
+    """A list of two numbers as a tuple."""
     return tuple(value) if isinstance(value, list) else value
 
 
 def pairs(value: Any) -> Any:
+    """A list of pairs as tuples."""
     return tuple(map(pair, value)) if isinstance(value, list) else value
 
 

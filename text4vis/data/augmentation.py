@@ -1,11 +1,11 @@
-"""What is done to a video's frames: region, size, crops, flip, colours, drawn in Python and applied by the pipeline.
+"""Decides what is done to a video's frames: region, size, crops, flip, colours. Nothing here touches a pixel.
 
-Randomness is counter-based: the generator of a training sample is keyed by (seed, epoch, sample id), so its content
-depends on nothing else: not on rank, world size, batch size, threads or restarts. Imports numpy and `sampling` only.
+Randomness is counter-based: the generator of a training sample is keyed by (seed, epoch, sample id), so what is drawn
+does not depend on rank, world size, batch size, threads or restarts.
 
     source frame (h, w) --region--> part that is decoded --resize--> (height, width) --crops--> side x side views
 
-With RandAugment the whole frame is decoded, its operations are done to it, and the drawn part is cut out after them.
+With RandAugment the whole frame is decoded, the operations are applied to it, and the drawn part is cut out afterwards.
 
 Presets of `data.augmentation`:
     released    random resized crop, flip, grey, as the original project's code does it
@@ -26,10 +26,10 @@ from text4vis.data import sampling
 
 Region = tuple[int, int, int, int]  # top, left, height, width, pixels
 
-# RandAugment's operations: magnitude at strength 0 and at strength 30, and whether its sign is drawn. Those of the
-# package that the original project uses (ildoonet/pytorch-randaugment). Rotation in degrees, shears as tangents,
-# translations and the side of the cut-out square in pixels of the stored frame, posterise in bits kept, solarise as
-# threshold, solarise_add as addend, the rest as Pillow's enhancement factors.
+# RandAugment's operations: (magnitude at strength 0, at strength 30, whether its sign is drawn). They are those of the
+# package that the original project uses (ildoonet/pytorch-randaugment). Rotation is in degrees, shears are tangents,
+# translations and the side of the cut-out square are in pixels of the stored frame, posterise is the number of bits
+# kept, solarise a threshold, solarise_add an addend, and the rest are Pillow's enhancement factors.
 OPERATIONS: dict[str, tuple[float, float, bool]] = {
     "autocontrast": (0, 1, False),
     "equalize": (0, 1, False),
@@ -49,12 +49,15 @@ OPERATIONS: dict[str, tuple[float, float, bool]] = {
     "translate_y": (0, 100, True),
 }
 MULTI_SCALES = (1, 0.875, 0.75, 0.66)
-# Labels of Something-Something that a mirror turns into each other: pulling, pushing and turning to the left or right.
+# Labels of Something-Something that a mirror turns into each other: to pull, push or turn something left or right.
 SOMETHING_SWAPS = ((86, 87), (93, 94), (166, 167))
 
 
 class Operation(NamedTuple):
-    """One step of RandAugment: a name of OPERATIONS and its magnitude; (x, y) in [0, 1) is the centre of a cut-out."""
+    """One step of RandAugment.
+
+    name: of OPERATIONS. value: its magnitude. x, y: the centre of a cut-out, in [0, 1) of the frame.
+    """
 
     name: str
     value: float
@@ -65,7 +68,8 @@ class Operation(NamedTuple):
 class Crop(NamedTuple):
     """A square of the model's input size at (top, left) of the resized frame, and what is done to it, in this order.
 
-    blur: the standard deviation of a Gaussian, pixels; 0 for none. solarize: values from 128 up are inverted.
+    flip: left to right. grey: three equal channels. blur: the standard deviation of a Gaussian in pixels, 0 for none.
+    solarize: values from 128 up are inverted.
     """
 
     top: int
@@ -79,26 +83,31 @@ class Crop(NamedTuple):
 class Geometry(NamedTuple):
     """How one source frame becomes views. Lengths in pixels.
 
-    region: the part of the source that is decoded. operations: done to it, before `part` of it is cut out (None
-    without operations). (height, width): what that is resized to.
+    region: the part of the source frame that is decoded. operations: applied to it first. part: then cut out of it;
+    None without operations. height, width: the size after resizing. cubic: bicubic with antialias, as in evaluation;
+    else bilinear, as in training. crops: cut out of the resized image.
     """
 
     region: Region
     height: int
     width: int
-    cubic: bool  # bicubic with antialias (evaluation); else bilinear (training)
+    cubic: bool
     crops: tuple[Crop, ...]
     operations: tuple[Operation, ...] = ()
     part: Region | None = None
 
     @property
     def decoded_size(self) -> tuple[int, int]:
-        """(height, width) of the image that a decoder which also resizes gives: operations come before the resize."""
+        """(height, width) to which a decoder resizes if it can: not at all where operations come first."""
         return (self.height, self.width) if self.part is None else self.region[2:]
 
 
 class ResizedCrop(NamedTuple):
-    """Ten attempts at an area (share of the frame's) and an aspect ratio; x and y in [0, 1) place the one that fits."""
+    """Ten drawn attempts at a random resized crop.
+
+    areas: shares of the frame's area. aspects: width over height. swaps: whether width and height are exchanged. x, y:
+    in [0, 1), the place of the attempt that fits.
+    """
 
     areas: list[float]
     aspects: list[float]
@@ -107,10 +116,10 @@ class ResizedCrop(NamedTuple):
     y: float
 
     def region(self, height: int, width: int, side: int) -> Region:
-        """The first attempt that fits into a (height, width) frame, else a square of its short side.
+        """The first attempt that fits into a (height, width) frame, else a square of its short side. Ignores `side`.
 
-        The original first scales the frame's short side to 256; the same region is cut from the source here, which is
-        the same up to rounding and decodes less.
+        The original first scales the frame's short side to 256. Here the same region is cut from the source: that is
+        the same up to rounding, and decodes less.
         """
         crop_h = crop_w = min(height, width)
         for area, aspect, swap in zip(self.areas, self.aspects, self.swaps, strict=True):
@@ -124,15 +133,16 @@ class ResizedCrop(NamedTuple):
 
 
 class MultiScaleCrop(NamedTuple):
-    """The multi-scale crop of TSN (Wang et al., ECCV 2016): size and place, in [0, 1), choose among fixed ones."""
+    """The multi-scale crop of TSN (Wang et al., ECCV 2016): `size` and `place`, in [0, 1), choose among fixed ones."""
 
     size: float
     place: float
 
     def region(self, height: int, width: int, side: int) -> Region:
-        """Sides are MULTI_SCALES times the frame's short side, at most one scale apart; within two pixels of the
-        model's `side` they are that. The place is one of thirteen: corners, centre, edges' centres, quarters.
+        """The chosen region of a (height, width) frame, for a model with inputs of `side` pixels.
 
+        Height and width are each one of MULTI_SCALES times the frame's short side, at most one scale apart; a length
+        within two pixels of `side` becomes `side`. The thirteen places are corners, centre, edges' centres, quarters.
         The original also squeezes each frame to 240 x 320 first; here frames keep their shape, as in evaluation.
         """
         scaled = [max(1, int(min(height, width) * scale)) for scale in MULTI_SCALES]
@@ -147,7 +157,7 @@ class MultiScaleCrop(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """The random decisions for one training sample, the same for all its frames."""
+    """The random decisions for one training sample, shared by all its frames. indices: frame numbers, (T,) int64."""
 
     indices: np.ndarray
     crop: ResizedCrop | MultiScaleCrop
@@ -159,17 +169,18 @@ class Draw(NamedTuple):
 
 
 def generator(seed: int, time: int, sample: int, stream: int = 0) -> np.random.Generator:
-    """The random numbers of one sample at one time: Philox with the key (seed, sample) and the time as counter.
+    """The random numbers of one sample at one time: Philox with the key (seed, sample) and the time in its counter.
 
-    Stream 0 is augmentation's, its time the epoch. Another stream has other numbers, and may tell time otherwise.
+    stream: who draws; each stream has its own numbers and its own notion of time. Stream 0 is augmentation's, and its
+    time is the epoch.
     """
     return np.random.Generator(np.random.Philox(key=[seed, sample], counter=[0, 0, stream, time]))
 
 
 def draw(data: DataConfig, num_frames: int, rng: np.random.Generator) -> Draw:
-    """All random decisions for a training sample of `num_frames` frames.
+    """Draws all random decisions for a training sample of `num_frames` frames.
 
-    The original draws RandAugment's operations for each frame anew; here a video's frames share them.
+    The original draws RandAugment's operations anew for each frame; here all frames of a video share them.
     """
     indices = sampling.train_indices(num_frames, data.num_segments, rng, data.dense)
     low, high = data.crop_area
@@ -196,7 +207,7 @@ def draw(data: DataConfig, num_frames: int, rng: np.random.Generator) -> Draw:
 
 
 def _operation(numbers_4: np.ndarray, strength: float) -> Operation:
-    """The operation that four numbers in [0, 1) choose, each kind equally often."""
+    """The operation that four numbers in [0, 1) choose; all kinds are equally likely. strength: 0 to 30."""
     which, sign, x, y = numbers_4.tolist()
     name, (low, high, signed) = list(OPERATIONS.items())[int(which * len(OPERATIONS))]
     value = low + strength / 30 * (high - low)
@@ -204,20 +215,20 @@ def _operation(numbers_4: np.ndarray, strength: float) -> Operation:
 
 
 def num_operations(data: DataConfig) -> int:
-    """RandAugment's operations a video: `data.randaug.N`, or the preset's."""
+    """How many operations of RandAugment each video gets: `data.randaug.N`, or the preset's number."""
     preset = 2 if data.augmentation == "paper" else 0
     return preset if data.randaug.N is None else data.randaug.N
 
 
 def flip_swaps(data: DataConfig) -> dict[int, int]:
-    """What the flip turns labels into: `data.flip_swaps`, or the preset's, both ways."""
+    """Maps each label that a flip changes to its new one: the pairs of `data.flip_swaps`, or of the preset."""
     preset = SOMETHING_SWAPS if data.augmentation == "something" else ()
     pairs = preset if data.flip_swaps is None else data.flip_swaps
     return {a: b for pair in pairs for a, b in (pair, pair[::-1])}
 
 
 def train_geometry(drawn: Draw, height: int, width: int, side: int) -> Geometry:
-    """The drawn crop of a (height, width) frame as one view of side x side."""
+    """The geometry of a (height, width) training frame: the drawn crop becomes one view of side x side."""
     region = drawn.crop.region(height, width, side)
     crop = Crop(0, 0, drawn.flip, drawn.grey, drawn.blur, drawn.solarize)
     if drawn.operations:
@@ -226,17 +237,18 @@ def train_geometry(drawn: Draw, height: int, width: int, side: int) -> Geometry:
 
 
 def scaled_size(height: int, width: int, short_side: int) -> tuple[int, int]:
-    """Size after scaling the short side to `short_side`; the long side is truncated, as torchvision's Resize does."""
+    """(height, width) after scaling the short side to `short_side`; truncates the long side, as torchvision does."""
     if height <= width:
         return short_side, int(short_side * width / height)
     return int(short_side * height / width), short_side
 
 
 def eval_geometry(height: int, width: int, scale_size: int, side: int, num_crops: int) -> Geometry:
-    """Short side to `scale_size`, bicubic with antialias, then `num_crops` crops of `side`.
+    """The geometry of a (height, width) evaluation frame: short side to `scale_size`, then crops of side x side.
 
-    1: centre (rounded as torchvision's CenterCrop). 3: left, right, centre at steps of a quarter of the free margin.
-    5: corners and centre. 10: those and their mirror images. The order is the original's.
+    num_crops: 1 is the centre (rounded as torchvision's CenterCrop does); 3 are left, right and centre at steps of a
+    quarter of the free margin; 5 are corners and centre; 10 are those and their mirror images. Else ValueError. The
+    order is the original's.
     """
     height_to, width_to = scaled_size(height, width, scale_size)
     step_y, step_x = (height_to - side) // 4, (width_to - side) // 4

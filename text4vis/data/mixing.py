@@ -1,8 +1,8 @@
-"""Mixup and cutmix: videos of a micro batch are blended in pairs, and so are their labels.
+"""Mixup and cutmix: blends the videos of a micro batch, and their labels, in pairs.
 
-The draws of a video are keyed by (seed, position of the step in the training stream, video): its share and its box do
-not depend on rank, world size or restarts. Its partner is drawn from the same numbers among the other videos of the
-rank's micro batch. All frames of a video are mixed alike. Imports config and augmentation.
+The draws of a video are keyed by (seed, position of the step in the training stream, video), so its share and its box
+do not depend on rank, world size or restarts. Its partner is one of the other videos of the rank's micro batch. All
+frames of a video are mixed alike.
 
 B videos, T frames, S side of a frame in pixels.
 """
@@ -24,10 +24,11 @@ STREAM = 1  # of the counter-based generator; augmentation draws from stream 0
 
 @dataclass(frozen=True)
 class Mix:
-    """For each of B videos: its partner's row, its own share of the label, and what becomes of its pixels.
+    """How each of B videos is mixed; lists of B entries.
 
-    boxes: (top, bottom, left, right) in pixels, outside of which a video keeps its pixels; inside, its own weigh
-    `weights` and its partner's the rest.
+    partners: the row of the other video. shares: the video's own share of the label, 0 to 1. boxes: (top, bottom, left,
+    right) in pixels. Outside its box a video keeps its pixels; inside, `weights` is the weight of its own pixels, and
+    the rest that of its partner's.
     """
 
     partners: list[int]
@@ -37,12 +38,13 @@ class Mix:
 
 
 def draw_mix(solver: SolverConfig, seed: int, position: int, ids: Sequence[int], side: int) -> Mix | None:
-    """The mix of a micro batch of two or more videos `ids`, for frames of `side` pixels; None when both are off.
+    """Draws the mix of a micro batch of two or more videos; None if neither mixup nor cutmix is on.
 
     Mixup (Zhang et al., ICLR 2018) takes its share from Beta(solver.mixup, solver.mixup). Cutmix (Yun et al., ICCV
     2019) takes it from Beta(solver.cutmix, solver.cutmix) and a box of that area around a uniform centre; where the
-    frame's edge cuts the box, the share follows. With both on, each video gets one of them by a fair coin.
-    position: samples that the job had consumed before the step.
+    frame's edge cuts the box, the share follows. With both on, a fair coin chooses one for each video.
+    position: samples that the job had consumed before the step. ids: the videos' positions in the data set. side: of a
+    frame, pixels.
     """
     if not solver.mixup and not solver.cutmix:
         return None
@@ -69,7 +71,7 @@ def draw_mix(solver: SolverConfig, seed: int, position: int, ids: Sequence[int],
 
 
 def mix_frames(frames_BTCHW: Tensor, mix: Mix) -> Tensor:
-    """The mixed frames, uint8 again: blended pixels are rounded to the nearest. The input is left as it is."""
+    """The mixed frames, (B, T, 3, S, S) uint8 like the input, which is not changed. Blended values are rounded."""
     mixed_BTCHW = frames_BTCHW.clone()
     for row, partner in enumerate(mix.partners):
         top, bottom, left, right = mix.boxes[row]

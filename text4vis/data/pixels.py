@@ -1,7 +1,7 @@
-"""What the recipes do to a frame's colours and shape beside cropping, for Pillow images and tensors alike.
+"""What the recipes do to a frame beside cropping it: RandAugment's operations, blur, solarisation, resizing.
 
-torchvision's functions take both. Pillow's results are those of the published recipe and cost the least on a CPU;
-tensors (..., 3, H, W) uint8 are for the GPU. Imports torch, torchvision and Pillow only.
+Each function takes a Pillow image (RGB) or a tensor (..., 3, H, W) uint8 and returns the same kind. The CPU uses
+Pillow: its results are those of the published recipe, and it is the fastest there. Tensors are for the GPU.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ SOLARIZE_THRESHOLD = 128
 
 
 def operate(picture: Picture, operations: Iterable[Operation]) -> Picture:
-    """RandAugment's operations (Cubuk et al., 2020) in their order. Pixels that come from outside are black."""
+    """Applies RandAugment's operations (Cubuk et al., 2020) in order. Pixels from outside the frame become black."""
     for operation in operations:
         picture = _OPERATIONS[operation.name](picture, operation)
     return picture
 
 
 def recolour(picture: Picture, crop: Crop) -> Picture:
-    """The crop's blur and solarisation, in this order."""
+    """Applies the crop's blur, then its solarisation."""
     picture = blur(picture, crop.blur) if crop.blur else picture
     return solarize(picture) if crop.solarize else picture
 
 
 def resize(picture_NCHW: torch.Tensor, side: int) -> torch.Tensor:
-    """To side x side, bilinear with antialias."""
+    """Resizes images (N, 3, H, W) uint8 to (N, 3, side, side), bilinear with antialias."""
     return F.resize(picture_NCHW, [side, side], F.InterpolationMode.BILINEAR, antialias=True)
 
 
 def blur(picture: Picture, sigma: float) -> Picture:
-    """Gaussian blur of `sigma` pixels; Pillow approximates it by three box blurs."""
+    """Gaussian blur with a standard deviation of `sigma` pixels, which Pillow approximates by three box blurs."""
     if isinstance(picture, Image.Image):
         return picture.filter(ImageFilter.GaussianBlur(sigma))
     return F.gaussian_blur(picture, [2 * math.ceil(3 * sigma) + 1] * 2, [sigma] * 2)
 
 
 def solarize(picture: Picture, threshold: float = SOLARIZE_THRESHOLD, addend: float = 0) -> Picture:
-    """Adds `addend` to each value, at most 255, then inverts the values from `threshold` up."""
+    """Adds `addend` to each value, to at most 255, then inverts the values from `threshold` up."""
     table = [min(int(value + addend), 255) for value in range(256)]
     table = [value if value < threshold else 255 - value for value in table]
     if isinstance(picture, Image.Image):
@@ -59,7 +59,7 @@ def solarize(picture: Picture, threshold: float = SOLARIZE_THRESHOLD, addend: fl
 def _affine(
     picture: Picture, *, shear: tuple[float, float] = (0, 0), translate: tuple[float, float] = (0, 0)
 ) -> Picture:
-    """Pixel (x, y) comes from (x + shear_x * y + translate_x, y + shear_y * x + translate_y), nearest neighbour."""
+    """Takes pixel (x, y) from (x + shear_x * y + translate_x, y + shear_y * x + translate_y), nearest neighbour."""
     degrees = [math.degrees(math.atan(tangent)) for tangent in shear]
     return F.affine(
         picture, angle=0, translate=[-offset for offset in translate], scale=1, shear=degrees, center=[0, 0]
@@ -67,7 +67,7 @@ def _affine(
 
 
 def _cutout(picture: Picture, operation: Operation) -> Picture:
-    """A grey square around (x, y), cut off at the frame's borders; both its ends are filled, as Pillow draws."""
+    """Draws a grey square around (x, y), clipped to the frame; it includes both its borders, as Pillow's does."""
     height, width = F.get_size(picture)
     centre_y, centre_x, side = operation.y * height, operation.x * width, operation.value
     top, left = int(max(0, centre_y - side / 2)), int(max(0, centre_x - side / 2))

@@ -1,8 +1,11 @@
-"""What every batch holds, decided before anything is read: videos, frames, regions, crops. Pure but for the index.
+"""What every batch holds, decided before anything is read: videos, frames, regions, crops.
 
-    stream position -> sample ids and epochs -> frame numbers -> for each distinct frame its geometry and its places
+    position in the stream -> sample ids and epochs -> frame numbers -> for each distinct frame its geometry and targets
 
-B videos, V views, T frames; F distinct frames of a batch, each read and decoded once however many views show it.
+Nothing is read but the data set's index, and every decision is a pure function of it, the configuration and the
+position.
+
+B videos, V views, T frames of a view, S side of the model's input; k distinct frames of a video.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -26,41 +29,72 @@ from text4vis.data.augmentation import Geometry
 
 SUBSTITUTES = 2  # stream of the counter-based generator; augmentation draws from stream 0, mixing from 1
 
+# The videos of a batch: (ids, epochs), each (B,) int64.
+Picked = tuple[np.ndarray, np.ndarray]
+# Where a crop goes: (v, t, c). Crop c of the frame's geometry becomes frame t of view v.
+Target = tuple[int, int, int]
 
-class Frame(NamedTuple):
-    """One distinct frame of a batch: what is cut from it, and where: (b, v, t, c), c of `geometry.crops`.
 
-    A batch has hundreds. Tuples of numbers are nothing that Python's garbage collector would have to follow.
+class FramePlan(NamedTuple):
+    """One distinct frame of a video: it is read and decoded once, however many views show it.
+
+    number: 0-based, in the video. size: (height, width) in pixels that the index gives. geometry: what becomes of the
+    frame's pixels. targets: where its crops go.
     """
 
+    number: int
+    size: tuple[int, int]
     geometry: Geometry
-    targets: tuple[tuple[int, int, int, int], ...]
+    targets: tuple[Target, ...]
 
 
-PlannedVideo = tuple[tuple[int, np.ndarray], list[Frame], list[tuple[int, int]]]
+class VideoPlan(NamedTuple):
+    """One video of a batch.
+
+    sample: its position in the data set. epoch: training's pass over the data; 0 in evaluation. label: the stored one,
+    or its mirror image where a flip swaps labels. frames: k of them, numbers ascending.
+    """
+
+    sample: int
+    epoch: int
+    label: int
+    frames: tuple[FramePlan, ...]
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """The distinct frames' numbers, (k,) int64, ascending."""
+        return np.array([frame.number for frame in self.frames], np.int64)
 
 
 @dataclass(frozen=True)
-class Job:
-    """The plan of one batch: for each video its distinct frames' indices, and the F frames in the same order.
+class BatchPlan:
+    """The plan of one batch: B videos in the order of the batch's rows."""
 
-    ids, epochs, labels: (B,) int64. sizes: (height, width) of the F frames as the index has them, pixels.
-    """
+    videos: list[VideoPlan]
 
-    ids: np.ndarray
-    epochs: np.ndarray
-    labels: np.ndarray
-    requests: list[tuple[int, np.ndarray]]
-    frames: list[Frame]
-    sizes: list[tuple[int, int]]
+    @property
+    def ids(self) -> np.ndarray:
+        """Positions in the data set, (B,) int64."""
+        return np.array([video.sample for video in self.videos], np.int64)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Labels, (B,) int64."""
+        return np.array([video.label for video in self.videos], np.int64)
+
+    @property
+    def requests(self) -> list[tuple[int, np.ndarray]]:
+        """What to read: (sample, frame numbers) of each video, as `ShardDataset.read_many` takes it."""
+        return [(video.sample, video.numbers) for video in self.videos]
 
 
 @dataclass(frozen=True)
 class Planner:
-    """The plans of one rank's batches of the split "train" or "val". Raises ConfigError for what the data forbid.
+    """Plans the batches of one rank.
 
-    ids: the videos of "val" where not all are wanted. sizes: of the batches; by default those that follow from `config`
-    and `world_size`.
+    split: "train" or "val". ids: with "val", (N,) int64, the videos to go over; None for all. sizes: of the batches; by
+    default those that follow from `config` and `world_size`. Raises ConfigError if the configuration names labels that
+    the data set does not have, or more videos of a class than it holds.
     """
 
     config: Config
@@ -81,9 +115,9 @@ class Planner:
 
     @cached_property
     def few_shot(self) -> np.ndarray | None:
-        """Ids, sorted, that training goes over with `data.shot`: the same on every rank. None: over all videos.
+        """The ids that training goes over with `data.shot`, (N,) int64, sorted; None without it.
 
-        Raises ConfigError if a class has fewer videos: K-shot means K videos of every class.
+        The same on every rank. Raises ConfigError if a class has fewer videos: K-shot means K videos of every class.
         """
         data = self.config.data
         if self.split != "train" or not data.shot:
@@ -96,12 +130,12 @@ class Planner:
 
     @cached_property
     def videos(self) -> np.ndarray:
-        """Ids, sorted, of the videos that the split goes over, all ranks together."""
+        """Ids of the videos that the split goes over, all ranks together, (N,) int64."""
         chosen = self.few_shot if self.split == "train" else self.ids
         return np.arange(len(self.dataset)) if chosen is None else chosen
 
     def few_shot_list(self) -> str:
-        """The chosen videos as an annotation list: `name frames label`, or `name label` for stored videos."""
+        """The videos of `few_shot` as an annotation list: `name frames label`, or `name label` for stored videos."""
         data, lines = self.dataset, []
         for sample in [] if self.few_shot is None else self.few_shot.tolist():
             frames = "" if data.content(sample) == "video" else f"{data.num_frames[sample]} "
@@ -110,24 +144,42 @@ class Planner:
 
     @property
     def epoch_samples(self) -> int:
-        """Samples in an epoch: the data set's number of videos. Few-shot: as many whole passes over the chosen videos
-        as that number holds, so that an epoch is about as long as without (the original's rule). Each pass shuffles
-        and augments anew.
+        """Samples in an epoch: the number of videos in the data set.
+
+        Few-shot: as many whole passes over the chosen videos as fit into that number, so that an epoch is about as long
+        as without (the original's rule). Each pass shuffles and augments anew.
         """
         if self.few_shot is None:
             return len(self.dataset)
         return len(self.dataset) // len(self.few_shot) * len(self.few_shot)
 
     @property
-    def num_views(self) -> int:
-        return 1 if self.split == "train" else self.config.data.test_clips * self.config.data.test_crops
-
-    @property
     def batch_size(self) -> int:
-        """Videos per batch: views of an evaluation share the memory of one training batch."""
+        """Most videos of a batch. The views of an evaluation share the memory of one training batch."""
         if self.split == "train":
             return self._sizes.micro
         return max(1, (self.sizes.micro if self.sizes else self.config.data.batch_size) // self.num_views)
+
+    @property
+    def num_clips(self) -> int:
+        """Clips of a video: 1 in training."""
+        return 1 if self.split == "train" else self.config.data.test_clips
+
+    @property
+    def num_crops(self) -> int:
+        """Crops of a clip: 1 in training."""
+        return 1 if self.split == "train" else self.config.data.test_crops
+
+    @property
+    def num_views(self) -> int:
+        """V, the clips times the crops."""
+        return self.num_clips * self.num_crops
+
+    @property
+    def views_shape(self) -> tuple[int, int, int, int, int]:
+        """(V, T, S, S, 3): a video as it is put into a batch, channels last."""
+        data = self.config.data
+        return self.num_views, data.num_segments, data.input_size, data.input_size, 3
 
     @cached_property
     def _sizes(self) -> BatchSizes:
@@ -136,16 +188,23 @@ class Planner:
     @property
     def max_frames(self) -> int:
         """Most distinct frames that one batch can hold."""
-        clips = 1 if self.split == "train" else self.config.data.test_clips
-        return self.batch_size * clips * self.config.data.num_segments
+        return self.batch_size * self.num_clips * self.config.data.num_segments
 
-    def jobs(self, consumed: int = 0) -> Iterator[Job]:
-        """The plans of `batches`, every video being sound."""
-        return (self.job(ids, epochs) for ids, epochs in self.batches(consumed))
+    @property
+    def augments(self) -> bool:
+        """Whether frames and crops are drawn, as in training; else they are those of the evaluation."""
+        return self.split == "train" and self.config.data.augmentation != "none"
 
-    def batches(self, consumed: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(ids, epochs) of the rank's batches in order: an endless stream after `consumed` samples of the whole job, or
-        one pass over the rank's share. An epoch of training is a pass over the data, evaluation's is 0."""
+    def plans(self, consumed: int = 0) -> Iterator[BatchPlan]:
+        """The plans of `batches(consumed)`. Raises SampleError as `plan` does."""
+        return itertools.starmap(self.plan, self.batches(consumed))
+
+    def batches(self, consumed: int = 0) -> Iterator[Picked]:
+        """The ids and epochs of the rank's batches, in order.
+
+        Training: an endless stream that starts after `consumed` samples of the whole job; an epoch is a pass over the
+        data. Evaluation: one pass over the rank's share, epoch 0.
+        """
         if self.split == "train":
             yield from self._train_batches(consumed)
             return
@@ -154,26 +213,42 @@ class Planner:
             ids = self.videos[first : min(first + self.batch_size, stop)]
             yield ids, np.zeros_like(ids)
 
-    def job(self, ids: np.ndarray, epochs: np.ndarray) -> Job:
-        """The plan of the batch of these videos. Raises SampleError for one whose index rows cannot be right, or whose
-        frames are larger than shards.images.MAX_FRAME_PIXELS."""
-        return self._train_job(ids, epochs) if self.split == "train" else self._eval_job(ids, epochs)
+    def plan(self, ids: np.ndarray, epochs: np.ndarray) -> BatchPlan:
+        """The plan of the batch of these videos, `ids` and `epochs` (B,) int64. Raises SampleError as `plan_video`."""
+        return BatchPlan([self.plan_video(*pair) for pair in zip(ids.tolist(), epochs.tolist(), strict=True)])
+
+    def plan_video(self, sample: int, epoch: int) -> VideoPlan:
+        """The plan of one video, which depends on (seed, epoch, sample) alone.
+
+        Raises SampleError if its rows of the index cannot be right, or if its frames, stored or scaled, are larger than
+        shards.images.MAX_FRAME_PIXELS.
+        """
+        data = self.config.data
+        num_frames, label = int(self.dataset.num_frames[sample]), int(self.dataset.labels[sample])
+        if self.augments:
+            drawn = augmentation.draw(data, num_frames, augmentation.generator(self.config.seed, epoch, sample))
+            if drawn.flip:
+                label = self._mirrored.get(label, label)
+            geometry = partial(augmentation.train_geometry, drawn, side=data.input_size)
+            return VideoPlan(sample, epoch, label, self._plan_frames(sample, drawn.indices, geometry))
+        indices = sampling.test_indices(num_frames, data.num_segments, self.num_clips, data.dense)
+        return VideoPlan(sample, epoch, label, self._plan_frames(sample, indices, self._eval_geometry))
 
     def substitutes(self, sample: int, epoch: int) -> Iterator[int]:
-        """Videos to take, the first that is sound, where `sample` cannot be used in `epoch`. None in evaluation.
+        """Videos to try one after another where `sample` cannot be used in `epoch`; none in evaluation.
 
-        Drawn from `videos` by (seed, epoch, sample) alone: the same at every world size, in every batch and after every
-        restart.
+        Drawn from `videos` by (seed, epoch, sample) alone, so they are the same at every world size, in every batch and
+        after every restart.
         """
         if self.split == "train":
             rng = augmentation.generator(self.config.seed, epoch, sample, SUBSTITUTES)
             while True:
                 yield int(self.videos[int(rng.random() * len(self.videos))])
 
-    def _train_batches(self, consumed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(ids, passes) of the rank's micro batches: its slice of each global batch, cut by gradient accumulation.
+    def _train_batches(self, consumed: int) -> Iterator[Picked]:
+        """The rank's micro batches: its slice of each global batch, cut by gradient accumulation.
 
-        A pass goes once over all videos, or over the few that were chosen.
+        An epoch goes once over all videos, or over the few that were chosen.
         """
         global_batch = self._sizes.global_batch
         chosen = self.few_shot
@@ -182,78 +257,49 @@ class Planner:
         for position in itertools.count(consumed, global_batch):
             start, stop = rank_slice(position, global_batch, self.rank, self.world_size)
             for first in range(start, stop, self.batch_size):
-                ids, passes = stream.take(first, first + self.batch_size)
-                yield (ids if chosen is None else chosen[ids]), passes
-
-    def _train_job(self, ids: np.ndarray, epochs: np.ndarray) -> Job:
-        data = self.config.data
-        videos = []
-        labels = self.dataset.labels[ids]  # a copy
-        for b, (sample, epoch) in enumerate(zip(ids.tolist(), epochs.tolist(), strict=True)):
-            if data.augmentation == "none":
-                drawn, indices = None, self._eval_indices(sample, 1)
-            else:
-                rng = augmentation.generator(self.config.seed, epoch, sample)
-                drawn = augmentation.draw(data, int(self.dataset.num_frames[sample]), rng)
-                indices = drawn.indices
-                if drawn.flip:
-                    labels[b] = self._mirrored.get(int(labels[b]), labels[b])
-
-            def geometry(height: int, width: int, drawn: augmentation.Draw | None = drawn) -> Geometry:
-                if drawn is None:
-                    return augmentation.eval_geometry(height, width, self.config.scale_size, data.input_size, 1)
-                return augmentation.train_geometry(drawn, height, width, data.input_size)
-
-            videos.append(self._plan_video(b, sample, indices, geometry))
-        return _joined(ids, epochs, labels, videos)
+                ids, epochs = stream.take(first, first + self.batch_size)
+                yield (ids if chosen is None else chosen[ids]), epochs
 
     @cached_property
     def _mirrored(self) -> dict[int, int]:
         return augmentation.flip_swaps(self.config.data)
 
-    def _eval_job(self, ids: np.ndarray, epochs: np.ndarray) -> Job:
-        data = self.config.data
+    @cached_property
+    def _eval_geometry(self) -> Callable[[int, int], Geometry]:
+        return partial(
+            augmentation.eval_geometry,
+            scale_size=self.config.scale_size,
+            side=self.config.data.input_size,
+            num_crops=self.num_crops,
+        )
 
-        def geometry(height: int, width: int) -> Geometry:
-            return augmentation.eval_geometry(height, width, self.config.scale_size, data.input_size, data.test_crops)
-
-        videos = [
-            self._plan_video(b, sample, self._eval_indices(sample, data.test_clips), geometry)
-            for b, sample in enumerate(ids.tolist())
-        ]
-        return _joined(ids, epochs, self.dataset.labels[ids], videos)
-
-    def _eval_indices(self, sample: int, num_clips: int) -> np.ndarray:
-        data = self.config.data
-        return sampling.test_indices(int(self.dataset.num_frames[sample]), data.num_segments, num_clips, data.dense)
-
-    def _plan_video(
-        self, b: int, sample: int, indices: np.ndarray, geometry: Callable[[int, int], Geometry]
-    ) -> PlannedVideo:
-        """The distinct frames of `indices` (clips x T, clip-major), where each one's crops go, and their sizes.
+    @cached_property
+    def _targets(self) -> list[tuple[Target, ...]]:
+        """The targets of the frame at each of the clips * T positions, clip after clip.
 
         View v of crop c of clip k is k * crops + c.
         """
-        segments = self.config.data.num_segments
-        places: dict[int, list[int]] = {}
-        for position, frame in enumerate(indices.tolist()):
-            places.setdefault(frame, []).append(position)
-        distinct = np.array(sorted(places), np.int64)
+        return [
+            tuple((clip * self.num_crops + c, t, c) for c in range(self.num_crops))
+            for clip in range(self.num_clips)
+            for t in range(self.config.data.num_segments)
+        ]
+
+    def _plan_frames(
+        self, sample: int, indices: np.ndarray, geometry: Callable[[int, int], Geometry]
+    ) -> tuple[FramePlan, ...]:
+        """The distinct frames of `indices` (clips * T,), clip after clip; `geometry` maps (height, width) to theirs."""
+        targets: dict[int, tuple[Target, ...]] = {}
+        for position, number in enumerate(indices.tolist()):
+            targets[number] = targets.get(number, ()) + self._targets[position]
+        numbers = sorted(targets)
         by_size: dict[tuple[int, int], Geometry] = {}
         frames = []
-        sizes = self.dataset.frame_sizes(sample, distinct)
-        for frame, size in zip(distinct.tolist(), sizes, strict=True):
+        for number, size in zip(numbers, self.dataset.frame_sizes(sample, np.array(numbers, np.int64)), strict=True):
             if size not in by_size:
-                by_size[size] = self._checked_geometry(sample, frame, size, geometry)
-            plan = by_size[size]
-            crops = range(len(plan.crops))
-            targets = [
-                (b, position // segments * len(crops) + c, position % segments, c)
-                for position in places[frame]
-                for c in crops
-            ]
-            frames.append(Frame(plan, tuple(targets)))
-        return (sample, distinct), frames, sizes
+                by_size[size] = self._checked_geometry(sample, number, size, geometry)
+            frames.append(FramePlan(number, size, by_size[size], targets[number]))
+        return tuple(frames)
 
     def _checked_geometry(
         self, sample: int, frame: int, size: tuple[int, int], geometry: Callable[[int, int], Geometry]
@@ -269,12 +315,3 @@ class Planner:
             f"{self.dataset.describe(sample)}: frame {frame} is {width}x{height} pixels by the index, {complaint}; "
             "check the data set with tools/check_shards.py, and rebuild it with smaller frames or without the video"
         )
-
-
-def _joined(ids: np.ndarray, epochs: np.ndarray, labels: np.ndarray, videos: list[PlannedVideo]) -> Job:
-    requests, frames, sizes = [], [], []
-    for request, planned, sizes_of_video in videos:
-        requests.append(request)
-        frames += planned
-        sizes += sizes_of_video
-    return Job(ids, epochs, labels, requests, frames, sizes)

@@ -1,6 +1,6 @@
-"""What keeps a loop from waiting: a thread that fills a bounded queue, steps that overlap, no long garbage collections.
+"""Keeps a loop from waiting: steps that overlap, a thread that works ahead, and no long garbage collections.
 
-Knows nothing of videos.
+Nothing here knows about videos.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 Started = TypeVar("Started")
@@ -20,10 +21,10 @@ Done = TypeVar("Done")
 
 @contextmanager
 def settled() -> Iterator[None]:
-    """The garbage collector leaves alone what exists now, until the end; what comes into being inside is collected.
+    """Inside, the garbage collector ignores all objects that existed before; it still collects newer ones.
 
-    Else it goes every now and then through all objects of all libraries, half a million, while no thread runs Python:
-    the next batch is not started, and the other ranks wait for this one.
+    Otherwise a full collection now and then visits the half a million objects of all libraries, and no thread can run
+    Python meanwhile: the next batch is not started, and the other ranks wait for this one.
     """
     gc.collect()
     gc.freeze()
@@ -34,40 +35,66 @@ def settled() -> Iterator[None]:
 
 
 def pipelined(
-    items: Iterable[Item], start: Callable[[Item], Started], finish: Callable[[Started], Done], depth: int
+    items: Iterable[Item],
+    start: Callable[[Item], Started],
+    finish: Callable[[Started], Done],
+    depth: int,
+    *,
+    recover: Callable[[Item], Done] | None = None,
+    errors: tuple[type[Exception], ...] = (),
 ) -> Iterator[Done]:
-    """Yields finish(start(item)) in order, with `depth` items started ahead of the one being finished."""
-    pending: deque[Started] = deque()
+    """Yields finish(start(item)) in order, with `depth` items started ahead of the one that is being finished.
+
+    Where `finish` raises one of `errors`, yields recover(item) instead.
+    """
+    pending: deque[tuple[Item, Started]] = deque()
+
+    def finish_oldest() -> Done:
+        item, started = pending.popleft()
+        try:
+            return finish(started)
+        except errors:
+            if recover is None:
+                raise
+        return recover(item)
+
     for item in items:
-        pending.append(start(item))
+        pending.append((item, start(item)))
         if len(pending) > depth:
-            yield finish(pending.popleft())
+            yield finish_oldest()
     while pending:
-        yield finish(pending.popleft())
+        yield finish_oldest()
+
+
+@dataclass(frozen=True)
+class _End:
+    """What follows the last item: StopIteration, or the error that the generator raised."""
+
+    error: BaseException
 
 
 class Prefetcher(Iterator[Item], Generic[Item]):
-    """Runs the generator `items` in a thread of its own, up to `depth` items ahead. An error there is raised here."""
+    """Runs a generator in a thread of its own, up to `depth` items ahead. Its errors are raised by `next`."""
 
     def __init__(self, items: Generator[Item, None, None], depth: int, name: str) -> None:
         self._items = items
-        self._queue: queue.Queue[Any] = queue.Queue(maxsize=depth)
+        self._queue: queue.Queue[Item | _End] = queue.Queue(maxsize=depth)
         self._stopped = threading.Event()
         self._end: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def __next__(self) -> Item:
-        if self._end is not None:  # the end, or an error, stays the answer of every later call
+        if self._end is not None:  # every later call ends, or fails, in the same way
             raise self._end
-        kind, value = self._queue.get()
-        if kind == "end":
-            self._end = value
-            raise value
-        return value
+        item = self._queue.get()
+        if isinstance(item, _End):
+            self._end = item.error
+            raise item.error
+        return item
 
     def close(self) -> None:
-        """Ends the generator between two items, and waits until it has let go of what it holds."""
+        """Stops the generator between two items and waits until it is closed."""
         self._stopped.set()
         self._end = self._end or StopIteration()
         while self._thread.is_alive():
@@ -80,14 +107,15 @@ class Prefetcher(Iterator[Item], Generic[Item]):
         end: BaseException = StopIteration()
         try:
             for item in self._items:
-                if not self._put(("item", item)):
+                if not self._put(item):
                     break
             self._items.close()
-        except BaseException as error:  # whatever it is, the consumer must see it
+        except BaseException as error:  # raised again by `__next__`
             end = error
-        self._put(("end", end))
+        self._put(_End(end))
 
-    def _put(self, item: tuple[str, Any]) -> bool:
+    def _put(self, item: Item | _End) -> bool:
+        """Waits for room in the queue. Returns False if the consumer has closed it."""
         while not self._stopped.is_set():
             try:
                 self._queue.put(item, timeout=0.1)

@@ -1,4 +1,4 @@
-"""Which frames of a video are looked at. Pure functions of counts and a generator.
+"""Chooses the frames of a video: pure functions of its number of frames and of a random generator.
 
 Segment sampling cuts n frames into T segments ("ticks" at i*n//T) and takes one frame of each:
 
@@ -7,8 +7,8 @@ Segment sampling cuts n frames into T segments ("ticks" at i*n//T) and takes one
     train         one random frame in each
     val           0   2     5   7        int(n/T * i)
 
-Dense sampling takes T frames at stride 128 // T from one window of 128 frames. Indices are 0-based.
-The rules are those of the original project's data set class, so that published numbers can be reproduced.
+Dense sampling takes T frames at stride 128 // T from one window of 128 frames. Frame numbers are 0-based.
+The rules are those of the original project's data set class, so published numbers can be reproduced.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from text4vis.config.schema import DENSE_WINDOW
 
 
 def train_indices(num_frames: int, num_segments: int, rng: np.random.Generator, dense: bool = False) -> np.ndarray:
-    """Random frames of one training clip, (T,) int64, ascending unless dense wraps around.
+    """The frames of one training clip, (T,) int64, ascending unless dense sampling wraps around the video's end.
 
-    A video of n <= T frames gives all n and T - n random repeats. Draws only `rng.random`, whose doubles are the
-    generator's raw bits: the same on every numpy version.
+    num_frames: n, num_segments: T, each at least 1, else ValueError. A video of n <= T frames gives all n frames and
+    T - n random repeats. Calls only `rng.random`, which gives the same numbers in every version of numpy.
     """
     _check(num_frames, num_segments, 1)
     if dense:
@@ -40,15 +40,19 @@ def train_indices(num_frames: int, num_segments: int, rng: np.random.Generator, 
 
 
 def val_indices(num_frames: int, num_segments: int) -> np.ndarray:
-    """The first frame of each segment, `int(n/T * i)`, (T,) int64: the one clip of `test_indices`."""
+    """The first frame of each segment, `int(n/T * i)`, (T,) int64; the same as one clip of `test_indices`.
+
+    num_frames: n, num_segments: T, each at least 1, else ValueError.
+    """
     return test_indices(num_frames, num_segments)
 
 
 def test_indices(num_frames: int, num_segments: int, num_clips: int = 1, dense: bool = False) -> np.ndarray:
-    """Frames of `num_clips` evaluation clips, (num_clips * T,) int64, clip after clip.
+    """The frames of K evaluation clips, (K * T,) int64, clip after clip.
 
-    Uniform: clip starts `linspace(0, n/T - 1, K)` truncated to integers, frames `int(start + n/T * i) % n`.
-    Dense: window starts `k * floor(max(0, n - 128) / (K - 1))`; one clip takes the centre window (the original
+    num_frames: n, num_segments: T, num_clips: K, each at least 1, else ValueError.
+    Uniform: clips start at `linspace(0, n/T - 1, K)`, truncated to integers; frames `int(start + n/T * i) % n`.
+    Dense: windows start at `k * floor(max(0, n - 128) / (K - 1))`; one clip takes the centre window (the original
     divides by zero there).
     """
     _check(num_frames, num_segments, num_clips)

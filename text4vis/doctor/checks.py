@@ -142,7 +142,9 @@ def _engine(config: Config, here: Mapping[str, Any]) -> Iterator[Finding]:
 
 def _data(config: Config) -> Iterator[Finding]:
     """Opens both data sets and makes a batch of each."""
-    from text4vis.data.loader import build_loader, class_names
+    from text4vis.data.datasets import class_names
+    from text4vis.data.loader import build_loader
+    from text4vis.data.traps import find_traps
 
     classes = {}
     for split in ("train", "val"):
@@ -155,6 +157,7 @@ def _data(config: Config) -> Iterator[Finding]:
                 names = class_names(config, loader.dataset)
                 classes[split] = names
                 count = len(loader.dataset)
+                traps = find_traps(config, names, loader.dataset) if split == "train" else []
         except (ConfigError, ShardError, OSError, RuntimeError) as error:  # the last: what DALI and CUDA raise
             yield Finding(
                 subject,
@@ -170,6 +173,8 @@ def _data(config: Config) -> Iterator[Finding]:
                 subject, WARNING, f"{count} videos are fewer than data.batch_size ({config.data.batch_size})",
                 f"every batch holds videos more than once; set data.batch_size to at most {count}",
             )  # fmt: skip
+        for trap in traps:
+            yield Finding(subject, WARNING, trap.said, trap.fix)
     if len(classes) == 2 and classes["train"] != classes["val"]:
         yield Finding(
             "data", PROBLEM, "data.train and data.val do not name the same classes in the same order",
@@ -180,8 +185,9 @@ def _data(config: Config) -> Iterator[Finding]:
 def _model_and_output(config: Config, output: Path) -> Iterator[Finding]:
     """Builds the model, so that missing weights show, and looks for room for its checkpoints."""
     from text4vis.model.video_clip import build_model
-    from text4vis.saved.checkpoint import CheckpointError, check_room, read_state
+    from text4vis.saved.checkpoint import CheckpointError, read_state
     from text4vis.saved.runs import find_start
+    from text4vis.training.checkpointing import check_room
 
     parameters = 0
     logging.disable()  # a download that is tried again and again says so line by line; what came of it is found below

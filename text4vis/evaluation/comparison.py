@@ -6,7 +6,6 @@ Shares are in per cent; a difference is B - A.
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,8 +27,10 @@ PROTOCOL = (
 FIGURES = ("top1", "top5", "mean_class_accuracy", "map")
 SPLIT_FIGURES = ("top1_mean", "top5_mean")
 # Neither settings nor figures of one line.
-CONTENT = ("date", "model", "step", "top1_correct", "top5_correct", "chance", "not_finite", "per_class", "confusion",
-           "predictions")  # fmt: skip
+CONTENT = (
+    "date", "model", "step", "top1_correct", "top5_correct", "chance", "not_finite", "calibration", "per_class",
+    "confusion", "predictions",
+)  # fmt: skip
 # Classifiers whose class embeddings do not come from the template's words.
 WORDLESS = ("random", "orthogonal", "lda", "file", "trained")
 
@@ -156,6 +157,7 @@ class Comparison:
 
     @property
     def is_comparable(self) -> bool:
+        """Whether both reports were made by one protocol."""
         return not self.protocol
 
 
@@ -196,6 +198,7 @@ def _damaged(path: Path, reason: str) -> ConfigError:
 
 
 def compare(a: Report, b: Report) -> Comparison:
+    """Holds two reports against each other: protocols, settings, figures, classes, confused pairs, McNemar's test."""
     a, b = _with_common_names(a, b)
     card_a, card_b = card_of(a), card_of(b)
     settings = [Setting(key, card_a.get(key), card_b.get(key)) for key in dict.fromkeys([*card_a, *card_b])]
@@ -222,21 +225,22 @@ def summarise(reports: Sequence[Report]) -> dict[str, tuple[float, float]]:
 
 
 def wilson_interval(correct: int, videos: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share, per cent."""
-    z = 1.959964
-    centre = correct + z * z / 2
-    half = z * math.sqrt(correct * (videos - correct) / videos + z * z / 4)
-    return 100 * (centre - half) / (videos + z * z), 100 * (centre + half) / (videos + z * z)
+    """(low, high) of Wilson's 95 % interval of the share `correct / videos`, per cent. videos: at least 1."""
+    from scipy.stats import binomtest  # late: it takes most of a second to import
+
+    interval = binomtest(correct, videos).proportion_ci(0.95, method="wilson")
+    return 100 * float(interval.low), 100 * float(interval.high)
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """Exact two-sided p of McNemar's test: a fair coin divides only_a + only_b videos at least this unevenly."""
-    trials, fewer = only_a + only_b, min(only_a, only_b)
-    ways, total = 1, 1
-    for k in range(fewer):
-        ways = ways * (trials - k) // (k + 1)
-        total += ways
-    return min(1.0, 2 * total / 2**trials)
+    """Exact two-sided p of McNemar's test: a fair coin divides only_a + only_b videos at least this unevenly.
+
+    It is 1 where there is no such video.
+    """
+    from scipy.stats import binomtest
+
+    trials = only_a + only_b
+    return float(binomtest(only_a, trials).pvalue) if trials else 1.0
 
 
 def figures_of(report: Report) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Metrics and class splits of the evaluation protocols. Pure numpy: sums and counts, so that ranks can be added up.
+"""Metrics and class splits of the evaluation protocols, from scores and labels of all videos.
 
 N videos, C classes, K values of k. Scores are larger for likelier classes. A percentage is a float from 0 to 100.
 """
@@ -42,39 +42,34 @@ def topk_correct(scores_NC: Array, labels_N: Array, ks: Sequence[int] = (1, 5)) 
 def mean_average_precision(scores_NC: Array, labels_N: Array) -> float:
     """Mean over the classes present of the average precision of "is of this class", per cent.
 
-    AP = sum over thresholds of (recall - previous recall) * precision, with videos of equal score at one threshold.
-    Raises ValueError without videos or with NaN scores.
+    AP = sum over thresholds of (recall - previous recall) * precision, with videos of equal score at one threshold
+    (scikit-learn's `average_precision_score`). Raises ValueError without videos or with scores that are not finite.
     """
+    from sklearn.metrics import average_precision_score  # late: prediction imports this module and needs no metrics
+
     scores_NC, labels_N = _checked(scores_NC, labels_N)
     if not len(labels_N):
         raise ValueError("mean_average_precision: no videos")
-    if np.isnan(scores_NC).any():
-        raise ValueError("mean_average_precision: scores contain NaN")
-    return 100.0 * float(
-        np.mean([_average_precision(scores_NC[:, label], labels_N == label) for label in np.unique(labels_N)])
-    )
-
-
-def _average_precision(scores_N: Array, relevant_N: Array) -> float:
-    order = np.argsort(-scores_N, kind="stable")
-    scores_N, relevant_N = scores_N[order], relevant_N[order]
-    last_of_ties = np.append(np.flatnonzero(scores_N[1:] != scores_N[:-1]), len(scores_N) - 1)
-    found = np.cumsum(relevant_N)[last_of_ties]
-    precision = found / (last_of_ties + 1)
-    recall = found / found[-1]
-    return float(np.sum(np.diff(recall, prepend=0.0) * precision))
+    if not np.isfinite(scores_NC).all():
+        raise ValueError("mean_average_precision: scores contain NaN or infinity")
+    each = [average_precision_score(labels_N == label, scores_NC[:, label]) for label in np.unique(labels_N)]
+    return 100.0 * float(np.mean(each))
 
 
 def confusion_matrix(pred_N: Array, labels_N: Array, num_classes: int) -> NDArray[np.int64]:
-    """Counts (C, C): rows are true classes, columns predicted ones. Raises ValueError on an id out of range."""
+    """Counts (C, C) int64: rows are true classes, columns predicted ones.
+
+    Raises ValueError without videos or on an id that is not in 0 ... C-1, which scikit-learn would leave out.
+    """
+    from sklearn.metrics import confusion_matrix as count_pairs
+
     pred_N, labels_N = np.asarray(pred_N, np.int64), np.asarray(labels_N, np.int64)
     if pred_N.shape != labels_N.shape or pred_N.ndim != 1:
         raise ValueError(f"confusion_matrix: expected two (N,) arrays, got {pred_N.shape} and {labels_N.shape}")
     for ids in (pred_N, labels_N):
         if len(ids) and not 0 <= ids.min() <= ids.max() < num_classes:
             raise ValueError(f"confusion_matrix: class ids {ids.min()}..{ids.max()} are not in 0..{num_classes - 1}")
-    flat = np.bincount(labels_N * num_classes + pred_N, minlength=num_classes**2)
-    return flat.reshape(num_classes, num_classes)
+    return count_pairs(labels_N, pred_N, labels=np.arange(num_classes))
 
 
 def mean_class_accuracy(confusion_CC: Array) -> float:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from text4vis.evaluation import metrics
+from text4vis.evaluation.calibration import calibration_figures
 
 LOGIT_SCALE = 100.0  # CLIP's largest; the original evaluates with it whatever was learned
 FUSION = "mean of the views' unnormalised embeddings, normalised, times 100 against the classes, softmax"
@@ -79,8 +80,9 @@ def figures(
     """The figures of every protocol that applies, ready for JSON: shares in per cent, counts of videos beside them.
 
     embeddings_NVD: unnormalised, with V = clips * crops of `views` (default: one). class_splits: class ids by name of
-    split. `half_classes` is None below four classes or where a half has no videos, `map` where a score is not a number.
-    A video without numbers for scores is never right: `not_finite` counts such videos, their probabilities are None.
+    split. `calibration` is None for fewer than calibration.MIN_VIDEOS videos, `half_classes` below four classes or
+    where a half has no videos, `map` where a score is not a number. A video without numbers for scores is never right:
+    `not_finite` counts such videos, their probabilities are None.
     """
     views = views or Views()
     scores_NC = class_scores(embeddings_NVD, class_embeddings_CD)
@@ -108,6 +110,7 @@ def figures(
             }
             for clips, crops, chosen, note in views.subsets()
         ],
+        "calibration": _calibration(embeddings_NVD, labels_N, class_embeddings_CD, views),
         "half_classes": _over_splits(scores_NC, labels_N, {f"seed {seed}": half for seed, half in enumerate(halves)}),
         "class_splits": _over_splits(scores_NC, labels_N, class_splits or {}),
         "per_class": [
@@ -124,15 +127,25 @@ def figures(
     }
 
 
-def within(scores_NC: np.ndarray, labels_N: np.ndarray, classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scores (n, c) and labels (n,) of the videos of some classes, among these alone. classes: ascending ids."""
-    chosen_N = np.isin(labels_N, classes)
-    return scores_NC[chosen_N][:, classes], np.searchsorted(classes, labels_N[chosen_N])
+def _calibration(
+    embeddings_NVD: np.ndarray, labels_N: np.ndarray, class_embeddings_CD: np.ndarray, views: Views
+) -> dict[str, Any] | None:
+    """Of one view, which prediction takes; videos without finite scores are left out."""
+    _, _, one_view, _ = next(views.subsets())
+    scores_NC = class_scores(embeddings_NVD[:, one_view], class_embeddings_CD)
+    finite_N = np.isfinite(scores_NC).all(axis=1)
+    return calibration_figures(scores_NC[finite_N], labels_N[finite_N])
+
+
+def within(scores_NC: np.ndarray, labels_N: np.ndarray, class_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scores (n, c) and labels (n,) of the videos of some classes, among these alone. class_ids: (c,), ascending."""
+    chosen_N = np.isin(labels_N, class_ids)
+    return scores_NC[chosen_N][:, class_ids], np.searchsorted(class_ids, labels_N[chosen_N])
 
 
 def _over_splits(scores_NC: np.ndarray, labels_N: np.ndarray, splits: Mapping[str, np.ndarray]) -> dict | None:
     """Each split by itself, mean and standard deviation (of the population, as numpy's) over them."""
-    parts = {name: within(scores_NC, labels_N, classes) for name, classes in splits.items()}
+    parts = {name: within(scores_NC, labels_N, class_ids) for name, class_ids in splits.items()}
     if not parts or not all(len(labels) for _, labels in parts.values()):
         return None
     each = [

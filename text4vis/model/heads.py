@@ -37,6 +37,7 @@ class MeanHead(nn.Module):
     """`None`: the mean over frames, blind to their order."""
 
     def forward(self, frames_BTD: Tensor) -> Tensor:
+        """(B, T, D) -> (B, D) float32: the mean over the frames."""
         return frames_BTD.float().mean(dim=1)
 
 
@@ -44,6 +45,7 @@ class QuickGELU(nn.Module):
     """GELU's approximation in OpenAI's CLIP."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """x * sigmoid(1.702 * x), of any shape."""
         return x * torch.sigmoid(1.702 * x)
 
 
@@ -54,6 +56,7 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(width, eps=1e-12)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalises the last axis in float32; the result has the input's dtype."""
         normed = nn.functional.layer_norm(
             x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps
         )
@@ -77,17 +80,21 @@ class ResidualAttentionBlock(nn.Module):
         self.ln_2 = LayerNorm(width)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
         normed = self.ln_1(x_BTD)
         x_BTD = x_BTD + self.attn(normed, normed, normed, need_weights=False)[0]
         return x_BTD + self.mlp(self.ln_2(x_BTD))
 
 
 class TemporalTransformer(nn.Module):
+    """Pre-norm blocks of attention over the frames of a video."""
+
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.resblocks = nn.Sequential(*[ResidualAttentionBlock(width, num_heads) for _ in range(NUM_LAYERS)])
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
         return self.resblocks(x_BTD)
 
 
@@ -105,6 +112,7 @@ class TransformerHead(nn.Module):
         self.apply(_normal_init)
 
     def forward(self, frames_BTD: Tensor) -> Tensor:
+        """(B, T, D) -> (B, D) float32."""
         # Called, not sliced: the engine may have to gather the table first.
         positions_TD = self.frame_position_embeddings(torch.arange(frames_BTD.shape[1], device=frames_BTD.device))
         fused_BTD = self.transformer(frames_BTD + positions_TD)
@@ -137,6 +145,7 @@ class ClassTokenHead(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, frames_BTD: Tensor) -> Tensor:
+        """(B, T, D) -> (B, D) float32."""
         cls_B1D = self.cls_token.expand(frames_BTD.shape[0], -1, -1)
         tokens = torch.cat([cls_B1D, frames_BTD], dim=1) + self.pos_embed
         return self.transformer_enc(tokens)[:, 0].float()
@@ -150,6 +159,7 @@ class LSTMHead(nn.Module):
         self.lstm_visual = nn.LSTM(embed_dim, embed_dim, batch_first=True)
 
     def forward(self, frames_BTD: Tensor) -> Tensor:
+        """(B, T, D) -> (B, D) float32."""
         fused_BTD, _ = self.lstm_visual(frames_BTD)
         return (fused_BTD.float() + frames_BTD.float()).mean(dim=1)
 
@@ -172,5 +182,6 @@ class ConvHead(nn.Module):
             self.shift.weight[embed_dim - quarter :, 0, 2] = 1.0
 
     def forward(self, frames_BTD: Tensor) -> Tensor:
+        """(B, T, D) -> (B, D) float32."""
         fused_BTD = self.shift(frames_BTD.transpose(1, 2)).transpose(1, 2)
         return (fused_BTD.float() + frames_BTD.float()).mean(dim=1)

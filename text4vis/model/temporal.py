@@ -103,6 +103,7 @@ class ShiftedImages(nn.Module):
         self.net, self.num_segments = net, num_segments
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
+        """(N, C, H, W), N = B * T frames, through the wrapped layer after the shift."""
         return self.net(shift_channels(x_NCHW.movedim(1, -1), self.num_segments, TSM_SHARE).movedim(-1, 1))
 
 
@@ -114,6 +115,7 @@ class ShiftedPatches(nn.Module):
         self.net, self.num_segments = net, num_segments
 
     def forward(self, x_NLW: Tensor, *_: None, **__: None) -> Tensor:
+        """(N, L, W), N = B * T frames of L tokens, through the wrapped layer after the shift."""
         patches_NPW = shift_channels(x_NLW[:, 1:], self.num_segments, TSM_SHARE)
         return self.net(torch.cat([x_NLW[:, :1], patches_NPW], dim=1))
 
@@ -126,6 +128,7 @@ class TokenShift(nn.Module):
         self.num_segments = num_segments
 
     def forward(self, x_NLW: Tensor) -> Tensor:
+        """(N, L, W) -> (N, L, W), N = B * T frames of L tokens."""
         return torch.cat([shift_channels(x_NLW[:, :1], self.num_segments, TOKEN_SHARE), x_NLW[:, 1:]], dim=1)
 
 
@@ -144,6 +147,7 @@ class TokenConv(nn.Module):
             self.conv.weight[2 * fold :, 0, 1] = 1.0
 
     def forward(self, x_NLW: Tensor) -> Tensor:
+        """(N, L, W) -> (N, L, W), N = B * T frames of L tokens."""
         class_BTW = x_NLW[:, 0].unflatten(0, (-1, self.num_segments))
         class_N1W = self.conv(class_BTW.transpose(1, 2)).transpose(1, 2).flatten(0, 1).unsqueeze(1)
         return torch.cat([class_N1W, x_NLW[:, 1:]], dim=1)
@@ -173,6 +177,7 @@ class Block(nn.Module):
         self.attn.dropout = drop_rate
 
     def forward(self, x_NLW: Tensor, *_: None, **__: None) -> Tensor:
+        """(N, L, W) -> (N, L, W)."""
         x_NLW = self.control_point(x_NLW)
         normed = self.ln_1(x_NLW)
         x_NLW = x_NLW + self.drop_path(self.ls_1(self.attn(normed, normed, normed, need_weights=False)[0]))
@@ -209,6 +214,7 @@ class JointTower(nn.Module):
         self.transformer.grad_checkpointing = enable
 
     def forward(self, pixels_NCHW: Tensor) -> Tensor:
+        """(N, 3, H, W), N = B * T frames, -> (B, D)."""
         patches_NPW = self.conv1(pixels_NCHW).flatten(2).transpose(1, 2) + self.positional_embedding[1:]
         patches_BTPW = patches_NPW.unflatten(0, (-1, len(self.time_embedding))) + self.time_embedding[:, None]
         class_W = self.class_embedding + self.positional_embedding[0]

@@ -95,9 +95,11 @@ class TextTower:
         return embeddings_CD.float().cpu()
 
     def state_dict(self) -> State:
+        """The encoder's tensors by name."""
         return self._clip.state_dict()
 
     def load_strictly(self, state: Mapping[str, Tensor], where: str) -> None:
+        """Loads tensors whose names and shapes must be exactly the encoder's. Raises ConfigError that names `where`."""
         load_strictly(self._clip, state, where)
 
 
@@ -114,14 +116,17 @@ class Towers:
 
     @property
     def embed_dim(self) -> int:
+        """D, the width of the embeddings of both towers."""
         return self.config["embed_dim"]
 
     @property
     def image_size(self) -> int:
+        """Side of the visual tower's input, pixels."""
         return _image_size(self.config)
 
     @property
     def text_width(self) -> int:
+        """Width of the text transformer; D for an encoder from Hugging Face."""
         if self.config["text_cfg"].get("hf_model_name"):
             return self.embed_dim
         return self.config["text_cfg"].get("width", CLIPTextCfg.width)

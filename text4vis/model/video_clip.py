@@ -8,16 +8,50 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from text4vis.config.schema import ConfigError, NetworkConfig
-from text4vis.model.heads import build_head
+from text4vis.config.schema import ConfigError, DataConfig, NetworkConfig
+from text4vis.model.heads import NUM_POSITIONS, TransformerHead, build_head
 from text4vis.model.temporal import adapt
 from text4vis.model.towers import TextTower, Towers, build_towers
+
+
+@dataclass(frozen=True)
+class ClassRows:
+    """Classes as rows (C,) int64 of the model's own `classifier`, where that trains."""
+
+    rows_C: Tensor
+
+    def __getitem__(self, chosen_C: Tensor) -> ClassRows:
+        """Some of the classes, by their positions (C,) int64."""
+        return ClassRows(self.rows_C[chosen_C])
+
+    def to(self, device: torch.device) -> ClassRows:
+        """The same on a device."""
+        return ClassRows(self.rows_C.to(device))
+
+
+@dataclass(frozen=True)
+class ClassTokens:
+    """Classes as tokens (C, P, L) int64 of their prompts, for the model's own `text_tower`, where that trains."""
+
+    tokens_CPL: Tensor
+
+    def __getitem__(self, chosen_C: Tensor) -> ClassTokens:
+        """Some of the classes, by their positions (C,) int64."""
+        return ClassTokens(self.tokens_CPL[chosen_C])
+
+    def to(self, device: torch.device) -> ClassTokens:
+        """The same on a device."""
+        return ClassTokens(self.tokens_CPL.to(device))
+
+
+# What a forward pass compares videos with: class embeddings (C, D), or what trains in their place.
+Classes = Tensor | ClassRows | ClassTokens
 
 
 def build_model(network: NetworkConfig, num_segments: int, *, image_size: int | None = None) -> VideoClip:
@@ -83,33 +117,49 @@ class VideoClip(nn.Module):
         self.classifier = nn.Parameter(class_embeddings_CD.detach().float().clone())
         self.class_names = tuple(class_names)
 
-    def forward(self, frames_BTCHW: Tensor, classes: Tensor) -> Tensor:
+    def forward(self, frames_BTCHW: Tensor, classes: Classes) -> Tensor:
         """Logits (B, C) float32: exp(logit_scale) times the cosine of video and class, computed in float32.
 
-        `classes` are class embeddings (C, D), or what `embed_classes` takes in their place.
+        frames_BTCHW: uint8. classes: class embeddings (C, D) of a floating type, or where they train what
+        `embed_classes` makes them from.
         """
         videos_BD = nn.functional.normalize(self.encode_video(frames_BTCHW), dim=-1)
         classes_CD = nn.functional.normalize(self.embed_classes(classes.to(videos_BD.device)), dim=-1)
         cosines_BC = videos_BD @ classes_CD.T
         return self.logit_scale.float().exp() * cosines_BC
 
-    def embed_classes(self, classes: Tensor) -> Tensor:
-        """Class embeddings (C, D) float32, with gradient where they train, not normalised, from any of
+    def embed_classes(self, classes: Classes) -> Tensor:
+        """Class embeddings (C, D) float32, with gradient where they train, not normalised.
 
-        - class embeddings (C, D) of a floating type: themselves;
-        - rows (C,) int64 of `classifier`;
-        - tokens (C, P, L) int64 of P prompts a class, for `text_tower`: the mean of the prompts' unit vectors.
-
-        The first axis is the class in all three, so a choice of classes is an index whatever they come from.
+        Embeddings stay what they are. Of tokens the mean of the prompts' unit vectors is taken.
         """
-        if classes.is_floating_point():
-            return classes.float()
-        if classes.dim() == 1:
+        if isinstance(classes, ClassRows):
             assert self.classifier is not None, "the model has no classifier of its own"
-            return self.classifier[classes].float()
-        assert self.text_tower is not None, "the text tower is frozen"
-        prompts_CPD = self.text_tower(classes.flatten(0, 1)).float().unflatten(0, classes.shape[:2])
-        return nn.functional.normalize(prompts_CPD, dim=-1).mean(dim=1)
+            return self.classifier[classes.rows_C].float()
+        if isinstance(classes, ClassTokens):
+            assert self.text_tower is not None, "the text tower is frozen"
+            tokens_CPL = classes.tokens_CPL
+            prompts_CPD = self.text_tower(tokens_CPL.flatten(0, 1)).float().unflatten(0, tokens_CPL.shape[:2])
+            return nn.functional.normalize(prompts_CPD, dim=-1).mean(dim=1)
+        return classes.float()
+
+    def check_frames(self, data: DataConfig) -> None:
+        """Raises ConfigError where the model cannot take the frames of `data`, naming the key and the value to set."""
+        if self.image_size != data.input_size:
+            raise ConfigError(
+                f"data.input_size: {data.input_size}, but the model takes {self.image_size} pixels; "
+                f"add --set data.input_size={self.image_size}"
+            )
+        if self.takes_fixed_frames and self.num_segments != data.num_segments:
+            raise ConfigError(
+                f"data.num_segments: {data.num_segments}, but the model takes {self.num_segments} frames; "
+                f"add --set data.num_segments={self.num_segments}"
+            )
+        if isinstance(self.fusion_model, TransformerHead) and data.num_segments > NUM_POSITIONS:
+            raise ConfigError(
+                f"data.num_segments: {data.num_segments}, but the model's head has positions for {NUM_POSITIONS} "
+                f"frames; add --set data.num_segments={self.num_segments}"
+            )
 
     def encode_video(self, frames_BTCHW: Tensor) -> Tensor:
         """Videos (B, D) float32, not normalised."""

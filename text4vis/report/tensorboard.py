@@ -188,10 +188,9 @@ def read_clips(loader: Loader, videos: Sequence[int] | np.ndarray) -> dict[int, 
     """The frames of some videos as an evaluation with one view saw them, by id; of those that can be read."""
     data = loader.config.data
     _, _, (view,), _ = next(Views(data.test_clips, data.test_crops, data.dense).subsets())
-    one = Loader(loader.config, "val", loader.dataset, rank=0, world_size=1, consumed=0, ids=np.array(videos, np.int64))
     return {
         video: _shown(frames_VTCHW[view])
-        for batch in one
+        for batch in loader.subset(np.array(videos, np.int64))
         for video, frames_VTCHW in zip(batch.ids.tolist(), batch.frames, strict=True)
     }
 

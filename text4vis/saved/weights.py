@@ -238,7 +238,7 @@ def export_model(  # noqa: PLR0917
 def load_export(folder: str | Path) -> Export:
     """What `export_model` wrote, in fp32 on the CPU. Raises ConfigError naming the file that does not fit."""
     folder = Path(folder)
-    content = _read_index(folder)
+    content = read_index(folder)
     own = {"arch": str(folder / CLIP_FILE), "pretrained": None, "init": False, "fix_text": True}
     try:
         network = TypeAdapter(NetworkConfig).validate_python(content["network"] | own)
@@ -257,18 +257,14 @@ def load_export(folder: str | Path) -> Export:
     return Export(model, network, content["config"], class_names, class_embeddings, content["card"])
 
 
-def read_export_config(folder: Path) -> dict[str, Any]:
-    """The configuration of the run that an export comes from, as plain values. Raises ConfigError."""
-    return _read_index(folder)["config"]
-
-
-def read_export(folder: Path) -> Parts:
-    """The parts of an export's model. Raises ConfigError."""
-    video, text = (read_weights(folder / f"{name}.safetensors", "export") for name in ("model", "text"))
+def read_export(folder: Path, key: str = "export") -> Parts:
+    """The parts of an export's model. key: named in errors. Raises ConfigError."""
+    video, text = (read_weights(folder / f"{name}.safetensors", key) for name in ("model", "text"))
     return Parts(video, text)
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
+def read_index(folder: Path) -> dict[str, Any]:
+    """The checked content of export.json: network, num_segments, class_names, card, config. Raises ConfigError."""
     path = folder / EXPORT_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -295,5 +291,5 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
-    with replacing_path(path) as partial:  # tensors read from an export are views of its files
-        write_tensors(partial, state)
+    with replacing_path(path) as temporary:  # tensors read from an export may be views of this very file
+        write_tensors(temporary, state)

@@ -28,6 +28,17 @@ def file_name(value: Any) -> Any:
     return PurePath(value).name if is_path else value
 
 
+_ONNX = """Without torch, with `pip install av numpy onnxruntime pillow`:
+
+```
+python predict_onnx.py model.onnx clip.mp4
+```
+
+`model.onnx` takes `frames` (videos, views, frames, 3, height, width) uint8 RGB, and if other classes are wanted
+`classes` (classes, width) float32. It gives `embeddings` and `logits`, whose softmax is the probabilities.
+"""
+
+
 def model_card(
     title: str,
     class_names: Sequence[str],
@@ -65,26 +76,11 @@ def model_card(
         f"```python\nimport text4vis\n\n{usage}```\n",
     ]
     if onnx:
-        parts += [
-            "Without torch, with `pip install av numpy onnxruntime pillow`:\n",
-            "```\npython predict_onnx.py model.onnx clip.mp4\n```\n",
-            "`model.onnx` takes `frames` (videos, views, frames, 3, height, width) uint8 RGB, and if other classes are "
-            "wanted `classes` (classes, width) float32. It gives `embeddings` and `logits`, whose softmax is the "
-            "probabilities.\n",
-            _table(onnx),
-        ]
+        parts += [_ONNX, _table(onnx)]
     parts += ["## What it sees\n", _table(preprocessing), "Pixels are normalised inside the model.\n"]
     parts += ["## Training\n", _table(training) if training else "Not recorded.\n", "## Evaluation\n"]
-    if figures:
-        parts += ["When these weights were saved:\n", _table(figures)]
-    if evaluation:
-        whose = "these weights" if evaluation["of these weights"] else "**other weights** than these"
-        if evaluation["of the training data"]:
-            whose += ", **on the very videos that it was trained on**: it says nothing about others"
-        parts += [f"A report on {whose}, and what it was measured with:\n", _table(evaluation)]
-    else:
-        parts += ["No report is at hand; `text4vis/evaluate.py --report` writes one.\n"]
     parts += [
+        *_evaluation(figures, evaluation),
         "## Limits\n",
         "- It always names one of its classes, also for a video that shows none of them.\n"
         "- It looks at one clip of a few frames. Long videos are scanned in windows (`recogniser.scan`).\n"
@@ -95,6 +91,21 @@ def model_card(
         _table({str(number): name for number, name in enumerate(class_names)}),
     ]
     return "\n".join(parts)
+
+
+def _evaluation(figures: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> Iterable[str]:
+    if figures:
+        yield from ("When these weights were saved:\n", _table(figures))
+    if evaluation is None:
+        yield "No report is at hand; `text4vis/evaluate.py --report` writes one.\n"
+        return
+    whose = "these weights" if evaluation["of these weights"] else "**other weights** than these"
+    if evaluation["of the training data"]:
+        whose += ", **on the very videos that it was trained on**: it says nothing about others"
+    shown = dict(evaluation)
+    if known := shown.get("calibration"):  # its tables are in export.json
+        shown["calibration"] = {key: value for key, value in known.items() if not isinstance(value, list)}
+    yield from (f"A report on {whose}, and what it was measured with:\n", _table(shown))
 
 
 def _table(values: Mapping[str, Any]) -> str:

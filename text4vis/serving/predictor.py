@@ -15,7 +15,7 @@ import contextlib
 import itertools
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,24 +23,21 @@ from typing import Any
 import fsspec
 import numpy as np
 import torch
-from PIL import Image
 
 from shards.address import scheme_of
 from shards.format import ShardError
+from shards.images import read_image
 from shards.text import redact, redact_text
 from shards.video import FrameReader, VideoError, VideoInfo, probe_video
-from text4vis.classifier.embeddings import build_classifier, text_classifier
-from text4vis.config.loading import config_from_dict
+from text4vis.classifier.embeddings import text_classifier
 from text4vis.config.schema import Config, ConfigError
 from text4vis.data.augmentation import eval_geometry
-from text4vis.data.loader import place
-from text4vis.data.plan import Frame
+from text4vis.data.finishing import place
 from text4vis.data.sampling import test_indices
+from text4vis.evaluation.calibration import Calibration, at_temperature
 from text4vis.evaluation.protocols import class_scores
 from text4vis.model.video_clip import VideoClip
-from text4vis.saved import checkpoint
-from text4vis.saved.runs import check_same_classes
-from text4vis.saved.weights import EXPORT_FILE, load_export
+from text4vis.saved.opening import open_saved
 
 FRAME_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
@@ -51,11 +48,19 @@ class PredictionError(Exception):
 
 @dataclass(frozen=True)
 class Prediction:
-    """top: (class name, probability), the likeliest first. indices: (T,) frame numbers; frames: (T, S, S, 3) uint8."""
+    """top: (class name, probability), the likeliest first. indices: (T,) frame numbers; frames: (T, S, S, 3) uint8.
+
+    calibrated: whether the probabilities are those of a temperature that an evaluation fitted. sure: whether the answer
+    keeps the accuracy that was asked for; candidates: class names, likeliest first, of which one is right as often as
+    was asked for. Both are None where nothing was asked for.
+    """
 
     top: list[tuple[str, float]]
     indices: np.ndarray
     frames: np.ndarray = field(repr=False)
+    calibrated: bool = False
+    sure: bool | None = None
+    candidates: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -72,35 +77,6 @@ class Timeline:
         return _top(self.class_names, self.scores_WC[window], count)
 
 
-@dataclass(frozen=True)
-class Trained:
-    """A trained model with its configuration, its classes' names and embeddings (C, D), and where it comes from."""
-
-    model: VideoClip
-    config: Config
-    class_names: list[str]
-    class_embeddings_CD: torch.Tensor
-    card: dict[str, Any]
-
-
-def open_run(path: Path) -> Trained:
-    """A run's best weights, or a checkpoint. Raises CheckpointError, ConfigError."""
-    state = checkpoint.read_state(checkpoint.find(path))
-    config = config_from_dict(state.config, str(path))
-    model = checkpoint.load_model(path, config)
-    if model.classifier is None:
-        check_same_classes(state, config, path)
-    classes_CD = build_classifier(config, model, state.class_names)
-    card = {
-        "step": state.step,
-        "videos seen": state.consumed,
-        "global_batch": state.global_batch,
-        "data_fingerprint": state.data_fingerprint,
-        "figures": state.figures,
-    }
-    return Trained(model, config, state.class_names, classes_CD, card)
-
-
 def takes_labels(config: Config) -> bool:
     """Whether a model of this configuration can be asked for classes that it was not trained on."""
     return config.network.classifier == "text" and not config.network.classifier_trainable
@@ -110,9 +86,14 @@ class Predictor:
     """A model with its classes and its way of sampling frames."""
 
     def __init__(
-        self, model: Any, config: Config, class_names: Sequence[str], class_embeddings_CD: torch.Tensor
+        self,
+        model: VideoClip,
+        config: Config,
+        class_names: Sequence[str],
+        class_embeddings_CD: torch.Tensor,
+        calibration: Calibration | None = None,
     ) -> None:
-        self.model, self.config = model.eval(), config
+        self.model, self.config, self.calibration = model.eval(), config, calibration
         self.class_names = list(class_names)
         self.class_embeddings_CD = class_embeddings_CD
         self.device = next(model.parameters()).device
@@ -122,22 +103,31 @@ class Predictor:
     def load(cls, folder: str | Path, device: str | torch.device | None = None) -> Predictor:
         """Opens an export, a run (its best weights) or a checkpoint. device: by default the GPU if there is one.
 
-        Raises text4vis.config.ConfigError or text4vis.saved.checkpoint.CheckpointError.
+        Raises text4vis.config.ConfigError or text4vis.saved.CheckpointError.
         """
+        trained = open_saved(folder).trained()
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if not (Path(folder) / EXPORT_FILE).is_file():
-            run = open_run(Path(folder))
-            return cls(run.model.to(device), run.config, run.class_names, run.class_embeddings_CD)
-        export = load_export(folder)
-        config = config_from_dict(export.config, f"{folder}/{EXPORT_FILE}")
-        return cls(export.model.to(device), config, export.class_names, export.class_embeddings)
+        calibration = _calibration_of(trained.card, folder)
+        return cls(
+            trained.model.to(device), trained.config, trained.class_names, trained.class_embeddings_CD, calibration
+        )
 
-    def predict(self, video: str | Path | np.ndarray, labels: Sequence[str] | None = None, top: int = 5) -> Prediction:
+    def predict(
+        self,
+        video: str | Path | np.ndarray,
+        labels: Sequence[str] | None = None,
+        top: int = 5,
+        *,
+        accuracy: float | None = None,
+        coverage: float | None = None,
+    ) -> Prediction:
         """Recognises one video: a file or its address, a folder of frames, or an array (N, H, W, 3) uint8 RGB.
 
-        labels: class names to choose from instead of the model's own. Raises PredictionError.
+        labels: class names to choose from instead of the model's own. accuracy, coverage: per cent, for `sure` and
+        `candidates` of the prediction; they need an export with a calibration and the model's own classes. Raises
+        PredictionError.
         """
-        (prediction,) = self.predict_many([video], labels, top)
+        (prediction,) = self.predict_many([video], labels, top, accuracy=accuracy, coverage=coverage)
         if isinstance(prediction, PredictionError):
             raise prediction
         return prediction
@@ -148,6 +138,9 @@ class Predictor:
         labels: Sequence[str] | None = None,
         top: int = 5,
         batch_size: int = 8,
+        *,
+        accuracy: float | None = None,
+        coverage: float | None = None,
     ) -> Iterator[Prediction | PredictionError]:
         """`predict` of each video in order, `batch_size` at a time. Instead of the prediction of a video that cannot be
         read comes its PredictionError: it is yielded, not raised.
@@ -158,10 +151,53 @@ class Predictor:
             raise PredictionError(f"videos: {videos!r} is one video; give a list of them, or use predict")
         if batch_size < 1 or top < 1:
             raise PredictionError(f"batch_size {batch_size}, top {top}: expected at least 1")
-        return self._predict_batches(iter(videos), *self._classes(labels), top, batch_size)
+        answer = self._answering(labels, top, accuracy, coverage)
+        return self._predict_batches(iter(videos), self._classes(labels)[1], answer, batch_size)
+
+    def _answering(
+        self, labels: Sequence[str] | None, top: int, accuracy: float | None, coverage: float | None
+    ) -> Callable[..., Prediction]:
+        """What makes a prediction of a video's probabilities (C,), frame numbers and frames. Raises PredictionError."""
+        names, calibrated = self._classes(labels)[0], self.calibration is not None and labels is None
+        sure_from = self._threshold("accuracy", accuracy, labels)
+        candidate_from = self._threshold("coverage", coverage, labels)
+
+        def answer(scores_C: np.ndarray, indices: np.ndarray, frames: np.ndarray) -> Prediction:
+            likeliest = _top(names, scores_C, len(names) if candidate_from is not None else top)
+            return Prediction(
+                likeliest[:top],
+                indices,
+                frames,
+                calibrated,
+                None if sure_from is None else likeliest[0][1] >= sure_from,
+                None if candidate_from is None else [name for name, share in likeliest if share >= candidate_from],
+            )
+
+        return answer
+
+    def _threshold(self, kind: str, asked: float | None, labels: Sequence[str] | None) -> float | None:
+        """The probability that keeps the accuracy or the coverage that was asked for, None if nothing was."""
+        if asked is None:
+            return None
+        if labels is not None:
+            raise PredictionError(f"{kind}: it was measured with the model's own classes; leave the labels out")
+        if self.calibration is None:
+            raise PredictionError(
+                f"{kind}: the model has no calibration; evaluate it (text4vis/evaluate.py --report FILE) and export it "
+                "with that report (tools/export.py --report FILE)"
+            )
+        table = self.calibration.answers if kind == "accuracy" else self.calibration.sets
+        if asked not in table:
+            raise PredictionError(
+                f"{kind}: {asked:g} was not measured; choose {', '.join(f'{key:g}' for key in table)}"
+            )
+        found = table[asked]
+        if found is None:
+            raise PredictionError(f"{kind}: the model does not reach {asked:g} % however sure it is; ask for less")
+        return found
 
     def _predict_batches(
-        self, videos: Iterator[Any], names: list[str], classes_CD: torch.Tensor, top: int, batch_size: int
+        self, videos: Iterator[Any], classes_CD: torch.Tensor, answer: Callable[..., Prediction], batch_size: int
     ) -> Iterator[Prediction | PredictionError]:
         while batch := list(itertools.islice(videos, batch_size)):
             sampled = [self._sampled(video) for video in batch]
@@ -171,7 +207,7 @@ class Predictor:
                 if isinstance(one, PredictionError):
                     yield one
                 else:
-                    yield Prediction(_top(names, next(scores), top), *one)
+                    yield answer(next(scores), *one)
 
     def scan(
         self,
@@ -200,15 +236,12 @@ class Predictor:
         last = max(0.0, info.duration - window_seconds)
         starts = np.append(np.arange(0.0, last, step), last)
         seconds_W2 = np.stack([starts, np.minimum(starts + window_seconds, info.duration)], axis=1)
-        first_last_W2 = np.searchsorted(info.times_N, seconds_W2)
         frames = FrameReader(video, num_frames=info.num_frames)
         scores, thumbnails = [], []
         for begin in range(0, len(starts), batch_size):
-            windows = [
-                first + self._indices(max(1, stop - first))
-                for first, stop in first_last_W2[begin : begin + batch_size].tolist()
-            ]
-            indices = np.minimum(np.concatenate(windows), info.num_frames - 1)
+            shown = [info.shown(start, stop) for start, stop in seconds_W2[begin : begin + batch_size].tolist()]
+            windows = [frames_n[self._indices(len(frames_n))] for frames_n in shown]
+            indices = np.concatenate(windows)
             frames_NSS3 = np.stack(self._decode(video, frames, indices))
             frames_BTSS3 = frames_NSS3.reshape(len(windows), -1, *frames_NSS3.shape[1:])
             scores.append(self._scores(frames_BTSS3, classes_CD))
@@ -217,10 +250,13 @@ class Predictor:
 
     @torch.no_grad()
     def _scores(self, frames_BTSS3: np.ndarray, classes_CD: torch.Tensor) -> np.ndarray:
-        """Probabilities (B, C)."""
+        """Probabilities (B, C), calibrated where the classes are the model's own and a calibration is known."""
         frames_BTCHW = torch.from_numpy(frames_BTSS3).permute(0, 1, 4, 2, 3).to(self.device)
         embeddings_BVD = self.model.encode_video(frames_BTCHW)[:, None].float().cpu().numpy()
-        return class_scores(embeddings_BVD, classes_CD.float().cpu().numpy())
+        scores_BC = class_scores(embeddings_BVD, classes_CD.float().cpu().numpy())
+        if self.calibration is None or classes_CD is not self.class_embeddings_CD:
+            return scores_BC
+        return at_temperature(scores_BC, self.calibration.temperature)
 
     def _classes(self, labels: Sequence[str] | None) -> tuple[list[str], torch.Tensor]:
         if labels is None:
@@ -294,10 +330,21 @@ class Predictor:
     def _prepare(self, image: np.ndarray) -> np.ndarray:
         """A frame (H, W, 3) as (S, S, 3) uint8: scaled and centre-cropped as in evaluation."""
         side = self.config.data.input_size
-        out_BVTSS3 = np.empty((1, 1, 1, side, side, 3), np.uint8)
+        out_VTSS3 = np.empty((1, 1, side, side, 3), np.uint8)
         geometry = eval_geometry(image.shape[0], image.shape[1], self.config.scale_size, side, 1)
-        place(Frame(geometry, ((0, 0, 0, 0),)), image, out_BVTSS3)
-        return out_BVTSS3[0, 0, 0]
+        place(image, geometry, [(0, 0, 0)], out_VTSS3)
+        return out_VTSS3[0, 0]
+
+
+def _calibration_of(card: Mapping[str, Any], folder: str | Path) -> Calibration | None:
+    """The calibration that an export quotes from an evaluation of its weights. Raises ConfigError for a damaged one."""
+    figures = (card.get("evaluation") or {}).get("calibration")
+    if figures is None:
+        return None
+    try:
+        return Calibration.of(figures)
+    except ValueError as error:
+        raise ConfigError(f"{folder}: its calibration is damaged ({error}); export the model again") from None
 
 
 def _names(labels: Iterable[str]) -> list[str]:
@@ -341,9 +388,8 @@ def _probe(path: str | Path) -> VideoInfo:
 
 def _read_image(path: Path) -> np.ndarray:
     try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return np.asarray(read_image(path.read_bytes()))
+    except (OSError, ValueError) as error:
         raise PredictionError(f"{path}: not a readable image ({error})") from error
 
 

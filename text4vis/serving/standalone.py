@@ -2,7 +2,8 @@
 
     python predict_onnx.py model.onnx clip.mp4 [more.mp4 …]
 
-Prints video, class and probability of the five likeliest classes. Stands alone: copy it where it is needed.
+Prints video, class and probability of the five likeliest classes. Stands alone with predict_onnx_video.py, which reads
+the videos: copy both where they are needed.
 """
 
 import argparse
@@ -10,10 +11,11 @@ import json
 import sys
 from typing import Any
 
-import av
 import numpy as np
 import onnxruntime
 from PIL import Image
+
+from shards.video import FrameReader, VideoError, probe_video
 
 
 def load(path: str) -> tuple[Any, dict[str, Any]]:
@@ -44,26 +46,21 @@ def scale_and_crop(image: Image.Image, rule: dict[str, Any]) -> np.ndarray:
 
 
 def read_frames(path: str, rule: dict[str, Any]) -> np.ndarray:
-    """(T, 3, S, S) uint8 RGB. Frames are counted as the decoder gives them out."""
-    with av.open(path) as container:
-        if not container.streams.video or not (count := sum(1 for _ in container.decode(video=0))):
-            raise ValueError("it holds no frame that decodes")
-        wanted = frame_numbers(count, rule)
-    found = {}
-    with av.open(path) as container:
-        for number, frame in enumerate(container.decode(video=0)):
-            if number in wanted:
-                image = Image.fromarray(frame.to_ndarray(format="rgb24"))
-                found[number] = scale_and_crop(image.rotate(frame.rotation, expand=True), rule)
-    return np.stack([found[number] for number in wanted])
+    """(T, 3, S, S) uint8 RGB. Raises VideoError for a file that is no video or damaged, OSError."""
+    count = probe_video(path).num_frames
+    reader = FrameReader(path, num_frames=count)
+    wanted = frame_numbers(count, rule)
+    return np.stack(reader.read(wanted, use=lambda frame: scale_and_crop(Image.fromarray(frame), rule)))
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities over the last axis."""
     powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return powers / powers.sum(axis=-1, keepdims=True)
 
 
 def main() -> int:
+    """Recognises the videos of the command line. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="the graph, model.onnx")
     parser.add_argument("videos", nargs="+", metavar="video")
@@ -77,7 +74,7 @@ def main() -> int:
     for path in arguments.videos:
         try:
             frames = read_frames(path, facts["preprocessing"])[None, None]  # one video, one view
-        except (av.FFmpegError, OSError, IndexError, KeyError, ValueError) as error:
+        except (VideoError, OSError, IndexError) as error:
             print(f"error: {path}: no video that can be read ({error})", file=sys.stderr)
             code = 1
             continue

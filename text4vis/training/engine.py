@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
     from deepspeed.runtime.fp16.loss_scaler import LossScalerBase
 
-    from text4vis.model.video_clip import VideoClip
+    from text4vis.model.video_clip import Classes, VideoClip
 
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -82,7 +82,7 @@ class Engine:
         if config.engine.compile:
             self.runtime.compile()
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor | Classes) -> Tensor:
         """The model's forward pass."""
         return self.runtime(*inputs)
 

@@ -19,6 +19,7 @@ def check_same_classes(config: Config, train: list[str], val: list[str]) -> None
 
 
 def check_world_size(config: Config, world_size: int) -> None:
+    """Raises ConfigError where the job has another number of ranks than engine.world_size."""
     expected = config.engine.world_size
     if expected is not None and expected != world_size:
         raise ConfigError(

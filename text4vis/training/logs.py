@@ -40,6 +40,7 @@ class Meter:
 
     @classmethod
     def new(cls, device: torch.device) -> Meter:
+        """A meter that starts now."""
         return cls(torch.zeros((), device=device), time.perf_counter())
 
 
@@ -66,6 +67,7 @@ class Metrics:
         self.board.flush()
 
     def close(self) -> None:
+        """Closes TensorBoard's file."""
         self.board.close()
 
 

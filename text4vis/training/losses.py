@@ -15,18 +15,19 @@ from torch import Tensor
 
 from text4vis.config.schema import Config, ConfigError
 from text4vis.data.mixing import Mix, draw_mix, mix_frames
+from text4vis.model.video_clip import Classes
 
 TARGET_SHARPNESS = 10.0
 PRIOR_TEMPERATURE = 1000.0
 
 
 class Objective:
-    """The loss of `solver.loss_type`. `classes` are those of the run, as VideoClip's forward takes them.
+    """The loss of `solver.loss_type`. classes: all of the run's, C of them, on the device of the frames.
 
     micro_batch: videos of a micro batch. Raises ConfigError where videos are to be mixed and it holds only one.
     """
 
-    def __init__(self, config: Config, classes: Tensor, micro_batch: int) -> None:
+    def __init__(self, config: Config, classes: Classes, micro_batch: int) -> None:
         self.config, self.classes = config, classes
         for key in ("mixup", "cutmix"):
             if getattr(config.solver, key) and micro_batch == 1:
@@ -37,7 +38,7 @@ class Objective:
 
     def __call__(
         self,
-        forward: Callable[[Tensor, Tensor], Tensor],
+        forward: Callable[[Tensor, Classes], Tensor],
         frames_BTCHW: Tensor,
         labels_B: Tensor,
         ids: Sequence[int],

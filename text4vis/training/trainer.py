@@ -24,13 +24,17 @@ from text4vis.cluster import distributed
 from text4vis.cluster.stop import NonFiniteError, Stopped, StopRequest
 from text4vis.config.batches import BatchSizes
 from text4vis.config.schema import Config
-from text4vis.data.loader import Batch, Loader, build_loader, class_names
+from text4vis.data.datasets import class_names
+from text4vis.data.loader import Batch, Loader, build_loader
+from text4vis.data.traps import log_traps
 from text4vis.evaluation.embedding import evaluate, join_bad_videos, weights_fingerprint
 from text4vis.evaluation.protocols import write_report
 from text4vis.model.video_clip import VideoClip, build_model
 from text4vis.saved import checkpoint
 from text4vis.saved.checkpoint import State
+from text4vis.saved.opening import load_pretrained
 from text4vis.saved.runs import check_same_run, find_start
+from text4vis.training import checkpointing
 from text4vis.training.engine import Engine
 from text4vis.training.joining import check_few_shot, check_same_classes, check_world_size
 from text4vis.training.logs import Meter, gpu_utilisation, memory_bytes, table
@@ -79,7 +83,7 @@ class Trainer:
         distributed.use_cores(config.engine.num_threads)
         with ExitStack() as opened:
             self.val_loader = opened.enter_context(self._loader("val"))
-            self.train_loader = opened.enter_context(self._loader("train"))
+            self.train_loader = opened.enter_context(self._loader("train", start.consumed if start else 0))
             self.class_names = class_names(config, self.train_loader.dataset)
             check_same_classes(config, self.train_loader.dataset.classes, self.val_loader.dataset.classes)
             samples = config.solver.epochs * self.train_loader.epoch_samples
@@ -124,6 +128,8 @@ class Trainer:
     def dry_run(self) -> None:
         """One micro batch forward and backward; says what memory it took. Changes and writes nothing."""
         logger.info("%s", table("settings", self.settings()))
+        if self.ranks.is_main:
+            log_traps(logger, self.config, self.class_names, self.train_loader.dataset)
         self.backward(next(iter(self.train_loader)))
         (memory,) = distributed.start_max([int(memory_bytes())])()
         logger.info("dry run: one micro batch took %.2f GB on the fullest rank", memory / 1e9)
@@ -227,7 +233,7 @@ class Trainer:
     def save(self) -> None:
         """Writes a checkpoint of this step. Collective. Raises CheckpointError or ShardError."""
         self.list_skipped(self.train_loader)  # so that a resumed run need not meet them again
-        checkpoint.save(self.engine, self.output, self.state, keep=self.config.logging.keep_checkpoints)
+        checkpointing.save(self.engine, self.output, self.state, keep=self.config.logging.keep_checkpoints)
         if self.agreement is not None:  # a save that was asked for meanwhile is done; a stop is asked for again
             self.agreement()
             self.agreement = None
@@ -249,6 +255,7 @@ class Trainer:
             return self.engine.whole(model.classifier)
         if model.text_tower is not None:
             return build_classifier(self.config, model, self.class_names)
+        assert isinstance(self.objective.classes, torch.Tensor), "what trains is embedded anew"
         return self.objective.classes
 
     def log_step(self, meter: Meter) -> None:
@@ -303,7 +310,7 @@ class Trainer:
         classes_CD = self.class_embeddings()
         result = evaluate(
             self.engine.model, classes_CD, self.class_names, self.val_loader,
-            weights=weights_fingerprint(checkpoint.gather_weights(self.engine)),
+            weights=weights_fingerprint(checkpointing.gather_weights(self.engine)),
             before_batch=self.save_and_stop_if_asked,
         )  # fmt: skip
         (top1,) = distributed.sum_over_ranks([result["top1"] if result else 0.0])
@@ -313,7 +320,7 @@ class Trainer:
         best_top1 = max(top1, self.state.best_top1)
         self.state = replace(self.state, evaluated_step=self.state.step, best_top1=best_top1, figures=figures)
         if is_best:
-            checkpoint.save_best(self.engine, self.output, self.state)
+            checkpointing.save_best(self.engine, self.output, self.state)
         self.save()
         return figures
 
@@ -361,12 +368,14 @@ class Trainer:
         settings = self.settings()
         if not self.ranks.is_main:
             return
-        checkpoint.check_room(self.output, self.config.logging.keep_checkpoints, *self.engine.state_bytes())
+        checkpointing.check_room(self.output, self.config.logging.keep_checkpoints, *self.engine.state_bytes())
         if self.start_from is not None:
             logger.info("resumed from %s at step %d", self.start_from, self.state.step)
         if self.state.step == self.num_steps:
             logger.info("all %d steps of this run are done", self.num_steps)
         logger.info("%s", table("settings", settings))
+        if self.start_from is None:
+            log_traps(logger, self.config, self.class_names, self.train_loader.dataset)
         (self.output / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
         if self.config.data.shot:
             few_shot_list = self.train_loader.planner.few_shot_list()
@@ -385,9 +394,11 @@ class Trainer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _loader(self, split: str) -> Loader:
+    def _loader(self, split: str, consumed: int = 0) -> Loader:
         place = self.ranks
-        return build_loader(self.config, split, rank=place.rank, world_size=place.world_size, sizes=self.sizes)
+        return build_loader(
+            self.config, split, rank=place.rank, world_size=place.world_size, consumed=consumed, sizes=self.sizes
+        )
 
     def _first_state(self) -> State:
         return State(
@@ -401,11 +412,10 @@ class Trainer:
         )
 
     def _joined_state(self, found: State) -> State:
-        """The state of the checkpoint, if it is of this run; the loader starts where it stood."""
+        """The state of the checkpoint, if it is of this run."""
         assert self.start_from is not None
         check_same_run(found, self.config, self.train_loader.dataset.fingerprint, self.start_from)
         check_few_shot(self.output / FEW_SHOT_LIST, self.train_loader.planner.few_shot_list())
-        self.train_loader.consumed = found.consumed
         return replace(found, config=self.config.to_dict())
 
     def _model(self) -> VideoClip:
@@ -415,7 +425,7 @@ class Trainer:
         if self.start_from is not None:
             checkpoint.load_checkpoint(model, self.start_from)  # the engine restores only what trains
         elif config.pretrain:
-            checkpoint.load_pretrained(model, Path(config.pretrain))
+            load_pretrained(model, Path(config.pretrain))
         return model
 
     def _engine(self, model: VideoClip) -> Engine:
@@ -425,5 +435,5 @@ class Trainer:
         if self.start_from is None:
             engine.restore(first.__getitem__, None, 0)
         else:
-            checkpoint.load(engine, self.start_from, self.state)
+            checkpointing.load(engine, self.start_from, self.state)
         return engine

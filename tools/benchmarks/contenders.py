@@ -28,8 +28,9 @@ from benchmarks.data import Workload
 from text4vis.config.loading import config_from_dict
 from text4vis.config.schema import Config
 from text4vis.data import augmentation, sampling
-from text4vis.data.loader import build_loader, feed, image_graph
-from text4vis.data.plan import Job
+from text4vis.data.dali import image_graph, outputs, start_run
+from text4vis.data.loader import build_loader
+from text4vis.data.plan import BatchPlan
 from text4vis.data.prefetch import pipelined
 
 # CLIP's, as the original applies them on the CPU.
@@ -83,22 +84,20 @@ def ours_views(setup: Setup) -> Iterator[Batches]:
 def decode_only(setup: Setup) -> Iterator[Batches]:
     """The limit: DALI decodes the regions of our plan from bytes that are in memory already, and nothing else."""
     with build_loader(setup.train, "train") as loader:
-        jobs = list(itertools.islice(loader.jobs(), _CEILING_BATCHES))
-        read = [(job, list(itertools.chain(*loader.dataset.read_many(job.requests)))) for job in jobs]
+        plans = list(itertools.islice(loader.plans(), _CEILING_BATCHES))
+        read = [(plan, list(itertools.chain(*loader.dataset.read_many(plan.requests)))) for plan in plans]
         graph = image_graph(
             device_id=None, num_threads=setup.workers, batch_size=loader.planner.max_frames, resize=None
         )
 
-        def start(item: tuple[Job, list[bytes]]) -> Job:
-            job, encoded = item
-            feed(graph, encoded, [frame.geometry.region for frame in job.frames])
-            graph.schedule_run()
-            return job
+        def start(item: tuple[BatchPlan, list[bytes]]) -> BatchPlan:
+            plan, encoded = item
+            start_run(graph, encoded, [frame.geometry.region for video in plan.videos for frame in video.frames])
+            return plan
 
-        def finish(job: Job) -> Sized:
-            graph.share_outputs()
-            graph.release_outputs()
-            return job.ids
+        def finish(plan: BatchPlan) -> Sized:
+            outputs(graph)
+            return plan.videos
 
         yield pipelined(itertools.cycle(read), start, finish, depth=1)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from shards.annotations import VIDEO_EXTENSIONS, Annotation
+from shards.annotations import Annotation
 from shards.format import (
     BLOCK_BYTES,
     INDEX_ROLES,
@@ -35,6 +35,7 @@ from shards.format import (
 )
 from shards.images import encode_jpeg
 from shards.index import open_index, read_local_manifest
+from shards.list_lines import VIDEO_EXTENSIONS
 from shards.reader import open_dataset
 from shards.video import iter_frames
 from shards.writer import build_shards

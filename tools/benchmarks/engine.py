@@ -30,6 +30,7 @@ from text4vis.config.schema import Config, ConfigError
 from text4vis.data.loader import Batch
 from text4vis.model.video_clip import VideoClip, build_model
 from text4vis.saved import checkpoint
+from text4vis.training import checkpointing
 from text4vis.training.engine import Engine
 from text4vis.training.logs import Meter
 from text4vis.training.losses import cross_entropy
@@ -124,7 +125,7 @@ def step_seconds(setup: EngineSetup, rounds: int) -> dict[str, list[float]]:
     def ours(trainer: Trainer) -> Callable[[], object]:
         return functools.partial(trainer.train_step, iter(trainer.train_loader), Meter.new(trainer.device))
 
-    config, classes_CD = trainers[0].config, trainers[0].objective.classes
+    config, classes_CD = trainers[0].config, trainers[0].class_embeddings()
     batch = next(iter(trainers[0].train_loader))
     contenders: dict[str, Callable[[], object]] = {
         "ours": ours(trainers[0]),
@@ -291,7 +292,7 @@ def resuming(setup: EngineSetup, output: Path, started: float) -> Resuming:
     save = _seconds(trainer.save)
     folder = checkpoint.latest(output)
     assert folder is not None
-    load = _seconds(lambda: checkpoint.load(trainer.engine, folder, checkpoint.verify(folder)))
+    load = _seconds(lambda: checkpointing.load(trainer.engine, folder, checkpoint.verify(folder)))
     size = sum(file.stat().st_size for file in folder.iterdir())
     trainer.close()
     distributed.stop()

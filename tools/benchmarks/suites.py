@@ -148,7 +148,7 @@ class Reading:
 def read_sampled_frames(config: Config, seconds: float) -> Reading:
     """Reads the samples of the training stream as the loader does."""
     with build_loader(config, "train") as running:
-        requests = (job.requests for job in running.jobs())
+        requests = (plan.requests for plan in running.plans())
         running.dataset.read_many(next(requests))
         samples = sampled = 0
         before, started = bytes_read_by_process(), time.perf_counter()
@@ -247,7 +247,7 @@ def opening(config: Config) -> tuple[float, float]:
     forget_peak_memory()
     before, started = resident_bytes("VmRSS"), time.perf_counter()
     with build_loader(config, "train") as running:
-        next(running.jobs())
+        next(running.plans())
         elapsed = time.perf_counter() - started
         return elapsed, (resident_bytes("VmHWM") - before) / 1e6
 

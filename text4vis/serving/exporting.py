@@ -2,7 +2,8 @@
 
 README.md         the model card
 model.onnx        the visual side with the classes (text4vis/serving/onnx_graph.py); model.onnx.data from 2 GB on
-predict_onnx.py   text4vis/serving/standalone.py, which runs the graph without torch
+predict_onnx.py   text4vis/serving/standalone.py, which runs the graph without torch; beside it shards/video.py as
+predict_onnx_video.py, which decides what a video shows
 """
 
 from __future__ import annotations
@@ -12,25 +13,26 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import shards.video
 from shards.files import require_folder
 from text4vis.config.schema import DENSE_WINDOW, Config, ConfigError, schema
 from text4vis.evaluation.comparison import read_report
 from text4vis.evaluation.embedding import versions, weights_fingerprint
 from text4vis.model.towers import CLIP_NAMES
-from text4vis.saved.checkpoint import STATE, find
+from text4vis.saved.opening import SavedModel, SavedRun, TrainedModel
 from text4vis.saved.weights import EXPORT_FILE, Parts, export_model
 from text4vis.serving.model_card import file_name, model_card
 from text4vis.serving.onnx_graph import OPSET, OnnxFile, remove_onnx, require_packages, write_onnx
-from text4vis.serving.predictor import Trained, takes_labels
+from text4vis.serving.predictor import takes_labels
 
 CARD_FILE = "README.md"
 ONNX_FILE = "model.onnx"
-ONNX_PROGRAM = "predict_onnx.py"
+ONNX_PROGRAM, ONNX_VIDEO = "predict_onnx.py", "predict_onnx_video.py"
 UNFINISHED = ".exporting"  # an export that was killed may be written again
 TABLES = ("per_class", "confusion", "predictions", "by_views", "half_classes", "class_splits", "skipped")
 
 
-def export(folder: Path, trained: Trained, *, report: Path | None = None, onnx: bool = False) -> OnnxFile | None:
+def export(folder: Path, trained: TrainedModel, *, report: Path | None = None, onnx: bool = False) -> OnnxFile | None:
     """Writes the export of a trained model; an older one in the folder is replaced. Returns what `onnx` wrote.
 
     report: of an evaluation, which the card quotes. Raises ConfigError, also for a folder
@@ -47,13 +49,14 @@ def export(folder: Path, trained: Trained, *, report: Path | None = None, onnx: 
     (folder / UNFINISHED).touch()
     (folder / EXPORT_FILE).unlink(missing_ok=True)  # without it the folder is no export
     remove_onnx(folder / ONNX_FILE)
-    (folder / ONNX_PROGRAM).unlink(missing_ok=True)
+    for name in (ONNX_PROGRAM, ONNX_VIDEO):
+        (folder / name).unlink(missing_ok=True)
     graph, graph_facts = None, None
     if onnx:
         require_packages()
         facts = {"class_names": list(names), "preprocessing": rule}
         graph = write_onnx(folder / ONNX_FILE, model.eval(), trained.class_embeddings_CD, facts)
-        shutil.copyfile(Path(__file__).with_name("standalone.py"), folder / ONNX_PROGRAM)
+        _write_program(folder)
         difference = "not compared: onnxruntime is not installed" if graph.difference is None else graph.difference
         graph_facts = {"opset": OPSET, "bytes": graph.bytes, "largest difference of logits to PyTorch": difference}
     installed = versions()
@@ -75,14 +78,22 @@ def export(folder: Path, trained: Trained, *, report: Path | None = None, onnx: 
     return graph
 
 
-def last_report(path: Path) -> Path | None:
-    """The report of the last evaluation of the run that a run's folder or a checkpoint belongs to, if it has one."""
-    run = path.parent.parent if (path / STATE).is_file() else find(path).parent.parent
-    report = run / "report.json"
-    return report if report.is_file() else None
+def _write_program(folder: Path) -> None:
+    """The program and the module that reads its videos: the very one that made what the model was trained on."""
+    program = Path(__file__).with_name("standalone.py").read_text(encoding="utf-8")
+    own = program.replace(f"from {shards.video.__name__} import", f"from {Path(ONNX_VIDEO).stem} import")
+    assert own != program
+    (folder / ONNX_PROGRAM).write_text(own, encoding="utf-8")
+    shutil.copyfile(str(shards.video.__file__), folder / ONNX_VIDEO)
 
 
-def quote_report(path: Path, trained: Trained) -> dict[str, Any]:
+def last_report(saved: SavedModel) -> Path | None:
+    """The report of the last evaluation of the run that a model belongs to, None where there is none."""
+    report = saved.run / "report.json" if isinstance(saved, SavedRun) else None
+    return report if report is not None and report.is_file() else None
+
+
+def quote_report(path: Path, trained: TrainedModel) -> dict[str, Any]:
     """The protocol card and the figures of a report, without its tables, whether it is of the same weights, and whether
     it was measured on the videos that the model was trained on.
 
@@ -93,6 +104,9 @@ def quote_report(path: Path, trained: Trained) -> dict[str, Any]:
     same = report.get("weights") == weights_fingerprint(trained.model.state_dict())
     trained_on = report.get("data_fingerprint") == trained.card.get("data_fingerprint", "")
     quoted["model"] = file_name(report.get("model"))
+    names = [row["class"] for row in report.get("per_class", [])]
+    if not same or names != list(trained.class_names):
+        quoted["calibration"] = None  # of other weights or other classes
     return {"of these weights": same, "of the training data": trained_on, **quoted}
 
 
@@ -121,7 +135,7 @@ def _starting_weights(config: Config) -> str:
     return f"OpenAI's CLIP {network.arch}" if network.arch in CLIP_NAMES else f"{file_name(network.arch)}'s own"
 
 
-def _training(trained: Trained) -> dict[str, Any]:
+def _training(trained: TrainedModel) -> dict[str, Any]:
     """What a run records of its training; a .pt file records nothing, and its recipe is whoever exports it's."""
     recorded = {key: value for key, value in trained.card.items() if key != "figures"}
     if "step" not in recorded:
@@ -129,7 +143,7 @@ def _training(trained: Trained) -> dict[str, Any]:
     return recorded | {key.name: file_name(attrgetter(key.name)(trained.config)) for key in schema() if key.on_card}
 
 
-def _what_it_is(trained: Trained) -> dict[str, Any]:
+def _what_it_is(trained: TrainedModel) -> dict[str, Any]:
     config, network = trained.config, trained.config.network
     return {
         "architecture": file_name(network.arch),

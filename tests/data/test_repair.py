@@ -27,9 +27,8 @@ from shards.writer import build_shards
 from text4vis.classifier.embeddings import build_classifier
 from text4vis.config.loading import config_from_dict, load_config
 from text4vis.config.schema import Config, ConfigError, DataConfig
-from text4vis.data import loader as pipeline
-from text4vis.data.bad_videos import BadVideos, SkippedList
 from text4vis.data.loader import build_loader
+from text4vis.data.repair import Repair
 from text4vis.evaluation.embedding import embed_videos, evaluate
 from text4vis.model.video_clip import build_model
 
@@ -209,9 +208,9 @@ def test_one_bad_batch_after_another(sound, tmp_path):
 
 
 def test_a_video_that_reading_finds_bad_costs_the_others_of_its_batch_no_decoding(faulty, monkeypatch):
-    alone, decode = [], pipeline._Repair.decode
+    alone, decode = [], Repair.decode
     monkeypatch.setattr(
-        pipeline._Repair, "decode", lambda self, loaded: alone.append(loaded[0].ids.tolist()) or decode(self, loaded)
+        Repair, "decode", lambda self, videos: alone.append([v.plan.sample for v in videos]) or decode(self, videos)
     )
     batches, bad = take(settings(faulty, batch_size=NUM_VIDEOS), count=2)
     substitutes = flat(alone)[: 2 * len(BAD)]  # it works ahead
@@ -309,29 +308,7 @@ def test_secrets_stay_out_of_the_list(sound, tmp_path):
     assert list(bad) == [2] and "hunter" not in json.dumps(bad) and bad[2]["address"] == server.address
 
 
-def test_the_list_survives_restarts(sound, tmp_path):
-    with open_dataset(str(sound)) as dataset:
-        bad = BadVideos(dataset, np.arange(NUM_VIDEOS), 0.5, endless=True)
-        bad.add(3, "torn\x1b")
-        bad.add(3, "again")
-        bad.add(7, "gone")
-        assert [entry["reason"] for entry in bad.news()] == ["torn\\x1b", "gone"] and bad.news() == []
-        listed = SkippedList(tmp_path)
-        listed.add("train", bad.entries())
-        with (tmp_path / "skipped.jsonl").open("a") as file:
-            file.write('{"split": "tra')  # the job was killed
-        bad.add(9, "worse")
-        SkippedList(tmp_path).add("train", bad.entries())
-        SkippedList(tmp_path).add("val", bad.entries()[:1])
-        text = (tmp_path / "skipped.jsonl").read_text()
-        expected = [{"split": "train", **entry} for entry in bad.entries()] + [{"split": "val", **bad.entries()[0]}]
-        assert [json.loads(line) for line in text.splitlines()] == expected and "\x1b" not in text
-
-
-def test_a_damaged_list_is_named_and_a_video_that_reads_again_counts(sound, tmp_path):
-    (tmp_path / "skipped.jsonl").write_text('{"split": "train", "id": 1, "name": "a"}\nnothing\n')
-    with pytest.raises(ShardError, match=r"skipped.jsonl, line 2: damaged; delete the line"):
-        SkippedList(tmp_path)
+def test_a_video_that_reads_again_counts(sound, tmp_path):
     config = settings(sound, input_size=32, scale_size=36, num_segments=4, batch_size=6)
     model = build_model(tiny_network(tmp_path / "clip"), 4)
     with build_loader(config, "val") as loader:

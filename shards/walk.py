@@ -1,0 +1,148 @@
+"""The files of a folder, each once: nothing hidden, no link followed twice, and a word about all that is left out."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict, deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from shards.format import ShardError
+
+# What systems and programs leave beside people's files. A name that begins with a dot is hidden too: `._a.mp4` is
+# what macOS keeps about `a.mp4` on other disks.
+_SYSTEM_NAMES = frozenset((
+    "__macosx", "@eadir", "thumbs.db", "ehthumbs.db", "desktop.ini", "lost+found", "$recycle.bin", "#recycle",
+    "@recycle", "#snapshot", "system volume information",
+))  # fmt: skip
+HIDDEN = "hidden"
+LINK_AGAIN = "linked twice"
+LINK_ABOVE = "linked to a folder above"
+LINK_BROKEN = "linked to nothing"
+NO_FILE = "no regular file"
+_SHOWN = 3
+
+
+@dataclass
+class Listing:
+    """files: paths below the root, sorted, every real file once. left_out: reason to paths."""
+
+    files: list[str]
+    left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is none of the user's own."""
+    return name.startswith(".") or name.lower() in _SYSTEM_NAMES
+
+
+def list_files(root: str | Path) -> Listing:
+    """All files below a folder. Links are followed, to each folder and file once.
+
+    A file that several names lead to is listed under its own name before that of a link, else under the first.
+    Raises ShardError for a folder that cannot be read.
+    """
+    walk = _Walk(Path(root))
+    walk.visit("")
+    while walk.links:
+        walk.follow(walk.links.popleft())
+    return Listing(sorted(walk.files.values()), walk.left_out)
+
+
+class _Walk:
+    """What was met so far: folders and files by their identity, and links that are still to be followed."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.above = {_identity(path) for path in root.resolve().parents}
+        self.folders = {_identity(root)}
+        self.files: dict[tuple[int, int], str] = {}
+        self.links: deque[str] = deque()
+        self.left_out: dict[str, list[str]] = defaultdict(list)
+
+    def visit(self, start: str) -> None:
+        """The real folders and files below `start`; what links lead to comes later."""
+        waiting = [start]
+        while waiting:
+            place = waiting.pop()
+            inner: list[str] = []
+            for entry in _entries(self.root / place):
+                path = f"{place}/{entry.name}" if place else entry.name
+                is_folder = entry.is_dir(follow_symlinks=False)
+                if is_hidden(entry.name):
+                    self.left_out[HIDDEN] += _all_below(self.root, path) if is_folder else [path]
+                elif entry.is_symlink():
+                    self.links.append(path)
+                elif is_folder:
+                    if self._is_new_folder(path):
+                        inner.append(path)
+                elif entry.is_file(follow_symlinks=False):
+                    self._add_file(path)
+                else:
+                    self.left_out[NO_FILE].append(path)
+            waiting += reversed(inner)
+
+    def follow(self, link: str) -> None:
+        path = self.root / link
+        try:
+            identity = _identity(path)
+        except OSError:
+            self.left_out[LINK_BROKEN].append(link)
+            return
+        if path.is_file():
+            self._add_file(link)
+        elif not path.is_dir():
+            self.left_out[NO_FILE].append(link)
+        elif identity in self.above:
+            self.left_out[LINK_ABOVE].append(link)
+        elif self._is_new_folder(link):
+            self.visit(link)
+        else:
+            self.left_out[LINK_AGAIN].append(link)
+
+    def _is_new_folder(self, path: str) -> bool:
+        identity = _identity(self.root / path)
+        is_new = identity not in self.folders
+        self.folders.add(identity)
+        return is_new
+
+    def _add_file(self, path: str) -> None:
+        first = self.files.setdefault(_identity(self.root / path), path)
+        if first != path:
+            self.left_out[LINK_AGAIN].append(f"{path} = {first}")
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise ShardError(f"{folder}: {error.strerror or error}; make the folder readable, or move it away") from None
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_dev, found.st_ino
+
+
+def _all_below(root: Path, path: str) -> list[str]:
+    below = [
+        str(PurePosixPath(Path(folder).relative_to(root)) / name)
+        for folder, _, names in os.walk(root / path)
+        for name in names
+    ]
+    return sorted(below) or [f"{path}/"]
+
+
+def describe(left_out: Mapping[str, list[str]]) -> str:
+    """`12 files left out: 7 hidden (a/.x, …), 2 empty (b.mp4)`; empty if nothing was."""
+    total = sum(map(len, left_out.values()))
+    return f"{total} {'file' if total == 1 else 'files'} left out: {', '.join(_reasons(left_out))}" if total else ""
+
+
+def _reasons(left_out: Mapping[str, list[str]]) -> Iterator[str]:
+    for reason, paths in left_out.items():
+        if paths:
+            more = ", …" if len(paths) > _SHOWN else ""
+            yield f"{len(paths)} {reason} ({', '.join(map(repr, paths[:_SHOWN]))}{more})"

@@ -1,0 +1,90 @@
+"""Frames of a batch: the published recipe's pixels, and the same on a GPU's path as on the CPU's."""
+
+import numpy as np
+import torch
+from batches import settings
+from PIL import Image
+from sklearn.datasets import load_sample_image
+from torchvision.transforms import v2
+
+from text4vis.data.augmentation import Crop, Geometry, Operation
+from text4vis.data.finishing import place, place_on_device
+from text4vis.data.loader import build_loader
+from text4vis.data.plan import FramePlan
+from text4vis.data.sampling import test_indices as clip_indices
+
+
+def test_evaluation_pixels_are_those_of_the_published_recipe(photographs):
+    """4 clips x 3 crops on real photographs against Pillow and torchvision."""
+    folder, root = photographs
+    data = {"input_size": 224, "scale_size": 256, "num_segments": 8, "test_clips": 4, "test_crops": 3, "batch_size": 24}
+    with build_loader(settings(folder, **data), "val") as loader:
+        batch = next(iter(loader))
+        names = [loader.dataset.name(int(i)) for i in batch.ids]
+    assert batch.frames.shape == (2, 12, 8, 3, 224, 224) and batch.frames.dtype == torch.uint8
+    for b, name in enumerate(names):
+        for position, frame in enumerate(clip_indices(30, 8, 4)):
+            with Image.open(root / name / f"img_{frame + 1:05d}.jpg") as file:
+                image = v2.Resize(256, v2.InterpolationMode.BICUBIC)(file.convert("RGB"))
+            x, y = (image.width - 224) // 4, (image.height - 224) // 4
+            for c, left in enumerate((0, 4 * x, 2 * x)):
+                expected = np.asarray(image.crop((left, 2 * y, left + 224, 2 * y + 224)), dtype=int)
+                ours = batch.frames[b, position // 8 * 3 + c, position % 8].permute(1, 2, 0).numpy().astype(int)
+                assert np.abs(ours - expected).mean() <= 0.5 and np.abs(ours - expected).max() <= 4
+
+
+def test_training_pixels_are_the_drawn_region(photographs):
+    """A training view looks like Pillow's bilinear resize of the region that was drawn."""
+    folder, root = photographs
+    config = settings(folder, input_size=112, scale_size=112, num_segments=8, batch_size=3, grey=0.3)
+    with build_loader(config, "train") as loader:
+        plan = next(loader.plans())
+        batch = next(iter(loader))
+        names = [loader.dataset.name(int(i)) for i in batch.ids]
+    for b, frame in ((b, frame) for b, video in enumerate(plan.videos) for frame in video.frames):
+        _, t, c = frame.targets[0]
+        crop = frame.geometry.crops[c]
+        top, left, height, width = frame.geometry.region
+        with Image.open(root / names[b] / f"img_{frame.number + 1:05d}.jpg") as file:
+            expected = file.convert("RGB").crop((left, top, left + width, top + height)).resize((112, 112), 2)
+        if crop.grey:
+            expected = expected.convert("L").convert("RGB")
+        if crop.flip:
+            expected = expected.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        ours = batch.frames[b, 0, t].permute(1, 2, 0).numpy().astype(int)
+        assert np.abs(ours - np.asarray(expected, dtype=int)).mean() < 4
+
+
+def test_placing_on_the_device_equals_placing_on_the_cpu():
+    image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    crops = [Crop(3, 5), Crop(0, 36, flip=True), Crop(16, 0, grey=True), Crop(8, 20, flip=True, grey=True)]
+    geometry = Geometry((0, 0, 40, 60), 40, 60, True, tuple(crops))
+    frame = FramePlan(0, (40, 60), geometry, tuple((c, 0, c) for c in range(len(crops))))
+    expected = np.zeros((4, 1, 24, 24, 3), np.uint8)
+    place(image, geometry, frame.targets, expected)
+    ours = torch.zeros(expected.shape, dtype=torch.uint8)
+    place_on_device([torch.from_numpy(image)], [frame], ours)
+    assert np.abs(ours.numpy().astype(int) - expected).max() <= 1  # grey may round the other way
+
+
+def test_the_device_does_to_a_frame_what_the_cpu_does():
+    """RandAugment on the whole frame, cut, resize, grey, flip, blur; frames of two videos with other operations."""
+    image = np.array(Image.fromarray(load_sample_image("flower.jpg")).resize((340, 256)))
+    videos = []
+    for b, (name, crop) in enumerate([("translate_x", Crop(0, 0, True)), ("color", Crop(0, 0, False, True, 1.0))]):
+        steps = (Operation(name, 30 if b == 0 else 0.64, 0, 0), Operation("rotate", -9, 0, 0))
+        geometry = Geometry((0, 0, 256, 340), 96, 96, False, (crop,), steps, (20, 50, 80, 96))
+        videos.append([FramePlan(t, (256, 340), geometry, ((0, t, 0),)) for t in range(2)])
+    plain = Crop(0, 0, solarize=True)
+    geometry = Geometry((0, 0, 96, 96), 96, 96, False, (plain,))
+    videos.append([FramePlan(0, (96, 96), geometry, ((0, 0, 0), (0, 1, 0)))])
+    images = [[image, image[::-1].copy()], [image, image[:, ::-1].copy()], [image[:96, :96].copy()]]
+    expected = np.zeros((3, 1, 2, 96, 96, 3), np.uint8)
+    ours = torch.zeros(expected.shape, dtype=torch.uint8)
+    for b, (frames, of_video) in enumerate(zip(videos, images, strict=True)):
+        for frame, pixels_HW3 in zip(frames, of_video, strict=True):
+            place(pixels_HW3, frame.geometry, frame.targets, expected[b])
+        place_on_device([torch.from_numpy(pixels_HW3) for pixels_HW3 in of_video], frames, ours[b])
+    off = np.abs(ours.numpy().astype(int) - expected)
+    assert off.mean() < 0.5 and (off > 8).mean() < 0.01
+    assert all(frame.any() for frame in expected.reshape(6, -1))

@@ -1,0 +1,366 @@
+"""Changes the code in small ways and counts the changes that its tests notice: `make mutants`.
+
+Examples:
+    python tests/support/mutants.py                          # a sample of each module of the table below
+    python tests/support/mutants.py sampling metrics --all   # every mutant of two modules
+    python tests/support/mutants.py order --sample 100 --seed 7 --json order.json
+
+Works on copies of the tree in a temporary folder; the checkout stays as it is. Each mutant runs its module's tests in a
+process that is forked after the libraries were imported, and ends at the first test that fails. Docstrings, messages,
+annotations and decorators are left alone. A mutant that no test notices is printed with its line. Those that
+compute the same are named in mutants_equivalent.txt, with the reason, and do not count.
+
+Exit codes: 0 at least --least per cent were noticed, 1 fewer, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import importlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+EQUIVALENT = Path(__file__).with_name("mutants_equivalent.txt")
+
+# Name of a module: its files, and the tests that must notice a mistake in them, quick ones first.
+MODULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "order": (("shards/plan.py",), ("shards/test_plan.py",)),
+    "sampling": (("text4vis/data/sampling.py",), ("data/test_sampling.py",)),
+    "augmentation": (("text4vis/data/augmentation.py",), ("data/test_augmentation.py",)),
+    "plan": (("text4vis/data/plan.py",), ("data/test_loader.py", "data/test_fewshot.py", "data/test_repair.py")),
+    "reader": (("shards/reader.py",), ("shards/test_reader.py", "shards/test_remote.py")),
+    "index": (("shards/format.py",), ("shards/test_reader.py", "shards/test_writer.py", "shards/test_checker.py")),
+    "cache": (("shards/cache.py",), ("shards/test_cache.py",)),
+    "remote": (("shards/remote.py",), ("shards/test_remote.py", "shards/test_cache.py")),
+    "checkpoint": (("text4vis/saved/checkpoint.py",), ("training/test_resume.py", "test_hostile.py")),
+    "engine": (("text4vis/training/engine.py",), ("training/test_engine.py", "training/test_resume.py")),
+    "trainer": (
+        ("text4vis/training/trainer.py",),
+        ("training/test_training.py", "training/test_training_options.py", "training/test_resume.py"),
+    ),
+    "protocols": (
+        ("text4vis/evaluation/protocols.py",),
+        ("evaluation/test_metrics.py", "evaluation/test_evaluation.py"),
+    ),
+    "metrics": (("text4vis/evaluation/metrics.py",), ("evaluation/test_metrics.py",)),
+}
+COMPARISONS = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
+}  # fmt: skip
+ARITHMETIC = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.FloorDiv, ast.Pow: ast.Mult, ast.LShift: ast.RShift, ast.RShift: ast.LShift,
+    ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.BitXor: ast.BitAnd,
+}  # fmt: skip
+NAMES = {
+    "min": "max", "max": "min", "any": "all", "all": "any", "floor": "ceil", "ceil": "floor", "sorted": "list",
+    "minimum": "maximum", "maximum": "minimum", "argmax": "argmin", "argmin": "argmax",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change of a file: bytes start to stop of its UTF-8 text become `text`."""
+
+    path: str
+    line: int
+    start: int
+    stop: int
+    text: str
+    name: str  # `path function: old -> new`, and #2 for the second such change of that function
+
+    def applied(self, source: bytes) -> bytes:
+        return source[: self.start] + self.text.encode() + source[self.stop :]
+
+
+def mutants_of(path: str, source: str) -> list[Mutant]:
+    """All mutants of a file, in the order of their places."""
+    lines = source.encode().splitlines(keepends=True)
+    starts = [0]
+    for line in lines:
+        starts.append(starts[-1] + len(line))
+    found: list[Mutant] = []
+    counts: dict[str, int] = {}
+    for node, text, function in _changes(ast.parse(source), ""):
+        start = starts[node.lineno - 1] + node.col_offset
+        stop = starts[(node.end_lineno or 0) - 1] + (node.end_col_offset or 0)
+        old, new = (" ".join(part.split()) for part in (source.encode()[start:stop].decode(), text))
+        name = f"{path} {function or '(module)'}: {_shortened(old)} -> {_shortened(new)}"
+        counts[name] = counts.get(name, 0) + 1
+        name += f" #{counts[name]}" if counts[name] > 1 else ""
+        found.append(Mutant(path, node.lineno, start, stop, text, name))
+    return sorted(found, key=lambda mutant: (mutant.start, mutant.stop))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 70 else text[:67] + "..."
+
+
+def _changes(node: ast.AST, function: str) -> Iterator[tuple[ast.expr | ast.stmt, str, str]]:
+    """(place, what it becomes, name of the function around it)."""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        function = f"{function}.{node.name}".lstrip(".")
+    if isinstance(node, ast.expr):
+        yield from ((node, f"({ast.unparse(new)})", function) for new in _expressions(node))
+    elif isinstance(node, ast.stmt):
+        yield from ((node, text, function) for text in _statements(node))
+    if isinstance(node, (ast.If, ast.While, ast.IfExp)) and not isinstance(node.test, ast.Constant):
+        yield node.test, f"(not ({ast.unparse(node.test)}))", function
+    for child in _children(node):
+        yield from _changes(child, function)
+
+
+def _children(node: ast.AST) -> Iterator[ast.AST]:
+    """What may be changed within: no annotation, decorator, message or docstring."""
+    if isinstance(node, (ast.JoinedStr, ast.Raise, ast.Assert)):
+        return
+    left_out = {"annotation", "returns", "decorator_list", "bases", "type_params"}
+    for field, value in ast.iter_fields(node):
+        if field in left_out:
+            continue
+        for child in value if isinstance(value, list) else [value]:
+            typing = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
+            strict = isinstance(child, ast.keyword) and child.arg in {"strict", "dtype"}
+            if isinstance(child, ast.AST) and not typing and not strict:
+                yield child
+
+
+def _expressions(node: ast.expr) -> Iterator[ast.expr]:
+    """What an expression becomes."""
+    match node:
+        case ast.Compare(left, ops, comparators):
+            for place, operator in enumerate(ops):
+                swapped = COMPARISONS[type(operator)]()
+                yield ast.Compare(left, [*ops[:place], swapped, *ops[place + 1 :]], comparators)
+        case ast.BinOp(left, operator, right) if not _is_text(left) and not _is_text(right):
+            yield ast.BinOp(left, ARITHMETIC.get(type(operator), ast.Add)(), right)
+        case ast.BoolOp(operator, values):
+            yield ast.BoolOp(ast.And() if isinstance(operator, ast.Or) else ast.Or(), values)
+        case ast.UnaryOp(ast.Not() | ast.USub(), operand):
+            yield operand
+        case ast.Constant(bool() as value):
+            yield ast.Constant(not value)
+        case ast.Constant(int() as value):
+            yield ast.Constant(value + 1)
+        case ast.Constant(float() as value):
+            yield ast.Constant(value * 2 if value else 1.0)
+        case ast.Call(ast.Name(name), arguments, keywords) if name in NAMES and not (name == "sorted" and keywords):
+            yield ast.Call(ast.Name(NAMES[name]), arguments, keywords)
+        case ast.Call(ast.Attribute(value, name), arguments, keywords) if name in NAMES:
+            yield ast.Call(ast.Attribute(value, NAMES[name]), arguments, keywords)
+
+
+def _is_text(node: ast.expr) -> bool:
+    return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+
+
+def _statements(node: ast.stmt) -> Iterator[str]:
+    """What a statement becomes."""
+    match node:
+        case ast.Expr(ast.Constant()):  # a docstring
+            return
+        case ast.Expr() | ast.Raise() | ast.AugAssign():
+            yield "pass"
+        case ast.Assign([ast.Subscript() | ast.Attribute()]):
+            yield "pass"
+        case ast.Return(ast.expr() as value) if not (isinstance(value, ast.Constant) and value.value is None):
+            yield "return None"
+        case ast.Continue():
+            yield "break"
+        case ast.Break():
+            yield "continue"
+
+
+def read_equivalent(path: Path = EQUIVALENT) -> dict[str, str]:
+    """Names of mutants that compute the same, with the reason. A name and, indented below it, its reason."""
+    reasons: dict[str, str] = {}
+    name = ""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith(" "):
+            reasons[name] = f"{reasons[name]} {line.strip()}".strip()
+        elif line and not line.startswith("#"):
+            name = line
+            reasons[name] = ""
+    if bare := [name for name, reason in reasons.items() if not reason]:
+        raise ValueError(f"{path}: {bare[0]!r} has no reason; write it on the next line, indented")
+    return reasons
+
+
+def copy_tree(target: Path) -> None:
+    """The files that git tracks or would track, as they are in the checkout."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, target / name)
+
+
+def start_tests(tree: Path, tests: tuple[str, ...], report: Path | None = None) -> int:
+    """Forks a process that runs these tests of a copy; gives its id. report: file for the names of what it imported."""
+    sys.stdout.flush()
+    if pid := os.fork():
+        return pid
+    code = 3
+    try:
+        os.setpgid(0, 0)
+        output = os.open(tree / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.chdir(tree)
+        os.environ |= {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(tree)}
+        tempfile.tempdir = None
+        sys.path[:] = [
+            str(tree),
+            *(entry for entry in sys.path if Path(entry).resolve() not in (ROOT, EQUIVALENT.parent)),
+        ]
+        options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", f"--rootdir={tree}"]
+        code = int(pytest.main([*options, f"--basetemp={tree}/tmp", *(f"tests/{test}" for test in tests)]))
+        if report:
+            report.write_text("\n".join(name for name, module in sys.modules.items() if not _is_ours(module, tree)))
+    finally:
+        os._exit(code)
+
+
+def _is_ours(module: object, tree: Path) -> bool:
+    return str(tree) in str(getattr(module, "__file__", None) or getattr(module, "__path__", ""))
+
+
+def kill(pid: int) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+class Runner:
+    """Runs mutants of one module, several at a time, each in a copy of the tree of its own."""
+
+    def __init__(self, folder: Path, tests: tuple[str, ...], jobs: int) -> None:
+        self.tests = tests
+        self.trees = [folder / f"tree-{number}" for number in range(jobs)]
+        for tree in self.trees:
+            copy_tree(tree)
+        self.timeout = self._prepare(folder / "imported.txt")
+
+    def _prepare(self, report: Path) -> float:
+        """Runs the unchanged code; imports what its tests do. Gives the seconds that a mutant may take."""
+        begun = time.monotonic()
+        _, status = os.waitpid(start_tests(self.trees[0], self.tests, report), 0)
+        if status:
+            raise RuntimeError(f"the tests fail without a change:\n{self.said(self.trees[0])}")
+        for name in report.read_text().split():
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+        return 10 + 3 * (time.monotonic() - begun)
+
+    @staticmethod
+    def said(tree: Path) -> str:
+        return (tree / "output.txt").read_text(encoding="utf-8", errors="replace")[-3000:]
+
+    def run(self, mutants: list[Mutant]) -> Iterator[tuple[Mutant, str]]:
+        """(mutant, "noticed", "timeout" or "survived"), as they end."""
+        waiting, free = list(reversed(mutants)), list(self.trees)
+        running: dict[int, tuple[Mutant, Path, float]] = {}
+        try:
+            while waiting or running:
+                while waiting and free:
+                    mutant, tree = waiting.pop(), free.pop()
+                    (tree / mutant.path).write_bytes(mutant.applied((ROOT / mutant.path).read_bytes()))
+                    running[start_tests(tree, self.tests)] = (mutant, tree, time.monotonic() + self.timeout)
+                for pid, (mutant, tree, deadline) in list(running.items()):
+                    ended, status = os.waitpid(pid, os.WNOHANG)
+                    late = not ended and time.monotonic() > deadline
+                    if late:
+                        kill(pid)
+                        os.waitpid(pid, 0)
+                    if ended or late:
+                        del running[pid]
+                        (tree / mutant.path).write_bytes((ROOT / mutant.path).read_bytes())
+                        shutil.rmtree(tree / "tmp", ignore_errors=True)
+                        free.append(tree)
+                        yield mutant, "timeout" if late else "noticed" if status else "survived"
+                time.sleep(0.02)
+        finally:
+            for pid in running:
+                kill(pid)
+
+
+def try_module(name: str, arguments: argparse.Namespace, equivalent: dict[str, str]) -> dict[str, object]:
+    """Prints the survivors of a module; gives its figures."""
+    paths, tests = MODULES[name]
+    every = [mutant for path in paths for mutant in mutants_of(path, (ROOT / path).read_text(encoding="utf-8"))]
+    names = {mutant.name for mutant in every}
+    for gone in [key for key in equivalent if key.split(" ")[0] in paths and key not in names]:
+        print(f"{EQUIVALENT.name}: no such mutant any more: {gone}")
+    changing = [mutant for mutant in every if mutant.name not in equivalent]
+    size = len(changing) if arguments.all else min(arguments.sample, len(changing))
+    chosen = sorted(
+        random.Random(arguments.seed).sample(changing, size), key=lambda mutant: (mutant.path, mutant.start)
+    )
+    survivors: list[Mutant] = []
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        for mutant, end in Runner(Path(folder), tests, arguments.jobs).run(chosen):
+            if end == "survived":
+                survivors.append(mutant)
+                print(f"{mutant.path}:{mutant.line}: {mutant.name.partition(' ')[2]}", flush=True)
+    score = 100 * (1 - len(survivors) / max(1, len(chosen)))
+    excused = len(every) - len(changing)
+    print(
+        f"{name}: {len(chosen) - len(survivors)} of {len(chosen)} noticed, {score:.1f} % "
+        f"({len(every)} mutants in all, {excused} of them equivalent)",
+        flush=True,
+    )
+    return {
+        "module": name, "mutants": len(every), "equivalent": excused, "tried": len(chosen), "score": score,
+        "survivors": [asdict(mutant) for mutant in survivors],
+    }  # fmt: skip
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("modules", nargs="*", metavar="MODULE", help=f"default: all of {', '.join(MODULES)}")
+    parser.add_argument("--sample", type=int, default=60, help="mutants of each module (default: %(default)s)")
+    parser.add_argument("--all", action="store_true", help="try every mutant")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="at a time (default: cores)")
+    parser.add_argument("--least", type=float, default=97.0, help="per cent to be noticed (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write figures and survivors here")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.modules) - set(MODULES):
+        parser.error(f"no such module: {', '.join(sorted(unknown))}; known: {', '.join(MODULES)}")
+    return arguments
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    equivalent = read_equivalent()
+    results = [try_module(name, arguments, equivalent) for name in arguments.modules or MODULES]
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return int(any(float(str(result["score"])) < arguments.least for result in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

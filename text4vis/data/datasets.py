@@ -1,0 +1,48 @@
+"""Opens the data set of a split, and names its classes."""
+
+from __future__ import annotations
+
+from shards.address import scheme_of
+from shards.annotations import parse_labels
+from shards.format import ShardError
+from shards.reader import ShardDataset, open_dataset
+from text4vis.config.schema import Config, ConfigError
+
+REMOTE_IO_THREADS = 16
+
+
+def open_split(config: Config, split: str) -> ShardDataset:
+    """Opens the shards that `data.train` or `data.val` names. The caller closes the data set.
+
+    split: "train" or "val". Raises ConfigError if the key names nothing, ShardError if its shards cannot be opened.
+    """
+    sources = config.data.train if split == "train" else config.data.val
+    if not sources:
+        raise ConfigError(f"data.{split}: no shards named; build them with tools/build_shards.py and name the folder")
+    is_local = all(scheme_of(source) is None for source in sources)
+    try:
+        return open_dataset(
+            list(sources),
+            io_threads=config.data.io_threads or (1 if is_local else REMOTE_IO_THREADS),
+            cache_dir=config.data.cache_dir,
+            cache_bytes=config.data.cache_bytes or None,
+            verify=config.data.verify,
+        )
+    except ShardError as error:
+        raise ShardError(f"data.{split}: {error}") from error
+
+
+def class_names(config: Config, dataset: ShardDataset) -> list[str]:
+    """The class names by label: those of `data.label_list`, or those that the shards hold.
+
+    Raises ConfigError if `data.label_list` has fewer names than the data set has labels.
+    """
+    if config.data.label_list is None:
+        return list(dataset.classes)
+    names = parse_labels(config.data.label_list)
+    if len(dataset) and int(dataset.labels.max()) >= len(names):
+        raise ConfigError(
+            f"data.label_list: {config.data.label_list} names {len(names)} classes, but the shards hold label "
+            f"{int(dataset.labels.max())}; give the list that the shards were built with"
+        )
+    return names

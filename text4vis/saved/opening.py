@@ -1,0 +1,246 @@
+"""One way to open what holds a trained model: a run, a checkpoint, an export, or a .pt file of the original project.
+
+    open_saved(path) ──> SavedModel ──> .config, .class_names, .card      read from JSON when they are asked for
+                                    ├─> .parts()                          named tensors
+                                    ├─> .load(config)                     a VideoClip
+                                    └─> .trained()                        all of it together, for prediction and export
+
+Nobody else decides which of the four a path is. C classes, D embedding width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from text4vis.classifier.embeddings import build_classifier
+from text4vis.config.loading import config_from_dict
+from text4vis.config.schema import Config, ConfigError
+from text4vis.model.video_clip import VideoClip, build_model
+from text4vis.saved import checkpoint
+from text4vis.saved.checkpoint import CheckpointError, State
+from text4vis.saved.runs import check_same_classes
+from text4vis.saved.weights import (
+    EXPORT_FILE,
+    Export,
+    Parts,
+    load_export,
+    load_text4vis,
+    read_export,
+    read_index,
+    read_text4vis,
+    start_from,
+)
+
+ORIGINAL_SUFFIXES = (".pt", ".pth")
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model in fp32 with what was recorded of it.
+
+    config: of its training. class_names: C. class_embeddings_CD: float32. card: where it comes from, in JSON values.
+    """
+
+    model: VideoClip
+    config: Config
+    class_names: list[str]
+    class_embeddings_CD: Tensor
+    card: dict[str, Any]
+
+
+class SavedModel(ABC):
+    """A trained model on disk. Properties and methods raise CheckpointError or ConfigError where files are damaged.
+
+    kind: "run", "checkpoint", "export" or "original". path: as it was given.
+    """
+
+    def __init__(self, path: Path, kind: str) -> None:
+        self.path, self.kind = path, kind
+
+    @property
+    @abstractmethod
+    def config(self) -> Config | None:
+        """The configuration of the training; None where none is recorded."""
+
+    @property
+    @abstractmethod
+    def class_names(self) -> list[str] | None:
+        """The classes of the training, C names; None where none are recorded."""
+
+    @property
+    @abstractmethod
+    def card(self) -> dict[str, Any]:
+        """Where the model comes from, in JSON values."""
+
+    @abstractmethod
+    def parts(self, key: str = "model") -> Parts:
+        """The model's tensors on the CPU. key: named in errors."""
+
+    @abstractmethod
+    def load(self, config: Config | None = None) -> VideoClip:
+        """The model in fp32 on the CPU, for the network and the frames of `config`, by default the recorded one.
+
+        An export brings a network of its own, whatever the configuration. Raises ConfigError also where the weights do
+        not fit the network.
+        """
+
+    @abstractmethod
+    def trained(self) -> TrainedModel:
+        """The model with everything that is recorded of it. Raises CheckpointError where that is not enough."""
+
+
+class SavedRun(SavedModel):
+    """A run, whose best checkpoint counts, or else its last one; or one of its checkpoints.
+
+    folder: of the checkpoint. run: of the run that the checkpoint belongs to.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.folder = checkpoint.find(path)
+        self.run = self.folder.parent.parent
+        super().__init__(path, "checkpoint" if self.folder == path else "run")
+
+    @cached_property
+    def state(self) -> State:
+        """The checkpoint's state, read once."""
+        return checkpoint.read_state(self.folder)
+
+    @cached_property
+    def config(self) -> Config:
+        return config_from_dict(self.state.config, str(self.path))
+
+    @property
+    def class_names(self) -> list[str]:
+        return self.state.class_names
+
+    @property
+    def card(self) -> dict[str, Any]:
+        state = self.state
+        return {
+            "step": state.step,
+            "videos seen": state.consumed,
+            "global_batch": state.global_batch,
+            "data_fingerprint": state.data_fingerprint,
+            "figures": state.figures,
+        }
+
+    def parts(self, key: str = "model") -> Parts:
+        checkpoint.verify(self.folder, only=[checkpoint.WEIGHTS])
+        return checkpoint.read_parts(self.folder)
+
+    def load(self, config: Config | None = None) -> VideoClip:
+        config = config or self.config
+        network = replace(config.network, fix_text=True)  # type: ignore[type-var]
+        model = build_model(network, config.data.num_segments, image_size=config.data.input_size)
+        checkpoint.verify(self.folder, only=[checkpoint.WEIGHTS])
+        checkpoint.load_checkpoint(model, self.folder)
+        return model
+
+    def trained(self) -> TrainedModel:
+        model = self.load()
+        if model.classifier is None:
+            check_same_classes(self.state, self.config, self.path)
+        classes_CD = build_classifier(self.config, model, self.class_names)
+        return TrainedModel(model, self.config, self.class_names, classes_CD, self.card)
+
+
+class SavedExport(SavedModel):
+    """A folder that tools/export.py wrote. It holds its own network and class embeddings."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "export")
+
+    @cached_property
+    def _index(self) -> dict[str, Any]:
+        return read_index(self.path)
+
+    @cached_property
+    def config(self) -> Config:
+        return config_from_dict(self._index["config"], str(self.path / EXPORT_FILE))
+
+    @property
+    def class_names(self) -> list[str]:
+        return self._index["class_names"]
+
+    @property
+    def card(self) -> dict[str, Any]:
+        return self._index["card"]
+
+    def parts(self, key: str = "model") -> Parts:
+        return read_export(self.path, key)
+
+    def load(self, config: Config | None = None) -> VideoClip:
+        return self._load().model
+
+    def trained(self) -> TrainedModel:
+        export = self._load()
+        return TrainedModel(export.model, self.config, export.class_names, export.class_embeddings, export.card)
+
+    def _load(self) -> Export:
+        return load_export(self.path)
+
+
+class OriginalFile(SavedModel):
+    """A .pt file of the original project: weights alone, so whoever loads it gives the configuration."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "original")
+
+    @property
+    def config(self) -> None:
+        return None
+
+    @property
+    def class_names(self) -> None:
+        return None
+
+    @property
+    def card(self) -> dict[str, Any]:
+        return {"source": self.path.name}
+
+    def parts(self, key: str = "model") -> Parts:
+        return read_text4vis(self.path, key)
+
+    def load(self, config: Config | None = None) -> VideoClip:
+        if config is None:
+            raise self._records_nothing()
+        data = config.data
+        return load_text4vis(self.path, config.network, data.num_segments, image_size=data.input_size)
+
+    def trained(self) -> TrainedModel:
+        raise self._records_nothing()
+
+    def _records_nothing(self) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path}: a .pt file does not tell its recipe and classes; export it first: tools/export.py "
+            f"{self.path} --config RECIPE --labels CSV --output FOLDER"
+        )
+
+
+def open_saved(path: str | Path) -> SavedModel:
+    """What lies at `path`: a run's folder (its best checkpoint, or else its last), a checkpoint, an export, or a .pt
+    file of the original project.
+
+    Raises CheckpointError where there is none of these.
+    """
+    path = Path(path)
+    if path.suffix in ORIGINAL_SUFFIXES and path.is_file():
+        return OriginalFile(path)
+    if (path / EXPORT_FILE).is_file():
+        return SavedExport(path)
+    return SavedRun(path)
+
+
+def load_pretrained(model: VideoClip, path: Path) -> None:
+    """Starts the model from the weights of any saved model, whatever its classes. Raises ConfigError."""
+    try:
+        parts = open_saved(path).parts("pretrain")
+    except CheckpointError as error:
+        raise ConfigError(f"pretrain: {error}") from None
+    start_from(model, parts, f"pretrain: {path}")

@@ -1,0 +1,84 @@
+"""Pictures of predictions: a video's frames with its likeliest classes, and the timeline of a long video.
+
+C classes, W windows.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from text4vis.report.pictures import INK, QUIET, plain
+from text4vis.serving.predictor import Prediction, Timeline
+
+LINES = ("#2f6fab", "#d1662f", "#4b8f5b", "#8a5fa8", "#b08b2e")
+BAR, BAR_REST = "#2f6fab", "#b9cbe0"
+
+
+def save_prediction(prediction: Prediction, title: str, path: str | Path) -> None:
+    """One PNG: the sampled frames with their numbers, and below them the likeliest classes as bars."""
+    num_frames, num_classes = len(prediction.frames), len(prediction.top)
+    columns = min(num_frames, 8)
+    rows = -(-num_frames // columns)
+    width = 1.55 * columns
+    bars = 0.34 * num_classes + 0.45
+    figure = Figure(figsize=(width, 1.75 * rows + bars + 0.5), dpi=120, facecolor="white", layout="constrained")
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.75 * rows, bars)).flat
+    top.suptitle(plain(title, 120), color=INK, fontsize=12, parse_math=False)
+    for axes, frame, index in zip(
+        top.subplots(rows, columns, squeeze=False).flat, prediction.frames, prediction.indices, strict=False
+    ):
+        axes.imshow(frame)
+        axes.set_title(f"frame {index}", fontsize=8, color=QUIET)
+    for axes in top.axes:
+        axes.set_axis_off()
+    axes = bottom.subplots()
+    names = [plain(name) for name, _ in prediction.top]
+    shares = [100 * probability for _, probability in prediction.top]
+    axes.barh(range(num_classes), shares, color=[BAR] + [BAR_REST] * (num_classes - 1), height=0.7)
+    for row, share in enumerate(shares):
+        axes.text(share + 1, row, f"{share:.1f} %", va="center", fontsize=9, color=INK)
+    axes.set_yticks(range(num_classes), names, fontsize=10, color=INK, parse_math=False)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 112)
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    figure.savefig(path)
+
+
+def save_timeline(timeline: Timeline, title: str, path: str | Path) -> None:
+    """One PNG: pictures of the video in order, and below them the likeliest classes' probabilities over time.
+
+    A window's picture and probability are drawn at its middle; the line changes half-way between two middles.
+    """
+    middles_W = timeline.seconds_W2.mean(axis=1)
+    start, end = timeline.seconds_W2[0, 0], timeline.seconds_W2[-1, 1]
+    edges = np.concatenate([[start], (middles_W[1:] + middles_W[:-1]) / 2, [end]])
+    count = min(8, len(middles_W))
+    wanted = start + (np.arange(count) + 0.5) * (end - start) / count  # the middles of the pictures on the page
+    shown = np.abs(middles_W[:, None] - wanted).argmin(axis=0)
+    best_C = np.argsort(-timeline.scores_WC.max(axis=0), kind="stable")[: len(LINES)]
+    figure = Figure(figsize=(12, 5), dpi=120, facecolor="white", layout="constrained")
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.75, 3.25)).flat
+    top.suptitle(plain(title, 120), color=INK, fontsize=12, parse_math=False)
+    for axes, window in zip(top.subplots(1, len(shown), squeeze=False).flat, shown, strict=True):
+        axes.imshow(timeline.thumbnails[window])
+        axes.set_title(f"{middles_W[window]:.1f} s", fontsize=8, color=QUIET)
+        axes.set_axis_off()
+    axes = bottom.subplots()
+    for colour, label in zip(LINES, best_C, strict=False):
+        axes.stairs(100 * timeline.scores_WC[:, label], edges, baseline=None, color=colour, linewidth=2)
+    names = [plain(timeline.class_names[label]) for label in best_C]
+    legend = axes.legend(names, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, frameon=False, labelcolor=INK)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    axes.set_xlim(edges[0], edges[-1])
+    axes.set_ylim(0, 102)
+    axes.set_xlabel("seconds", color=QUIET)
+    axes.set_ylabel("%", color=QUIET, rotation=0)
+    axes.tick_params(colors=QUIET, length=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)

@@ -1,0 +1,124 @@
+"""A published data set to lists, class names and shards, from its annotation files as they are distributed.
+
+Examples:
+    python tools/prepare_dataset.py kinetics400 --annotations annotations --videos videos --output $DATA/k400
+    python tools/prepare_dataset.py ucf101 --annotations ucfTrainTestlist --videos UCF-101 --output $DATA/ucf101
+    python tools/prepare_dataset.py hmdb51 --annotations splits --videos hmdb51 --output $DATA/hmdb51-2 --split 2
+
+Writes labels.csv, train.txt, val.txt (test.txt), the names of missing videos (missing_train.txt …), and shards in
+train, val (test). Videos may lie in any sub-folders and have any ending. After an interruption, run it again.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from shards.annotations import format_annotation, parse_annotations
+from shards.files import require_folder, write_atomically
+from shards.format import ShardError
+from shards.official import DATASETS, VideoFiles, match_videos
+from shards.preparing import format_labels
+from shards.text import shown
+from shards.walk import describe
+from shards.writer import build_shards
+from text4vis.common.progress import Progress
+
+CLASSES = Path(__file__).resolve().parent.parent / "configs" / "classes"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("dataset", choices=sorted(DATASETS), help="which data set")
+    add("--annotations", required=True, type=Path, metavar="DIR", help="folder of the official annotation files")
+    add("--videos", required=True, type=Path, metavar="DIR", help="folder of the videos, in any sub-folders")
+    add("--output", required=True, type=Path, metavar="DIR", help="folder of the lists and the shards")
+    add("--split", type=int, choices=(1, 2, 3), default=1, help="official split of ucf101 and hmdb51 (1)")
+    add("--lists-only", action="store_true", help="write the lists and stop")
+    add("--short-side", type=int, default=256, metavar="PX", help="scale frames down to this shorter side (256)")
+    add("--fps", type=float, metavar="N", help="keep N frames a second; by default all")
+    add("--max-frames", type=int, metavar="K", help="thin longer videos to K frames, uniformly")
+    add("--store", choices=("frames", "video"), default="frames", help="JPEG frames, or the video files as they are")
+    add("--on-error", choices=("fail", "skip"), default="fail", help="about a video that cannot be read (fail)")
+    add("--seed", type=int, default=0, metavar="S", help="of the order of the videos (0)")
+    add("--workers", type=int, metavar="N", help="threads; by default one a core")
+    return parser.parse_args()
+
+
+def write_lists(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Class names, and the splits whose lists were written."""
+    read, classes = DATASETS[arguments.dataset]
+    official = read(arguments.annotations, CLASSES / classes if classes else None, arguments.split)
+    if not arguments.videos.is_dir():
+        raise ShardError(f"{arguments.videos}: no such folder; give the folder of the videos as --videos")
+    files = VideoFiles(arguments.videos)
+    matched = match_videos(official, files)
+    output = arguments.output
+    contents = {output / "labels.csv": format_labels(official.names)}
+    for split, found in matched.items():
+        lines = [f"{format_annotation(path, None, label)}\n" for path, label in found.videos]
+        if lines:
+            contents[output / f"{split}.txt"] = "".join(lines).encode()
+        contents[output / f"missing_{split}.txt"] = "".join(f"{name}\n" for name in found.missing).encode()
+    require_folder(output)
+    for path, content in contents.items():
+        write_atomically(path, content)
+    for notice in filter(None, [describe(files.left_out), *official.notices]):
+        print(f"prepare_dataset: notice: {notice}", file=sys.stderr)
+    for split, found in matched.items():
+        total = len(official.splits[split])
+        missing = f"; {len(found.missing)} are missing: missing_{split}.txt" if found.missing else ""
+        print(f"{output / split}.txt: {len(found.videos)} of {total} videos of the official {split} list{missing}")
+    return official.names, [split for split, found in matched.items() if found.videos]
+
+
+def _advance(bar: Progress) -> Callable[[int, int, int], None]:
+    def advance(videos: int, _frames: int, _bytes: int) -> None:
+        bar.update(videos)
+
+    return advance
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    labels, splits = write_lists(arguments)
+    if arguments.lists_only:
+        return
+    for split in splits:
+        path = arguments.output / f"{split}.txt"
+        videos = parse_annotations(path, len(labels), root=arguments.videos)
+        with Progress(split, len(videos)) as bar:
+            manifest = build_shards(
+                videos,
+                root=arguments.videos,
+                labels=labels,
+                output=arguments.output / split,
+                short_side=arguments.short_side if arguments.store == "frames" else None,
+                max_frames=arguments.max_frames,
+                fps=arguments.fps,
+                store=arguments.store,
+                seed=arguments.seed,
+                workers=arguments.workers,
+                on_error=arguments.on_error,
+                replace_unfinished=True,
+                list_name=path,
+                progress=_advance(bar),
+            )
+        skipped = f", {len(manifest.skipped)} skipped" if manifest.skipped else ""
+        print(f"{arguments.output / split}: {manifest.num_videos} videos{skipped}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ShardError, OSError, ValueError) as error:
+        print(f"prepare_dataset: error: {shown(error)}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("prepare_dataset: stopped; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
