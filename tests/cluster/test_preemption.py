@@ -209,4 +209,5 @@ def test_checkpoints_on_demand_by_steps_and_by_minutes(project, tmp_path):
     assert not (output / "save-now").exists()
     often = tmp_path / "often"
     project.train(often, "logging.save_minutes=1e-6", "logging.keep_checkpoints=3", ranks=1)
-    assert [int(path.name[5:]) for path in sorted(often.glob("checkpoints/step-*"))] == [37, 38, 39]
+    # The ranks agree on a checkpoint a step after it is time for one, so every other step has one, and the last.
+    assert [int(path.name[5:]) for path in sorted(often.glob("checkpoints/step-*"))] == [36, 38, 39]

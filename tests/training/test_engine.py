@@ -57,6 +57,15 @@ def test_each_launcher_places_the_ranks(launcher):
         distributed._meeting_point(distributed.ranks())
 
 
+def test_a_rank_takes_its_own_gpu_of_those_it_sees():
+    """srun may show every task one GPU, which is number 0 to each."""
+    tasks = [distributed.Ranks(rank, 8, rank % 4, 4) for rank in range(8)]
+    assert [distributed._gpu_of(place, 4) for place in tasks] == [0, 1, 2, 3] * 2
+    assert [distributed._gpu_of(place, 1) for place in tasks] == [0] * 8
+    with pytest.raises(OSError, match=r"rank 7 is number 3 of its host, but sees 2 GPUs; start at most one rank a GPU"):
+        distributed._gpu_of(tasks[7], 2)
+
+
 @pytest.mark.parametrize(
     ("nodes", "first"),
     [("node1", "node1"), ("a,b", "a"), ("gpu[07-09,12],cpu1", "gpu07"), ("n[3,5]", "n3"), ("x,gpu[1-2]", "x"),

@@ -68,6 +68,19 @@ def test_other_ranks_and_stages_go_on_with_the_same_samples_and_losses(project, 
 
 
 @pytest.mark.slow
+def test_an_evaluation_may_come_before_a_jobs_first_step(project, tmp_path):
+    """The job before stopped after the last step of an epoch; at ZeRO-3 parameters are gathered by use alone."""
+    settings = ("engine.precision=fp32", "solver.epochs=1", "solver.global_batch=4")
+    output = tmp_path / "run"
+    results = project.train_with(output, f"--signal {STEPS_PER_EPOCH - 1}:SIGTERM", *settings)
+    assert [code for code, _ in results] == [75, 75], results
+    assert [record["kind"] for record in records(output)] == ["train"] * STEPS_PER_EPOCH
+    assert "top-1" in project.train(output, "engine.zero_stage=3", *settings)
+    project.train(tmp_path / "whole", *settings)
+    assert records(output)[-1]["top1"] == records(tmp_path / "whole")[-1]["top1"]
+
+
+@pytest.mark.slow
 def test_the_logs_of_a_run_in_pieces_have_no_gap_and_no_overlap(fixed_and_moved):
     _, base = fixed_and_moved
     for kind in ("train", "val"):

@@ -18,6 +18,9 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
+# Holds the group of messages between hosts, which must not wait for the GPUs' queues; empty where all groups are such.
+_control: list[Any] = []
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -114,23 +117,46 @@ def use_cores(num_threads: int) -> None:
 
 
 def device() -> torch.device:
-    """The rank's GPU, or the CPU."""
-    return torch.device("cuda", ranks().local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    """The rank's GPU, or the CPU. Raises OSError where the host has GPUs, but not one for each of its ranks."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", _gpu_of(ranks(), torch.cuda.device_count()))
+
+
+def _gpu_of(place: Ranks, visible: int) -> int:
+    """Which of the GPUs that this process sees is the rank's own.
+
+    A scheduler may show each task its own GPU alone, which is number 0 to every one of them.
+    """
+    if visible == 1:
+        return 0
+    if place.local_rank >= visible:
+        raise OSError(
+            f"rank {place.rank} is number {place.local_rank} of its host, but sees {visible} GPUs; start at most one "
+            "rank a GPU, or look at CUDA_VISIBLE_DEVICES"
+        )
+    return place.local_rank
 
 
 def start() -> Ranks:
-    """Joins the process group (NCCL with GPUs, else gloo) and selects the device. Call once, before any collective."""
+    """Joins the process group (NCCL with GPUs, else gloo) and selects the device. Call once, before any collective.
+
+    Raises OSError where the ranks cannot meet or a rank has no GPU of its own.
+    """
     import deepspeed
 
     place = ranks()
+    gpu = device()
     if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
         address, port = _meeting_point(place)
         os.environ.setdefault("MASTER_ADDR", address)
         os.environ.setdefault("MASTER_PORT", port)
-    os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world_size), LOCAL_RANK=str(place.local_rank))
+    # DeepSpeed takes LOCAL_RANK for the number of the rank's GPU.
+    local_rank = place.local_rank if gpu.index is None else gpu.index
+    os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world_size), LOCAL_RANK=str(local_rank))
     os.environ["LOCAL_WORLD_SIZE"] = str(place.local_world_size)
     if torch.cuda.is_available():
-        torch.cuda.set_device(place.local_rank)
+        torch.cuda.set_device(gpu)
     else:
         # A shared-memory all-reduce that the engine would compile on the first start (needs g++, takes a minute).
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -143,6 +169,8 @@ def start() -> Ranks:
         raise OSError(
             f"port {port} is in use, perhaps by another training: deepspeed --master_port <another> …"
         ) from None
+    if dist.get_backend() == "nccl":
+        _control[:] = [dist.new_group(backend="gloo")]
     return place
 
 
@@ -153,6 +181,7 @@ def is_consequence(error: Exception) -> bool:
 
 def stop() -> None:
     """Leaves the process group, if there is one."""
+    _control.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -172,11 +201,14 @@ def sum_over_ranks(values: Sequence[float]) -> list[float]:
 
 
 def start_max(values: Sequence[int]) -> Callable[[], list[int]]:
-    """Starts an element-wise maximum over ranks that runs beside other work; call the result to wait for it."""
-    maxima = torch.tensor(list(values), device=device())
+    """Starts an element-wise maximum over ranks that runs beside other work; call the result to wait for it.
+
+    The hosts exchange it in their own memory (gloo): neither the start nor the wait waits for what a GPU computes.
+    """
+    maxima = torch.tensor(list(values))
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return maxima.tolist
-    work = dist.all_reduce(maxima, dist.ReduceOp.MAX, async_op=True)
+    work = dist.all_reduce(maxima, dist.ReduceOp.MAX, group=_control[0] if _control else None, async_op=True)
 
     def finish() -> list[int]:
         work.wait()

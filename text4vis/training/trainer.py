@@ -436,4 +436,11 @@ class Trainer:
             engine.restore(first.__getitem__, None, 0)
         else:
             checkpointing.load(engine, self.start_from, self.state)
+        if self.config.engine.zero_stage == 3:
+            # In its first whole forward pass DeepSpeed learns which parts use parameters of others. Without it, an
+            # evaluation before the first step, which calls parts of the model, would meet empty parameters.
+            data = self.config.data
+            frames_BTCHW = torch.zeros(1, data.num_segments, 3, data.input_size, data.input_size, dtype=torch.uint8)
+            with torch.no_grad():
+                engine(frames_BTCHW.to(self.device), self.objective.classes)
         return engine
