@@ -5,15 +5,17 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -21,7 +23,7 @@ from shards.text import redact_text
 from text4vis.config.loading import load_config
 from text4vis.config.schema import ConfigError
 from text4vis.evaluation.comparison import compare
-from text4vis.report.curves import BOTTOM, HEIGHT, LEFT, MOST_POINTS, RIGHT, TOO_LARGE, TOP, WIDTH, charts
+from text4vis.report.curves import HEIGHT, TOO_LARGE, WIDTH, Chart, charts, reliability_chart
 from text4vis.report.page import read_examples, read_runs, render
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,6 +95,11 @@ def page(runs, tmp_path_factory) -> Path:
     return path
 
 
+def vertices(path: str) -> np.ndarray:
+    """(N, 2): the x and y of an SVG path of straight lines."""
+    return np.array(re.findall(r"[ML] (\S+) (\S+)", path), float).reshape(-1, 2)
+
+
 def report_of(run: Path) -> dict:
     return json.loads((run / "report.json").read_text())
 
@@ -126,21 +133,22 @@ def test_the_page_shows_the_numbers_of_the_files(browser, page, runs):
     shown = "return [...document.querySelectorAll('.bars tr')].map(row => row.lastElementChild.textContent)"
     assert browser.execute_script(shown) == gains + losses and gains and losses
 
-    lines, last = browser.execute_script(
+    lines, grid, last = browser.execute_script(
         "const chart = [...document.querySelectorAll('.chart')].find(one => one.textContent.includes('training loss'));"
-        "return [[...chart.querySelectorAll('polyline')].map(line => [...line.points].map(at => [at.x, at.y])),"
-        " [...chart.querySelectorAll('.legend data')].map(one => one.value)]"
+        "const paths = at => [...chart.querySelectorAll(at + ' path')].map(path => path.getAttribute('d'));"
+        "return [paths('.curve'), paths('.ytick'), [...chart.querySelectorAll('.legend data')].map(one => one.value)]"
     )
     assert [float(value) for value in last] == [0.1, 0.1]
-    for line in np.array(lines):
-        shares = (HEIGHT - BOTTOM - line[:, 1]) / (HEIGHT - BOTTOM - TOP)
+    bottom, *_, top = [vertices(path)[0, 1] for path in grid]
+    for line in map(vertices, lines):
+        shares = (bottom - line[:, 1]) / (bottom - top)
         assert line.shape == (20, 2) and np.allclose(shares, 2 / np.arange(1, 21) / 2, atol=2e-3)  # ticks: 0 to 2
 
-    settings = browser.execute_script(
+    keys = browser.execute_script(
         "return [...document.querySelectorAll('#settings tbody tr')]"
         ".map(row => [...row.children].map(cell => cell.textContent))"
     )
-    assert settings == [["solver.lr", "0.004", "0.003"]]
+    assert keys == [["solver.lr", "0.004", "0.003"]]
     marked = "return [...document.querySelectorAll('#protocol tr.differs th')].map(cell => cell.textContent)"
     cards = browser.execute_script(marked)
     assert [key.split()[0] for key in cards] == ["views.frames"]
@@ -276,6 +284,14 @@ def unknown_class(run: Path) -> None:
     (run / "report.json").write_text(json.dumps(content))
 
 
+def calibration_out_of_range(run: Path) -> None:
+    content = report_of(run)
+    bins = [{"videos": 40, "confidence": 50.0, "accuracy": 50.0}]
+    content["calibration"] = {"temperature": 1.0, "ece": float("nan"), "ece_calibrated": 1.0,
+                              "reliability": bins, "reliability_calibrated": bins}  # fmt: skip
+    (run / "report.json").write_text(json.dumps(content))
+
+
 def more_right_than_videos(run: Path) -> None:
     content = report_of(run)
     content["per_class"][0]["correct"] = 99
@@ -292,6 +308,7 @@ def more_right_than_videos(run: Path) -> None:
         (lambda run: (run / "report.json").write_text("[]"), r"report\.json: not a report"),
         (cut_predictions, r"report\.json: .*unequal length.*--report"),
         (unknown_class, r"report\.json: .*class that is not in per_class"),
+        (calibration_out_of_range, r"report\.json: .*calibration\.ece"),
         (more_right_than_videos, r"report\.json: .*more videos are right"),
         (shutil.rmtree, r"no such folder.*--output"),
     ],
@@ -332,6 +349,18 @@ def test_the_template_is_installed_with_the_package(monkeypatch):
     assert room / "report.html.j2" in installed
 
 
+def drawn_paths(chart: Chart, kind: str) -> np.ndarray:
+    """(N, 2): the vertices of all paths of a kind, "curve" or "ytick"."""
+    return vertices(" ".join(path.get("d", "") for path in ElementTree.fromstring(chart.svg).iterfind(
+        f".//g[@class='{kind}']//path")))  # fmt: skip
+
+
+def tick_labels(chart: Chart, kind: str) -> list[float]:
+    texts = ElementTree.fromstring(chart.svg).iterfind(f".//g[@class='{kind}']//text")
+    return [float((text.text or "").replace("\u2212", "-")) for text in texts]
+
+
+@settings(deadline=None)
 @given(
     st.lists(st.one_of(st.none(), st.floats(allow_nan=True, allow_infinity=True, width=64)), min_size=1, max_size=3),
     st.integers(1, 900),
@@ -339,24 +368,60 @@ def test_the_template_is_installed_with_the_package(monkeypatch):
 def test_every_curve_stays_in_its_chart(values, count):
     records = [{"kind": "train", "step": n, "loss": values[n % len(values)]} for n in range(count)]
     finite = [one["loss"] for one in records if one["loss"] is not None and abs(one["loss"]) < TOO_LARGE]
-    drawn = charts([records])
+    drawn = charts({"run": records})
     assert len(drawn) == bool(finite)
     for chart in drawn:
-        points = [tuple(map(float, at.split(","))) for line in chart.curves[0].lines for at in line.split()]
-        assert all(
-            LEFT - 0.1 <= x <= WIDTH - RIGHT + 0.1 and TOP - 0.1 <= y <= HEIGHT - BOTTOM + 0.1 for x, y in points
-        )
+        (left, bottom), *_, (right, top) = drawn_paths(chart, "ytick")
+        assert 0 <= left < right <= WIDTH and 0 <= top < bottom <= HEIGHT
+        for x, y in drawn_paths(chart, "curve"):
+            assert left - 0.1 <= x <= right + 0.1 and top - 0.1 <= y <= bottom + 0.1
         assert chart.curves[0].last == finite[-1]
-        assert 2 <= len(chart.x_ticks) <= 8 and 2 <= len(chart.y_ticks) <= 8
+        for kind in ("xtick", "ytick"):
+            labels = tick_labels(chart, kind)
+            assert 2 <= len(labels) <= 8 and sorted(set(labels)) == labels
 
 
-def test_long_curves_keep_their_extremes():
-    losses = np.random.default_rng(0).standard_normal(5000)
-    losses[1234], losses[4321] = 10, -10
-    (chart,) = charts([[{"kind": "train", "step": n, "loss": loss} for n, loss in enumerate(losses.tolist())]])
-    heights = [float(at.split(",")[1]) for at in chart.curves[0].lines[0].split()]
-    assert len(heights) <= MOST_POINTS
-    (lowest, _), (highest, _) = chart.y_ticks[0], chart.y_ticks[-1]
-    low, high = (float(label) for _, label in (chart.y_ticks[0], chart.y_ticks[-1]))
-    values = [low + (lowest - height) / (lowest - highest) * (high - low) for height in heights]
+def test_long_curves_keep_their_extremes_and_stay_small():
+    losses = np.random.default_rng(0).standard_normal(50_000)
+    losses[12_345], losses[43_210] = 10, -10
+    (chart,) = charts({"run": [{"kind": "train", "step": n, "loss": loss} for n, loss in enumerate(losses.tolist())]})
+    assert len(chart.svg) < 40_000
+    grid, labels, heights = drawn_paths(chart, "ytick")[:, 1], tick_labels(chart, "ytick"), drawn_paths(chart, "curve")
+    values = np.interp(-heights[:, 1], [-grid[0], -grid[-1]], [labels[0], labels[-1]])
     assert min(values) == pytest.approx(-10, abs=0.02) and max(values) == pytest.approx(10, abs=0.02)
+
+
+def test_pictures_are_the_same_each_time_and_take_the_colours_of_the_page():
+    records = [{"kind": "val", "step": n, "top1": float(n), HOSTILE: 1.0} for n in range(5)]
+    runs = {f"{HOSTILE} {number} #2a78d6": records for number in range(17)}
+    first, again = charts(runs), charts(runs)
+    assert [chart.svg for chart in first] == [chart.svg for chart in again]
+    svg = first[0].svg
+    elements = list(ElementTree.fromstring(svg).iter())
+    styles = " ".join(element.get("style", "") for element in elements)
+    assert "#" not in styles and {f"var(--s{n})" for n in range(8)} <= set(re.findall(r"var\(--\w+\)", styles))
+    assert len({element.get("style") for element in elements if element.tag == "path"}) >= 17  # colours x dashes
+    assert {element.tag for element in elements} == {"svg", "g", "path", "defs", "use", "text", "title"}
+    titles = [element.text for element in elements if element.tag == "title"]
+    assert len(titles) == 17 * 5 and titles[7] == redact_text(f"{HOSTILE} 1 #2a78d6, step 2: 2")
+
+
+def test_the_reliability_of_a_report_is_drawn(runs, tmp_path):
+    """Confidence and accuracy of each bin, before the temperature and at it; a report without them has no picture."""
+    rows = [{"videos": 20, "confidence": 30.0, "accuracy": 60.0}, {"videos": 30, "confidence": 90.0, "accuracy": 95.0}]
+    even = [{"videos": 50, "confidence": 80.0, "accuracy": 80.0}]
+    known = {"temperature": 0.5, "ece": 15.0, "ece_calibrated": 0.25, "reliability": rows,
+             "reliability_calibrated": even}  # fmt: skip
+    chart = reliability_chart("run", 9, known)
+    grid, labels = drawn_paths(chart, "ytick"), tick_labels(chart, "ytick")
+    assert labels[0] == tick_labels(chart, "xtick")[0] == 0 and labels[-1] == tick_labels(chart, "xtick")[-1] == 100
+    places = drawn_paths(chart, "curve")
+    shares = 100 * (places - grid[0]) / (grid[-1] - grid[0])
+    assert np.allclose(shares, [[30, 60], [90, 95], [80, 80]], atol=0.1)
+    assert [curve.name for curve in chart.curves] == ["before: ECE 15.0 %", "at temperature 0.50: ECE 0.2 %"]
+
+    assert 'id="calibration"' not in render(read_runs(runs))
+    shutil.copytree(runs[0], tmp_path / "run")
+    (tmp_path / "run" / "report.json").write_text(json.dumps({**report_of(runs[0]), "calibration": known}))
+    html = render(read_runs([runs[1], tmp_path / "run"]))
+    assert reliability_chart("run", 1, known).svg in html and html.count("accuracy over confidence") == 1

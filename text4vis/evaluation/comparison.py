@@ -72,6 +72,23 @@ class _Skipped(_Checked):
     id: NonNegativeInt
 
 
+Percent = Annotated[float, Field(ge=0, le=100)]
+
+
+class _Bin(_Checked):
+    videos: PositiveInt
+    confidence: Percent
+    accuracy: Percent
+
+
+class _Calibration(_Checked):
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    ece: Percent
+    ece_calibrated: Percent
+    reliability: Annotated[list[_Bin], Field(min_length=1)]
+    reliability_calibrated: Annotated[list[_Bin], Field(min_length=1)]
+
+
 class _Report(_Checked):
     """The parts of a report that are calculated with."""
 
@@ -86,6 +103,7 @@ class _Report(_Checked):
     by_views: list[_ViewsRow] = []
     half_classes: _Splits | None = None
     class_splits: _Splits | None = None
+    calibration: _Calibration | None = None
     per_class: list[_ClassRow]
     confusion: list[list[NonNegativeInt]] = []
     predictions: _Predictions | None = None

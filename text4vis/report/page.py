@@ -39,7 +39,7 @@ from text4vis.evaluation.comparison import (
     read_report,
     wilson_interval,
 )
-from text4vis.report.curves import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, charts
+from text4vis.report.curves import COLOURS, charts, reliability_chart
 
 REPORT, METRICS, CONFIG = "report.json", "metrics.jsonl", "config.yaml"
 FRAME_SIDE = 112  # pixels of a frame on the page, at most
@@ -266,8 +266,7 @@ def render(runs: Sequence[Run], examples: Sequence[Examples] = ()) -> str:
         finalize=lambda value: value if isinstance(value, Markup) else redact_text(str(value)),
     )
     environment.filters |= {"number": _number, "soft": _soft}
-    environment.globals |= {"WIDTH": WIDTH, "HEIGHT": HEIGHT, "LEFT": LEFT, "RIGHT": WIDTH - RIGHT, "TOP": TOP,
-                            "BOTTOM": HEIGHT - BOTTOM, "FRAME_SIDE": FRAME_SIDE}  # fmt: skip
+    environment.globals |= {"COLOURS": COLOURS, "FRAME_SIDE": FRAME_SIDE}
     reports = {number: run.report for number, run in enumerate(runs) if run.report is not None}
     reference, *others = list(reports) or [-1]
     comparisons = {number: compare(reports[reference], reports[number]) for number in others}
@@ -280,7 +279,12 @@ def render(runs: Sequence[Run], examples: Sequence[Examples] = ()) -> str:
         headlines=[_headline(run) for run in runs],
         intervals={n: wilson_interval(report["top1_correct"], report["videos"]) for n, report in reports.items()},
         figures=_rows({number: figures_of(report) for number, report in reports.items()}),
-        charts=charts([[*run.train, *run.val] for run in runs]),
+        charts=charts({run.name: [*run.train, *run.val] for run in runs}),
+        reliability=[
+            reliability_chart(runs[number].name, number, report["calibration"])
+            for number, report in reports.items()
+            if report.get("calibration")
+        ],
         classes=_class_rows(reports),
         confusions={number: confusions(report)[:10] for number, report in reports.items()},
         changes={number: _changes(found) for number, found in comparisons.items()},
