@@ -40,7 +40,7 @@ def main() -> int:
     for finding in diagnose(arguments.config, arguments.set, arguments.hostfile, output):
         counts[finding.level] += 1
         screen.print(f"{finding.level:8}", style=_STYLES[finding.level], end="")
-        screen.print(shown(f"{finding.subject}: {finding.said}"), soft_wrap=True)  # to be copied
+        screen.print(shown(f"{finding.subject}: {finding.message}"), soft_wrap=True)  # to be copied
         if finding.fix:
             screen.print(f"{'':8}-> {finding.fix}", soft_wrap=True)
     screen.print(f"\nproblems: {counts[PROBLEM]}, warnings: {counts[WARNING]}")

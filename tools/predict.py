@@ -114,8 +114,8 @@ def _in_folder(folder: Path) -> list[str]:
     if has_frames and not any(is_video_file(path.name) for path in files):
         return [str(folder)]
     videos, left_out = list_videos(folder)
-    if said := describe(left_out):
-        print(f"predict: notice: {folder}: {said}", file=sys.stderr)
+    if notice := describe(left_out):
+        print(f"predict: notice: {folder}: {notice}", file=sys.stderr)
     if not videos:
         raise PredictionError(f"{folder}: holds neither videos nor frames ({', '.join(sorted(FRAME_SUFFIXES))})")
     return [str(folder / path) for path in videos]

@@ -5,10 +5,10 @@ Examples:
     python tools/report.py runs/before runs/after runs/other --output compared.html
 
 Shows, for run folders (or single reports of text4vis/evaluate.py --report): the figures and what differs from the
-first run, the reliability of the probabilities, the curves of metrics.jsonl, the classes that gained and lost, the surest
-right and wrong predictions with the frames that the model saw, the protocol cards side by side, and the settings that
-differ. Start it in the folder in
-which the runs were trained: their configurations name the shards from there, and the frames are read from these.
+first run, the reliability of the probabilities, the curves of metrics.jsonl, the classes that gained and lost, the
+surest right and wrong predictions with the frames that the model saw, the protocol cards side by side, and the settings
+that differ. Start it in the folder in which the runs were trained: their configurations name the shards from there,
+and the frames are read from these.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage.
 """

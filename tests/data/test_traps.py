@@ -54,7 +54,7 @@ def test_nothing_is_said_where_there_is_no_trap():
 def test_a_flip_that_makes_labels_wrong(names, said, fix):
     flipped = config("data.flip=0.5", "data.augmentation=released")
     (trap,) = traps.sided_classes(flipped, names)
-    assert trap.said.startswith("data.flip: 0.5 mirrors") and said in trap.said and fix in trap.fix
+    assert trap.message.startswith("data.flip: 0.5 mirrors") and said in trap.message and fix in trap.fix
 
 
 @pytest.mark.parametrize("override", ["data.flip=0", "data.augmentation=none", "data.flip_swaps=[[0,1]]"])
@@ -73,21 +73,21 @@ def test_a_flip_that_is_off_or_swaps_labels_is_none(override):
     ],
 )
 def test_names_that_are_nearly_the_same(names, found):
-    said = [trap.said for trap in traps.nearly_equal_names(config(), names)]
+    said = [trap.message for trap in traps.nearly_equal_names(config(), names)]
     assert len(said) == bool(found) and all(found in line for line in said)
     assert not list(traps.nearly_equal_names(config("network.classifier=orthogonal"), names))
 
 
 def test_names_of_published_data_sets_are_mostly_apart():
     (trap,) = traps.nearly_equal_names(config(), parse_labels(CONFIGS / "classes/kinetics_400.csv"))
-    assert trap.said.startswith("13 of 400 class names")
+    assert trap.message.startswith("13 of 400 class names")
     assert not list(traps.nearly_equal_names(config(), parse_labels(CONFIGS / "classes/hmdb51.csv")))
 
 
 def test_classes_of_few_videos():
     names = ["a", "b", "c", "d"]
     found = list(traps.rare_classes(config(), names, np.array([20, 0, 2, 7])))
-    assert [trap.said for trap in found] == [
+    assert [trap.message for trap in found] == [
         "1 class has no video to train on ('b')",
         "2 classes have fewer than 8 videos to train on ('c': 2, 'd': 7)",
     ]
@@ -98,7 +98,7 @@ def test_classes_of_few_videos():
 def test_videos_shorter_than_the_segments():
     frames = np.array([3, *[30] * 99])
     (trap,) = traps.short_videos(config("data.num_segments=8"), frames)
-    assert "1 of 100 videos have fewer frames than data.num_segments: 8, down to 3" in trap.said
+    assert "1 of 100 videos have fewer frames than data.num_segments: 8, down to 3" in trap.message
     assert trap.fix.startswith("data.num_segments: 30")
     assert not list(traps.short_videos(config("data.num_segments=3"), frames))
 
@@ -106,7 +106,7 @@ def test_videos_shorter_than_the_segments():
 def test_frames_larger_than_needed():
     small = config()
     (trap,) = traps.large_frames(small, [4 * small.scale_size, 4 * small.scale_size, 0])
-    assert "about 16 times" in trap.said and f"--short-side {small.scale_size}" in trap.fix
+    assert "about 16 times" in trap.message and f"--short-side {small.scale_size}" in trap.fix
     assert not list(traps.large_frames(small, [small.scale_size])) and not list(traps.large_frames(small, [0]))
 
 

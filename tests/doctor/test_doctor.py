@@ -32,7 +32,7 @@ def no_other_files(tmp_path, monkeypatch):
 
 
 def of_level(findings, level):
-    return [f"{finding.subject}: {finding.said} -> {finding.fix}" for finding in findings if finding.level == level]
+    return [f"{finding.subject}: {finding.message} -> {finding.fix}" for finding in findings if finding.level == level]
 
 
 def test_a_healthy_machine_has_no_problem():
@@ -67,8 +67,8 @@ def test_leftovers_of_launchers_are_found(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     (tmp_path / ".deepspeed_env").write_text("A=1\n\nB=2\n")
     warning, problem, *_ = list(doctor._environment())
-    assert "WORLD_SIZE" in warning.said and "unset WORLD_SIZE" in warning.fix
-    assert problem.level == PROBLEM and "line 2" in problem.said
+    assert "WORLD_SIZE" in warning.message and "unset WORLD_SIZE" in warning.fix
+    assert problem.level == PROBLEM and "line 2" in problem.message
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,8 @@ def test_the_page_shows_the_numbers_of_the_files(browser, page, runs):
     )
     for table, report in zip(confused, reports, strict=True):
         times = [
-            [count for said, count in enumerate(row) if said != true] for true, row in enumerate(report["confusion"])
+            [count for predicted, count in enumerate(row) if predicted != true]
+            for true, row in enumerate(report["confusion"])
         ]
         assert [int(row[2]) for row in table] == sorted((n for row in times for n in row if n), reverse=True)[:10]
         assert {row[0] for row in table} <= {redact_text(row["class"]) for row in report["per_class"]}
@@ -246,13 +247,13 @@ def test_examples_count_past_the_videos_that_were_left_out(runs, tmp_path):
     content = report_of(runs[0])
     predictions = {key: column[3:] for key, column in content["predictions"].items()}
     skipped = [{"id": number} for number in range(3)]
-    whole = {video.video: video.said for video in [*_all(runs[0]).right, *_all(runs[0]).wrong]}
+    whole = {video.video: video.predictions for video in [*_all(runs[0]).right, *_all(runs[0]).wrong]}
     (tmp_path / "run" / "report.json").write_text(
         json.dumps({**content, "predictions": predictions, "skipped": skipped})
     )
     partial = _all(tmp_path / "run")
     assert len(partial.right) + len(partial.wrong) == len(whole) - 3
-    assert all(video.said == whole[video.video] for video in [*partial.right, *partial.wrong])
+    assert all(video.predictions == whole[video.video] for video in [*partial.right, *partial.wrong])
 
 
 def _all(run: Path):

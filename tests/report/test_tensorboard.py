@@ -21,7 +21,7 @@ from text4vis.config.loading import load_config
 from text4vis.data.loader import build_loader
 from text4vis.evaluation.protocols import figures
 from text4vis.report.pictures import CAPTION_PIXELS, GAP_PIXELS, contact_sheet, draw_confusion, most_confused, plain
-from text4vis.report.tensorboard import Story, class_table, extremes
+from text4vis.report.tensorboard import TensorBoardLog, class_table, extremes
 from text4vis.training.logs import Metrics
 from text4vis.training.losses import Objective
 
@@ -31,14 +31,14 @@ NAMES = ["class 0", "class 1", "class 2"]
 def test_what_cannot_be_pictured_ends_no_job(monkeypatch):
     from text4vis.training import run_log
 
-    said = []
-    monkeypatch.setattr(run_log.logger, "warning", lambda text, *values: said.append(text % values))
+    warnings = []
+    monkeypatch.setattr(run_log.logger, "warning", lambda text, *values: warnings.append(text % values))
 
-    def broken(story):
+    def broken(log):
         raise OSError("no space left")
 
-    run_log.RunLog(story=object()).picture(3, broken)
-    assert said == ["TensorBoard: pictures of step 3 left out: no space left"]
+    run_log.RunLog(tensorboard=object()).add_pictures(3, broken)
+    assert warnings == ["TensorBoard: pictures of step 3 left out: no space left"]
 
 
 def read(folder, part: str = "") -> EventAccumulator:
@@ -71,18 +71,18 @@ def channels_last(frames: torch.Tensor) -> np.ndarray:
     return frames.movedim(-3, -1).numpy()
 
 
-def started(config, folder, step: int = 0) -> tuple[Story, Metrics]:
+def started(config, folder, step: int = 0) -> tuple[TensorBoardLog, Metrics]:
     metrics = Metrics(folder, step)
-    return Story(metrics.board, config, NAMES, global_batch=10, step=step), metrics
+    return TensorBoardLog(metrics.board, config, NAMES, global_batch=10, step=step), metrics
 
 
 @pytest.mark.parametrize("settings", [[], ["solver.mixup=0.8", "solver.cutmix=1"]], ids=["plain", "mixed"])
 def test_the_clips_shown_are_what_the_model_gets(project, tmp_path, settings):
     config = load_config(project.config, ["data.batch_size=5", "logging.pictures=3", *settings])
-    story, metrics = started(config, tmp_path)
+    log, metrics = started(config, tmp_path)
     with build_loader(config, "train", consumed=10) as loader:
         batch = next(iter(loader))
-        story.training_clips(batch, 10, 3)
+        log.training_clips(batch, 10, 3)
         given: list[torch.Tensor] = []
 
         def forward(frames_BTCHW: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
@@ -108,8 +108,8 @@ def test_the_predictions_shown_are_the_surest_right_and_wrong_ones(project, tmp_
         labels = loader.dataset.labels[kept]
         embeddings, classes = rng.standard_normal((len(labels), num_views, 8)), rng.standard_normal((3, 8))
         report = figures(embeddings, labels, classes, NAMES)
-        story, metrics = started(config, tmp_path)
-        story.evaluation(
+        log, metrics = started(config, tmp_path)
+        log.evaluation(
             report | {"step": 7, "best_top1": 0.0, "skipped": [{"id": 3}]}, torch.from_numpy(classes), loader
         )
         with build_loader(load_config(project.config, ["data.num_segments=9"]), "val") as single:
@@ -141,11 +141,11 @@ def test_an_evaluation_becomes_a_matrix_a_table_and_a_projector(project, tmp_pat
         labels = loader.dataset.labels
         classes = rng.standard_normal((3, 8)).astype(np.float32)
         report = figures(rng.standard_normal((len(labels), 1, 8)), labels, classes, NAMES)
-        story, metrics = started(config, tmp_path)
+        log, metrics = started(config, tmp_path)
         for step in (7, 14):
             evaluated = report | {"step": step, "best_top1": 99.0, "skipped": []}
-            story.evaluation(evaluated, torch.from_numpy(classes), loader)
-        story.end(14)
+            log.evaluation(evaluated, torch.from_numpy(classes), loader)
+        log.end(14)
     metrics.close()
     board = read(tmp_path)
     confusion = np.array(report["confusion"])
@@ -177,9 +177,9 @@ def test_a_job_that_takes_over_shows_nothing_twice(project, tmp_path):
     with build_loader(config, "train") as loader:
         batch = next(iter(loader))
         for step in (0, 0, 4):
-            story, metrics = started(config, tmp_path, step)
+            log, metrics = started(config, tmp_path, step)
             for later in (step + 1, step + 5):
-                story.training_clips(batch, 0, later)
+                log.training_clips(batch, 0, later)
             metrics.close()
     board = read(tmp_path)
     assert steps(board, "train/clips") == [1, 5, 9]

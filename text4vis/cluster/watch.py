@@ -107,22 +107,22 @@ class Watch:
 
     def _listen(self, listener: socket.socket, secret: str) -> None:
         """Rank 0: hears all others until it leaves, or until a failure is known, which it tells everyone."""
-        chair = _Chair(listener, secret, self._silence)
+        coordinator = _Coordinator(listener, secret, self._silence)
         next_beat = 0.0
         while not self._closing.is_set():
-            chair.hear()
+            coordinator.receive()
             if self._reported:
-                chair.note_failure(*self._reported)
+                coordinator.note_failure(*self._reported)
             now = time.monotonic()
-            cause = chair.judge(now)
+            cause = coordinator.first_cause(now)
             if cause is not None:
-                chair.tell({"end": cause})
+                coordinator.broadcast({"end": cause})
                 self._on_end(cause)
                 return
             if now >= next_beat:
                 next_beat = now + BEAT_SECONDS
-                chair.tell({"beat": 1})
-        chair.tell({"bye": 1})
+                coordinator.broadcast({"beat": 1})
+        coordinator.broadcast({"bye": 1})
 
     def _follow(self, main: _Peer) -> None:
         """The other ranks: beat, and end when rank 0 says so or is gone."""
@@ -155,8 +155,8 @@ class Watch:
                 return
 
 
-class _Chair:
-    """Rank 0's view of the others."""
+class _Coordinator:
+    """Rank 0's record of the other ranks: who is connected, who was heard when, and what failed first."""
 
     def __init__(self, listener: socket.socket, secret: str, silence_seconds: float) -> None:
         self._secret, self._silence = secret, silence_seconds
@@ -166,7 +166,7 @@ class _Chair:
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
 
-    def hear(self) -> None:
+    def receive(self) -> None:
         """Takes what has arrived, after waiting a moment for it."""
         for key, _ in self._selector.select(BEAT_SECONDS / 4):
             if key.data is None:
@@ -174,9 +174,9 @@ class _Chair:
                 link.settimeout(BEAT_SECONDS)
                 self._selector.register(link, selectors.EVENT_READ, _Peer(link, heard=time.monotonic()))
             else:
-                self._hear_peer(key.data)
+                self._receive_from(key.data)
 
-    def _hear_peer(self, peer: _Peer) -> None:
+    def _receive_from(self, peer: _Peer) -> None:
         messages = peer.receive()
         for message in messages or ():
             if message.get("hello") == self._secret:
@@ -202,7 +202,7 @@ class _Chair:
         else:
             self._doubtful = self._doubtful or (cause, when)
 
-    def judge(self, now: float) -> str | None:
+    def first_cause(self, now: float) -> str | None:
         """The first cause of a failure, once it is known."""
         if self._cause is None:
             silent = next((peer for peer in self._present if now - peer.heard > self._silence), None)
@@ -212,6 +212,6 @@ class _Chair:
                 self._cause = self._doubtful[0]
         return self._cause
 
-    def tell(self, message: dict[str, object]) -> None:
+    def broadcast(self, message: dict[str, object]) -> None:
         for peer in self._present:
             peer.send(message)

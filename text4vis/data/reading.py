@@ -22,7 +22,7 @@ class ReadVideo(NamedTuple):
     is_stored_video: bool
 
 
-class Begun(NamedTuple):
+class PendingBatch(NamedTuple):
     """A batch whose bytes are on their way, once its plan is made."""
 
     picked: Picked
@@ -45,13 +45,13 @@ class PlanReader:
         requests = self._planner.batch_size if stored_videos else self._planner.max_frames
         return 1 + -(-2 * self._planner.config.data.requests_in_flight // requests)
 
-    def begin(self, picked: Picked) -> Begun:
+    def begin(self, picked: Picked) -> PendingBatch:
         """Starts planning and fetching a batch, and returns at once."""
-        return Begun(picked, self._thread.submit(self._fetch, picked))
+        return PendingBatch(picked, self._thread.submit(self._fetch, picked))
 
-    def start(self, begun: Begun) -> Future[list[ReadVideo]]:
+    def start(self, pending: PendingBatch) -> Future[list[ReadVideo]]:
         """Starts taking what was fetched, and returns at once."""
-        return self._thread.submit(lambda: self._take(*begun.fetched.result()))
+        return self._thread.submit(lambda: self._take(*pending.fetched.result()))
 
     def finish(self, started: Future[list[ReadVideo]]) -> list[ReadVideo]:
         """Waits for a batch that was started. Raises what `read` raises."""

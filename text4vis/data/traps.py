@@ -24,9 +24,9 @@ _MIRRORED |= {after: before for before, after in _MIRRORED.items()}
 
 @dataclass(frozen=True)
 class Trap:
-    """said: what is the case, in figures; fix: what to do about it, with the key to set."""
+    """message: what is the case, in figures; fix: what to do about it, with the key to set."""
 
-    said: str
+    message: str
     fix: str
 
 
@@ -47,7 +47,7 @@ def find_traps(config: Config, names: Sequence[str], train: ShardDataset) -> lis
 def log_traps(logger: logging.Logger, config: Config, names: Sequence[str], train: ShardDataset) -> None:
     """Warns of each trap, with its fix, in the run's log."""
     for trap in find_traps(config, names, train):
-        logger.warning("%s; %s", trap.said, trap.fix)
+        logger.warning("%s; %s", trap.message, trap.fix)
 
 
 def sided_classes(config: Config, names: Sequence[str]) -> Iterator[Trap]:

@@ -38,7 +38,7 @@ class Finding:
 
     subject: str
     level: str
-    said: str
+    message: str
     fix: str = ""
 
 
@@ -174,7 +174,7 @@ def _data(config: Config) -> Iterator[Finding]:
                 f"every batch holds videos more than once; set data.batch_size to at most {count}",
             )  # fmt: skip
         for trap in traps:
-            yield Finding(subject, WARNING, trap.said, trap.fix)
+            yield Finding(subject, WARNING, trap.message, trap.fix)
     if len(classes) == 2 and classes["train"] != classes["val"]:
         yield Finding(
             "data", PROBLEM, "data.train and data.val do not name the same classes in the same order",
@@ -327,8 +327,8 @@ def _host(
         other = found["versions"].get(name, "")
         if other != version or found["broken"].get(name):
             sound = False
-            said = found["broken"].get(name) or f"{name} {other or 'missing'}, here {version}"
-            yield Finding(subject, PROBLEM, f"{name}: {said}", "install the same versions on every host")
+            problem = found["broken"].get(name) or f"{name} {other or 'missing'}, here {version}"
+            yield Finding(subject, PROBLEM, f"{name}: {problem}", "install the same versions on every host")
     for path, exists in found["paths"].items():
         if not exists:
             sound = False

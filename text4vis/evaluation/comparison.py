@@ -317,10 +317,10 @@ def confusions(report: Report) -> list[tuple[str, str, int, int]]:
     """(class, what it was taken for, how often, videos of the class), the pair that is confused most often first."""
     rows = report["per_class"]
     pairs = [
-        (rows[true]["class"], rows[said]["class"], times, rows[true]["videos"])
+        (rows[true]["class"], rows[predicted]["class"], times, rows[true]["videos"])
         for true, counts in enumerate(report.get("confusion", []))
-        for said, times in enumerate(counts)
-        if times and true != said
+        for predicted, times in enumerate(counts)
+        if times and true != predicted
     ]
     return sorted(pairs, key=lambda pair: -pair[2])
 

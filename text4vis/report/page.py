@@ -66,11 +66,11 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Said:
-    """What a run's model said about a video, probabilities in per cent or None. right: it is the true class."""
+class PredictionRow:
+    """A run's prediction for a video, probabilities in per cent or None. right: it is the true class."""
 
     run: int
-    name: str
+    class_name: str
     probability: float | None
     label_probability: float | None
     right: bool
@@ -78,12 +78,12 @@ class Said:
 
 @dataclass(frozen=True)
 class Example:
-    """A video with its frames as `data:` addresses and what each run that was evaluated on it said."""
+    """A video with its frames as `data:` addresses and the predictions of the runs that were evaluated on it."""
 
     video: str
     label: str
     frames: list[Markup]
-    said: list[Said]
+    predictions: list[PredictionRow]
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def _examples(runs: Sequence[Run], run: Run, count: int) -> Examples:
                     loader.dataset.name(ids[row]),
                     _class_name(run, run.report["predictions"]["labels"][row]),
                     [_data_address(frame) for frame in frames[ids[row]]],
-                    _said(runs, run, row),
+                    _predictions(runs, run, row),
                 )
                 for row in rows
             ]
@@ -223,10 +223,10 @@ def _class_name(run: Run, label: int) -> str:
     return run.report["per_class"][label]["class"]
 
 
-def _said(runs: Sequence[Run], about: Run, row: int) -> list[Said]:
-    """What each run evaluated on the same videos said about one of them, by its row in the predictions."""
+def _predictions(runs: Sequence[Run], about: Run, row: int) -> list[PredictionRow]:
+    """The predictions of the runs evaluated on the same videos for one of them, by its row in the reports."""
     assert about.report is not None
-    said = []
+    rows = []
     for number, run in enumerate(runs):
         report = run.report
         if not report or not report.get("predictions"):
@@ -238,8 +238,8 @@ def _said(runs: Sequence[Run], about: Run, row: int) -> list[Said]:
         )
         probability, of_label = (None if share is None else 100 * share for share in shares)
         right = probability is not None and label == predicted
-        said.append(Said(number, _class_name(run, predicted), probability, of_label, right))
-    return said
+        rows.append(PredictionRow(number, _class_name(run, predicted), probability, of_label, right))
+    return rows
 
 
 def _videos_of(report: Mapping[str, Any]) -> tuple[Any, list[int]]:

@@ -45,7 +45,7 @@ PROJECTOR = """embeddings {
 """
 
 
-class Story:
+class TensorBoardLog:
     """The pictures, tables and texts of one job in `board`.
 
     config: as given. global_batch: videos of a step. step: the one that the job goes on from.
@@ -120,10 +120,12 @@ class Story:
 
     def _caption(self, predictions: Mapping[str, Any], video: int) -> str:
         label, predicted = predictions["labels"][video], predictions["predicted"][video]
-        said = f"{self._names[predicted]}, {100 * predictions['probability'][video]:.1f} %"
+        answer = f"{self._names[predicted]}, {100 * predictions['probability'][video]:.1f} %"
         if label == predicted:
-            return said
-        return f"predicted: {said}    true: {self._names[label]}, {100 * predictions['label_probability'][video]:.1f} %"
+            return answer
+        return (
+            f"predicted: {answer}    true: {self._names[label]}, {100 * predictions['label_probability'][video]:.1f} %"
+        )
 
 
 def hyperparameters(config: Config, global_batch: int) -> dict[str, str | float]:

@@ -15,7 +15,7 @@ from text4vis.training.logs import Metrics
 
 if TYPE_CHECKING:
     from text4vis.data.loader import Loader
-    from text4vis.report.tensorboard import Story
+    from text4vis.report.tensorboard import TensorBoardLog
 
 logger = logging.getLogger("text4vis")
 
@@ -26,17 +26,17 @@ class RunLog:
 
     metrics: Metrics | None = None
     skipped: SkippedList | None = None
-    story: Story | None = None
+    tensorboard: TensorBoardLog | None = None
 
     @classmethod
     def open(cls, output: Path, config: Config, class_names: list[str], *, global_batch: int, step: int) -> RunLog:
         """The files in `output`, cut back to `step`, from which the run goes on."""
-        metrics, story = Metrics(output, step), None
+        metrics, tensorboard = Metrics(output, step), None
         if config.logging.pictures:
-            from text4vis.report.tensorboard import Story
+            from text4vis.report.tensorboard import TensorBoardLog
 
-            story = Story(metrics.board, config, class_names, global_batch=global_batch, step=step)
-        return cls(metrics, SkippedList(output), story)
+            tensorboard = TensorBoardLog(metrics.board, config, class_names, global_batch=global_batch, step=step)
+        return cls(metrics, SkippedList(output), tensorboard)
 
     def write(self, kind: str, record: Mapping[str, Any]) -> None:
         """Adds a record of `kind`, "train" or "val", to metrics.jsonl and TensorBoard."""
@@ -48,18 +48,18 @@ class RunLog:
         if self.skipped is not None:
             self.skipped.add(loader.split, loader.bad.entries())
 
-    def picture(self, step: int, draw: Callable[[Story], None]) -> None:
+    def add_pictures(self, step: int, draw: Callable[[TensorBoardLog], None]) -> None:
         """Lets `draw` add to TensorBoard's pictures. What it cannot read or write is logged, never fatal."""
-        if self.story is None:
+        if self.tensorboard is None:
             return
         try:
-            draw(self.story)
+            draw(self.tensorboard)
         except (ShardError, OSError) as error:
             logger.warning("TensorBoard: pictures of step %d left out: %s", step, error)
 
     def close(self) -> None:
         """Closes the files."""
-        if self.story is not None:
-            self.story.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
         if self.metrics is not None:
             self.metrics.close()

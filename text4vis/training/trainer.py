@@ -58,7 +58,7 @@ class Requests:
 
 
 @dataclass(frozen=True)
-class Seen:
+class MicroBatchLoss:
     """The videos of a micro batch and its loss (), which stays on the device."""
 
     ids: list[int]
@@ -122,7 +122,7 @@ class Trainer:
                 self.save()
             if requests.stop:
                 raise self.stopped(requests.stop)
-        self.log.picture(self.state.step, lambda story: story.end(self.state.step))
+        self.log.add_pictures(self.state.step, lambda board: board.end(self.state.step))
         return self.state.figures
 
     def dry_run(self) -> None:
@@ -138,7 +138,7 @@ class Trainer:
         """One optimiser step: all micro batches of this rank's share of a global batch."""
         torch.manual_seed(mix64(self.config.seed ^ mix64(self.state.step * self.ranks.world_size + self.ranks.rank)))
         self.engine.set_rates(lambda peak: scheduled_rate(self.epoch, peak, self.config.solver))
-        seen: list[Seen] = []
+        seen: list[MicroBatchLoss] = []
         applied = False
         for _ in range(self.sizes.accumulation):
             waiting = time.perf_counter()
@@ -162,14 +162,14 @@ class Trainer:
         )
         return self.agree()
 
-    def backward(self, batch: Batch) -> Seen:
+    def backward(self, batch: Batch) -> MicroBatchLoss:
         """Forward and backward pass of a micro batch."""
         frames_BTCHW = batch.frames.to(self.device, non_blocking=True)[:, 0]
         labels_B = batch.labels.to(self.device, non_blocking=True)
         ids = batch.ids.tolist()
         loss = self.objective(self.engine, frames_BTCHW, labels_B, ids, self.state.consumed)
         self.engine.backward(loss)
-        return Seen(ids, loss.detach().float())
+        return MicroBatchLoss(ids, loss.detach().float())
 
     def agree(self) -> Requests:
         """What the ranks asked for by the end of the step before. Their answers had a step's time, so none waits."""
@@ -179,7 +179,7 @@ class Trainer:
         stop, save = before()
         return Requests(stop, bool(save))
 
-    def report_nonfinite(self, seen: list[Seen]) -> None:
+    def report_nonfinite(self, seen: list[MicroBatchLoss]) -> None:
         """The step was skipped on all ranks. Raises NonFiniteError where solver.on_nonfinite says stop. Collective.
 
         fp16 skips steps while it looks for a loss scale: that is an error only if a loss is not finite.
@@ -300,7 +300,7 @@ class Trainer:
     def picture_clips(self, batch: Batch) -> None:
         """Shows the first videos of a micro batch in TensorBoard."""
         step, consumed = self.state.step + 1, self.state.consumed
-        self.log.picture(step, lambda story: story.training_clips(batch, consumed, step))
+        self.log.add_pictures(step, lambda board: board.training_clips(batch, consumed, step))
 
     def evaluate_and_save(self) -> dict[str, Any]:
         """Evaluates, writes report.json, the best weights when they are better, and a checkpoint.
@@ -331,7 +331,9 @@ class Trainer:
         record["best_top1"] = max(result["top1"], self.state.best_top1)
         self.log.write("val", record)
         write_report(self.output / "report.json", {"step": self.state.step, **result})
-        self.log.picture(self.state.step, lambda story: story.evaluation(result | record, classes_CD, self.val_loader))
+        self.log.add_pictures(
+            self.state.step, lambda board: board.evaluation(result | record, classes_CD, self.val_loader)
+        )
         logger.info(
             "evaluation after epoch %.2f: top-1 %.2f %%  top-5 %.2f %%  of %d videos",
             self.epoch, result["top1"], result["top5"], result["videos"],
