@@ -238,7 +238,7 @@ def test_frames_of_other_videos_are_not_shown(runs, tmp_path):
     content = report_of(runs[0])
     (tmp_path / "run" / "report.json").write_text(json.dumps({**content, "data_fingerprint": "0" * 64}))
     (examples,) = read_examples(read_runs([tmp_path / "run"]), 2)
-    assert "other videos" in examples.missing
+    assert "not the videos that were evaluated" in examples.missing
 
 
 def test_examples_count_past_the_videos_that_were_left_out(runs, tmp_path):

@@ -162,7 +162,7 @@ def test_the_card_shows_texts_as_they_are(exported):
     assert "<b>" not in html and "<a" not in html and "<em>" not in html
     assert "<td>tiny [x](y)</td>" in html and "<td>views.clips</td>" in html
     assert "<td>weights before training</td>" in html and "that it was trained on" not in html
-    assert "A report on these weights" in html and "/a/" not in html and str(folder.parent) not in page
+    assert "The evaluation of these weights" in html and "/a/" not in html and str(folder.parent) not in page
     card = text4vis.saved.weights.load_export(folder).card
     assert card["evaluation"]["top1"] == 25.0 and card["preprocessing"] == preprocessing(trained.config)
 
@@ -173,7 +173,7 @@ def test_the_card_says_when_the_figures_are_of_the_training_data(exported, tmp_p
     path = tmp_path / "report.json"
     path.write_text(json.dumps({**report, "data_fingerprint": "f00d"}))
     export(tmp_path / "out", replace(trained, card={**trained.card, "data_fingerprint": "f00d"}), report=path)
-    assert "**on the very videos that it was trained on**" in (tmp_path / "out" / "README.md").read_text()
+    assert "**on the videos that it was trained on**" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_an_export_again_leaves_nothing_of_the_old_one(exported, tmp_path):
@@ -187,7 +187,7 @@ def test_an_export_again_leaves_nothing_of_the_old_one(exported, tmp_path):
         trained.model.logit_scale.sub_(1)
     assert not list(tmp_path.glob("*onnx*"))
     page = (tmp_path / "README.md").read_text()
-    assert "onnx" not in page and "A report on **other weights**" in page
+    assert "onnx" not in page and "The evaluation of **other weights**" in page
     assert text4vis.load(tmp_path).class_names == NAMES
 
 

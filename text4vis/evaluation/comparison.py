@@ -1,4 +1,4 @@
-"""Two evaluation reports side by side, and many as mean and deviation. Plain Python on what `evaluate.py` writes.
+"""Compares two reports of `evaluate.py`, and gives the mean and deviation of many.
 
 Shares are in per cent; a difference is B - A.
 """
@@ -19,19 +19,19 @@ from text4vis.config.schema import ConfigError
 
 Report = Mapping[str, Any]
 
-# What must be equal for two figures to measure the same thing. The rest of the card may be what is compared.
+# Keys of the protocol card that must be equal for two figures to be comparable. The others may be what is compared.
 PROTOCOL = (
     "data_fingerprint", "videos", "skipped", "classes_fingerprint", "classes", "classifier", "template",
     "views.clips", "views.crops", "views.sampling", "views.fusion",
 )  # fmt: skip
 FIGURES = ("top1", "top5", "mean_class_accuracy", "map")
 SPLIT_FIGURES = ("top1_mean", "top5_mean")
-# Neither settings nor figures of one line.
+# Keys of a report that are neither settings nor single figures.
 CONTENT = (
     "date", "model", "step", "top1_correct", "top5_correct", "chance", "not_finite", "calibration", "per_class",
     "confusion", "predictions",
 )  # fmt: skip
-# Classifiers whose class embeddings do not come from the template's words.
+# Classifiers whose class embeddings do not depend on the template.
 WORDLESS = ("random", "orthogonal", "lda", "file", "trained")
 
 
@@ -90,9 +90,9 @@ class _Calibration(_Checked):
 
 
 class _Report(_Checked):
-    """The parts of a report that are calculated with."""
+    """The parts of a report that this package calculates with."""
 
-    videos: Annotated[PositiveInt, Field(le=2**53)]  # no float holds more of them
+    videos: Annotated[PositiveInt, Field(le=2**53)]  # beyond, floats skip integers
     top1: float
     top1_correct: NonNegativeInt
     top5: float | None = None
@@ -111,7 +111,7 @@ class _Report(_Checked):
 
 @dataclass(frozen=True)
 class Significance:
-    """Videos that only A or only B recognises, and McNemar's exact two-sided p that chance alone divides them so."""
+    """Videos that only A or only B recognises, and the two-sided p of McNemar's exact test."""
 
     only_a: int
     only_b: int
@@ -129,7 +129,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure that both reports have."""
+    """A figure that both reports hold."""
 
     name: str
     a: float
@@ -157,11 +157,12 @@ class Confusion:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two reports, A and B, have to say about each other.
+    """The differences between two reports, A and B.
 
-    protocol: settings that differ so that the figures do not measure the same thing. settings: the others that differ.
-    classes: those that both have, of the same videos also those worded otherwise, the largest gain first. confused:
-    pairs of them, the most often confused first. intervals: (low, high) of the top-1 of A and of B, 95 % (Wilson).
+    protocol: differing settings that make the figures incomparable. settings: the other settings that differ.
+    classes: the classes of both reports, the largest gain first; for the same videos, classes with different wording
+    count as one. confused: pairs of classes, the most often confused first. intervals: (low, high) of the top-1 of A
+    and of B, 95 % (Wilson).
     significance: of the difference in top-1; None unless both list their predictions for the same videos.
     """
 
@@ -180,8 +181,8 @@ class Comparison:
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """A report of an evaluation, or of the last one of a run's folder. Raises ConfigError for a file that is none, or
-    that cannot be calculated with."""
+    """Reads a report file, or the report.json of a run's folder. Raises ConfigError if it is missing, no report, or
+    damaged."""
     path = path / "report.json" if path.is_dir() else path
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -216,7 +217,7 @@ def _damaged(path: Path, reason: str) -> ConfigError:
 
 
 def compare(a: Report, b: Report) -> Comparison:
-    """Holds two reports against each other: protocols, settings, figures, classes, confused pairs, McNemar's test."""
+    """Compares two reports: protocols, settings, figures, classes, confused pairs, McNemar's test."""
     a, b = _with_common_names(a, b)
     card_a, card_b = card_of(a), card_of(b)
     settings = [Setting(key, card_a.get(key), card_b.get(key)) for key in dict.fromkeys([*card_a, *card_b])]
@@ -236,24 +237,24 @@ def compare(a: Report, b: Report) -> Comparison:
 
 
 def summarise(reports: Sequence[Report]) -> dict[str, tuple[float, float]]:
-    """(mean, standard deviation of the population) of each figure that all reports have, over the reports."""
+    """{figure: (mean, population standard deviation)} over the reports, for the figures that all of them hold."""
     each = [figures_of(report) for report in reports]
     columns = {name: [figures[name] for figures in each] for name in each[0] if all(name in one for one in each)}
     return {name: (float(np.mean(column)), float(np.std(column))) for name, column in columns.items()}
 
 
 def wilson_interval(correct: int, videos: int) -> tuple[float, float]:
-    """(low, high) of Wilson's 95 % interval of the share `correct / videos`, per cent. videos: at least 1."""
-    from scipy.stats import binomtest  # late: it takes most of a second to import
+    """(low, high) in per cent: Wilson's 95 % interval of `correct / videos`. videos: at least 1."""
+    from scipy.stats import binomtest  # imported here: it takes most of a second
 
     interval = binomtest(correct, videos).proportion_ci(0.95, method="wilson")
     return 100 * float(interval.low), 100 * float(interval.high)
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """Exact two-sided p of McNemar's test: a fair coin divides only_a + only_b videos at least this unevenly.
+    """Exact two-sided p of McNemar's test: the probability that a fair coin splits the videos at least this unevenly.
 
-    It is 1 where there is no such video.
+    It is 1 if there are none.
     """
     from scipy.stats import binomtest
 
@@ -262,7 +263,7 @@ def mcnemar(only_a: int, only_b: int) -> float:
 
 
 def figures_of(report: Report) -> dict[str, float]:
-    """Every figure of a report by a name that says its protocol."""
+    """{name: value} of all figures of a report; the name includes the protocol."""
     figures = {name: report.get(name) for name in FIGURES}
     for row in report.get("by_views", []):
         figures[f"top1, {row['clips']} x {row['crops']} views"] = row["top1"]
@@ -274,7 +275,7 @@ def figures_of(report: Report) -> dict[str, float]:
 
 
 def card_of(report: Report) -> dict[str, Any]:
-    """The settings of a report, sections flattened to dotted keys, videos that were left out as their ids."""
+    """The settings of a report with dotted keys for sections; `skipped` lists the ids of the videos left out."""
     skipped = {*CONTENT, *FIGURES, "by_views", "half_classes", "class_splits"}
     card: dict[str, Any] = {}
     for key, value in report.items():
@@ -288,7 +289,7 @@ def card_of(report: Report) -> dict[str, Any]:
 
 
 def _with_common_names(a: Report, b: Report) -> tuple[Report, Report]:
-    """Of the same videos, a class that is only worded differently is called "wording of A -> wording of B" in both."""
+    """If both reports are of the same videos, renames differently worded classes to "wording of A -> wording of B"."""
     rows = a["per_class"], b["per_class"]
     videos = a.get("data_fingerprint"), b.get("data_fingerprint")
     if None in videos or videos[0] != videos[1] or len(rows[0]) != len(rows[1]):
@@ -314,7 +315,7 @@ def _classes(a: Report, b: Report) -> list[ClassFigure]:
 
 
 def confusions(report: Report) -> list[tuple[str, str, int, int]]:
-    """(class, what it was taken for, how often, videos of the class), the pair that is confused most often first."""
+    """[(class, predicted class, how often, videos of the class)], the most frequent confusion first."""
     rows = report["per_class"]
     pairs = [
         (rows[true]["class"], rows[predicted]["class"], times, rows[true]["videos"])
@@ -350,6 +351,6 @@ def _significance(a: Report, b: Report) -> Significance | None:
 
 
 def _right(predictions: Mapping[str, Any]) -> list[bool]:
-    """Video by video; one without a probability had no finite scores."""
+    """Whether each video is right; one without a probability had no finite scores and is wrong."""
     columns = zip(predictions["labels"], predictions["predicted"], predictions["probability"], strict=True)
     return [label == predicted and probability is not None for label, predicted, probability in columns]

@@ -1,7 +1,7 @@
-"""Evaluation in one pass: every video is embedded once, everything reported follows from the embeddings.
+"""Evaluation in one pass: embeds every video once and computes all figures from the embeddings.
 
-Ranks take unequal shares of the videos and send their embeddings to rank 0, which counts. Nothing is padded, repeated
-or averaged over ranks, so the figures do not depend on the number of ranks.
+Each rank embeds its share of the videos and sends the embeddings to rank 0, which computes the figures. No video is
+padded, repeated or averaged over ranks, so the figures do not depend on the number of ranks.
 
 B videos of a batch, N of the data set, V views, T frames, C classes, D embedding width.
 """
@@ -40,7 +40,7 @@ logger = logging.getLogger("text4vis")
 
 PACKAGES = ("text4vis", "torch", "open_clip_torch", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "deepspeed", "numpy")
 FEATURES = "text4vis-features"
-# What a file of features depends on, beside the architecture: keys of the protocol card.
+# Keys of the protocol card on which a features file depends, beside the architecture.
 FEATURES_ORIGIN = ("weights", "data_fingerprint", "views", "precision", "device", "decode")
 
 
@@ -56,7 +56,7 @@ class Embeddings:
     ids_N: np.ndarray
 
     def check(self) -> None:
-        """Raises ValueError for tables that do not belong together."""
+        """Raises ValueError for a wrong dtype, wrong axes or unequal lengths."""
         tables = {"embeddings_NVD": (self.embeddings_NVD, np.float32, 3), "labels_N": (self.labels_N, np.int64, 1)}
         for name, (table, dtype, axes) in {**tables, "ids_N": (self.ids_N, np.int64, 1)}.items():
             if table.dtype != dtype or table.ndim != axes or len(table) != len(self.ids_N):
@@ -70,12 +70,12 @@ def embed_videos(
     """Embeds the loader's share on every rank and joins the shares on rank 0; None on the others.
 
     All ranks run the same number of forward passes, since parameters may be sharded over ranks (ZeRO-3): a rank that
-    has run out of videos embeds a blank one and throws the result away. What `data.on_error: skip` leaves out is in
-    rank 0's `loader.bad` afterwards; ShardError on all ranks if it is too much. Raises RuntimeError when another video
-    is missing or one is counted twice. before_batch: called before each pass, on all ranks alike; what it raises ends
-    the evaluation.
+    has run out of videos embeds a blank one and throws the result away. Videos skipped by
+    `data.on_error: skip` are in rank 0's `loader.bad` afterwards; too many raise ShardError on all ranks. Raises
+    RuntimeError if any other video is missing or a video is counted twice. before_batch: called before each forward
+    pass on all ranks; an exception of its own ends the evaluation.
     """
-    loader.bad.clear()  # what an earlier pass could not read may be read now
+    loader.bad.clear()  # try again what an earlier pass could not read
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
@@ -110,17 +110,17 @@ def embed_videos(
 
 
 def join_bad_videos(bad: BadVideos) -> None:
-    """Rank 0's bad videos become those of all ranks. Raises ShardError on all when they are too many. Collective."""
+    """Collects all ranks' bad videos on rank 0. Raises ShardError on all ranks if there are too many. Collective."""
     gathered = distributed.gather_to_main(bad.news())
     distributed.from_main(lambda: bad.join(entry for entries in gathered or () for entry in entries))
 
 
 def embed_or_read(model: VideoClip, loader: Loader, path: Path, origin: Mapping[str, Any]) -> Embeddings | None:
-    """As `embed_videos`, but kept in a file: read from it if it is of this `origin`, else made and written to it.
+    """Reads the embeddings from the file if its origin is `origin`; otherwise embeds the videos and writes the file.
 
-    A file of another origin is replaced, and a warning says what differs. Where videos were left out no file is
-    written. Rank 0 alone touches the file. Before any video is embedded it raises ConfigError for a file that
-    holds something else, OSError for one that cannot be written. Collective.
+    Replaces a file of another origin after a warning that names the differences. Writes no file if videos were left
+    out. Only rank 0 touches the file. Raises ConfigError for a file that holds something else and OSError for one that
+    cannot be written, both before any video is embedded. Collective.
     """
     kept: list[Embeddings] = []
 
@@ -134,7 +134,7 @@ def embed_or_read(model: VideoClip, loader: Loader, path: Path, origin: Mapping[
         return kept[0] if kept else None
     embedded = embed_videos(model, loader)
     if len(loader.bad):
-        logger.warning("%s: not written, for %d videos were left out", path, len(loader.bad))
+        logger.warning("%s: not written because %d videos were left out", path, len(loader.bad))
     elif embedded is not None:
         columns = {name: torch.from_numpy(column) for name, column in vars(embedded).items()}
         with replacing_path(path) as partial:
@@ -143,7 +143,7 @@ def embed_or_read(model: VideoClip, loader: Loader, path: Path, origin: Mapping[
 
 
 def _read_features(path: Path, origin: Mapping[str, Any]) -> list[Embeddings]:
-    """The file's features, or nothing if there is no file or one of another origin."""
+    """[the file's embeddings], or [] if there is no file or one of another origin."""
     if not path.exists():
         return []
     try:
@@ -163,9 +163,9 @@ def _read_features(path: Path, origin: Mapping[str, Any]) -> list[Embeddings]:
 
 
 def class_splits(config: Config, class_names: Sequence[str], labels_N: np.ndarray) -> dict[str, np.ndarray]:
-    """Ascending class ids of each list in `data.class_splits`, by file.
+    """{file: ascending class ids} for the lists in `data.class_splits`.
 
-    Raises ConfigError for a name that is no class, and for a list without videos among the labels.
+    Raises ConfigError for a name that is no class, and for a list whose classes have no videos.
     """
     ids = {name: number for number, name in enumerate(class_names)}
     splits = {}
@@ -193,10 +193,10 @@ def evaluate(
     features: Path | None = None,
     before_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, Any] | None:
-    """Embeds every video of the loader's data set and reports on rank 0; None on the other ranks. Collective.
+    """Evaluates on the loader's data set. Returns the report on rank 0, None on the other ranks. Collective.
 
-    weights: their `weights_fingerprint`, on rank 0. splits: of `class_splits`. features: keeps the embeddings in this
-    file, see `embed_or_read`.
+    weights: `weights_fingerprint` of the model, needed on rank 0. splits: from `class_splits`. features: file that
+    keeps the embeddings, see `embed_or_read`.
     """
     data = loader.config.data
     card = protocol_card(model, class_embeddings_CD, class_names, loader, weights)
@@ -222,7 +222,7 @@ def evaluate(
 def protocol_card(
     model: VideoClip, class_embeddings_CD: torch.Tensor, class_names: Sequence[str], loader: Loader, weights: str
 ) -> dict[str, Any]:
-    """What the figures are measured with, ready for JSON."""
+    """The protocol card: data, views, classifier, weights, versions; JSON values only."""
     config, data = loader.config, loader.config.data
     parameter = next(model.parameters())
     return {
@@ -253,19 +253,19 @@ def protocol_card(
 
 
 def weights_fingerprint(state: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of the video part of a model's state in fp32: equal for a run, its checkpoint and its export."""
+    """SHA-256 of a model's weights without the text tower, in fp32: equal for a run, its checkpoint and its export."""
     video = Parts.of(state).video
     return fingerprint({name: value.float() if value.is_floating_point() else value for name, value in video.items()})
 
 
 def _architecture(model: VideoClip) -> str:
-    """Tells apart models that may share their weights: by their modules, CLIP's configuration and its pixels."""
+    """SHA-256 of the modules, CLIP's configuration and the pixel normalisation, which weights alone do not show."""
     parts = (str(model), json.dumps(model.clip_config, sort_keys=True), model.mean, model.std)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of what the figures depend on."""
+    """Installed versions of the packages that the figures depend on."""
     installed = {}
     for package in PACKAGES:
         with suppress(metadata.PackageNotFoundError):

@@ -1,8 +1,8 @@
-"""From embeddings of videos to every figure that an evaluation reports. Pure numpy; imports metrics only.
+"""Computes every figure of an evaluation report from the videos' embeddings. Pure numpy.
 
-The field's protocols are all here, because each costs next to nothing once the views are embedded: one view and
-several, all classes, the zero-shot halves of the classes, given splits of the classes (Kinetics-600's three), mean
-average precision (ActivityNet), and the table, the confusion matrix and the predictions behind them.
+Once the views are embedded each protocol costs next to nothing, so all are computed: one view and several, all classes,
+the zero-shot halves of the classes, given splits of the classes (Kinetics-600's three), mean average precision
+(ActivityNet), and the table, confusion matrix and predictions behind them.
 
 N videos, V views, C classes, D embedding width. Shares are in per cent.
 """
@@ -20,25 +20,26 @@ import numpy as np
 from text4vis.evaluation import metrics
 from text4vis.evaluation.calibration import calibration_figures
 
-LOGIT_SCALE = 100.0  # CLIP's largest; the original evaluates with it whatever was learned
+LOGIT_SCALE = 100.0  # CLIP's upper bound; the original evaluates with it, not with the learned scale
 FUSION = "mean of the views' unnormalised embeddings, normalised, times 100 against the classes, softmax"
-CENTRE_CROP = {1: 0, 3: 2, 5: 4, 10: 8}  # its place among the crops of `augmentation.eval_geometry`
-MIN_HALVED_CLASSES = 4  # halves of one class have nothing to tell apart
+CENTRE_CROP = {1: 0, 3: 2, 5: 4, 10: 8}  # number of crops -> index of the centre one in `augmentation.eval_geometry`
+MIN_HALVED_CLASSES = 4  # a half with one class is always right
 
 
 @dataclass(frozen=True)
 class Views:
-    """How many views a video was given: `clips` in time, `crops` of each (1, 3, 5 or 10); view k * crops + c."""
+    """A video's views: `clips` in time times `crops` of each (1, 3, 5 or 10). View k * crops + c is crop c of clip k."""
 
     clips: int = 1
     crops: int = 1
     dense: bool = False
 
     def subsets(self) -> Iterator[tuple[int, int, list[int], str]]:
-        """(clips, crops, their views, what differs from an evaluation with just these) of the protocols in this one.
+        """Yields (clips, crops, indices of their views, note) for each smaller protocol that these views contain.
 
-        The single clip is the first one: it has the frames that an evaluation of one clip takes. With dense sampling it
-        is the middle one of the windows. The single crop is the centre one; 5 crops are the unflipped ones of 10.
+        The single clip is the first one, which has the frames of a one-clip evaluation; with dense sampling it is the
+        middle window. The single crop is the centre one; 5 crops are the unflipped ones of 10. The note says how the
+        result differs from an evaluation with only these views.
         """
         clip_sets = {1: [self.clips // 2 if self.dense else 0], self.clips: list(range(self.clips))}
         crop_sets = {1: [CENTRE_CROP[self.crops]]}
@@ -49,15 +50,17 @@ class Views:
             for crops, crop_set in crop_sets.items():
                 notes = []
                 if clips < self.clips and self.dense:
-                    notes.append(f"window {self.clips // 2} of {self.clips} stands for the centre window")
+                    notes.append(f"window {self.clips // 2} of {self.clips} is used as the centre window")
                 if crops == 1 < self.crops:
-                    notes.append(f"the centre one of {self.crops} crops lies up to 2 pixels off the only crop of one")
+                    notes.append(
+                        f"the centre one of {self.crops} crops may lie 2 pixels beside that of a one-crop evaluation"
+                    )
                 views = [clip * self.crops + crop for clip in clip_set for crop in crop_set]
                 yield clips, crops, views, "; ".join(notes)
 
 
 def class_scores(embeddings_NVD: np.ndarray, class_embeddings_CD: np.ndarray) -> np.ndarray:
-    """Probabilities (N, C) float64: views averaged, normalised, times 100 against the normalised classes, softmax."""
+    """Probabilities (N, C) float64: softmax of 100 times the cosine between the mean view and each class."""
     video_ND = embeddings_NVD.mean(axis=1, dtype=np.float64)
     video_ND /= np.linalg.norm(video_ND, axis=1, keepdims=True)
     classes_CD = class_embeddings_CD.astype(np.float64)
@@ -77,19 +80,19 @@ def figures(
     views: Views | None = None,
     class_splits: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, Any]:
-    """The figures of every protocol that applies, ready for JSON: shares in per cent, counts of videos beside them.
+    """The figures of every protocol that applies, as JSON values: shares in per cent and counts of videos.
 
-    embeddings_NVD: unnormalised, with V = clips * crops of `views` (default: one). class_splits: class ids by name of
-    split. `calibration` is None for fewer than calibration.MIN_VIDEOS videos, `half_classes` below four classes or
-    where a half has no videos, `map` where a score is not a number. A video without numbers for scores is never right:
-    `not_finite` counts such videos, their probabilities are None.
+    embeddings_NVD: unnormalised, with V = clips * crops of `views` (default: one). class_splits: {name of the split:
+    class ids}. `calibration` is None for fewer than calibration.MIN_VIDEOS videos, `half_classes` for fewer than four
+    classes or if a half has no videos, `map` if a score is not finite. A video whose scores are not finite counts as
+    wrong: `not_finite` is the number of such videos, and their probabilities are None.
     """
     views = views or Views()
     scores_NC = class_scores(embeddings_NVD, class_embeddings_CD)
     num_classes = len(class_names)
     finite_N = np.isfinite(scores_NC).all(axis=1)
     predicted_N = scores_NC.argmax(axis=1)
-    answers_N = np.where(finite_N, predicted_N, num_classes)  # one more column: no class at all
+    answers_N = np.where(finite_N, predicted_N, num_classes)  # the extra column stands for no class
     answers_CX = metrics.confusion_matrix(answers_N, labels_N, num_classes + 1)[:num_classes]
     halves = metrics.half_class_splits(num_classes) if num_classes >= MIN_HALVED_CLASSES else []
     own_N = np.take_along_axis(scores_NC, labels_N[:, None], axis=1)[:, 0]
@@ -130,7 +133,7 @@ def figures(
 def _calibration(
     embeddings_NVD: np.ndarray, labels_N: np.ndarray, class_embeddings_CD: np.ndarray, views: Views
 ) -> dict[str, Any] | None:
-    """Of one view, which prediction takes; videos without finite scores are left out."""
+    """The calibration of one view, as prediction uses it; videos without finite scores are left out."""
     _, _, one_view, _ = next(views.subsets())
     scores_NC = class_scores(embeddings_NVD[:, one_view], class_embeddings_CD)
     finite_N = np.isfinite(scores_NC).all(axis=1)
@@ -138,13 +141,13 @@ def _calibration(
 
 
 def within(scores_NC: np.ndarray, labels_N: np.ndarray, class_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scores (n, c) and labels (n,) of the videos of some classes, among these alone. class_ids: (c,), ascending."""
+    """Restricts videos and scores to some classes: scores (n, c), labels (n,). class_ids: (c,), ascending."""
     chosen_N = np.isin(labels_N, class_ids)
     return scores_NC[chosen_N][:, class_ids], np.searchsorted(class_ids, labels_N[chosen_N])
 
 
 def _over_splits(scores_NC: np.ndarray, labels_N: np.ndarray, splits: Mapping[str, np.ndarray]) -> dict | None:
-    """Each split by itself, mean and standard deviation (of the population, as numpy's) over them."""
+    """The accuracy of each split, and their mean and population standard deviation."""
     parts = {name: within(scores_NC, labels_N, class_ids) for name, class_ids in splits.items()}
     if not parts or not all(len(labels) for _, labels in parts.values()):
         return None
@@ -156,7 +159,7 @@ def _over_splits(scores_NC: np.ndarray, labels_N: np.ndarray, splits: Mapping[st
 
 
 def spread(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> dict[str, float]:
-    """Mean and standard deviation (of the population) of each key over the rows: `top1_mean`, `top1_std` ..."""
+    """Mean and population standard deviation of each key over the rows: `top1_mean`, `top1_std` ..."""
     result: dict[str, float] = {}
     for key in keys:
         column = [row[key] for row in rows]
@@ -175,7 +178,7 @@ def _rounded(values_N: np.ndarray) -> list[float | None]:
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
-    """JSON that a person can read too: a line for each key and for each row of a table."""
+    """Writes the report as JSON with one line for each key and for each row of a table."""
     lines = []
     for key, value in report.items():
         text = json.dumps(value, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""Temporal heads: fuse the embeddings of a video's frames into one. Imports torch only.
+"""Temporal heads: fuse the embeddings of a video's frames into one.
 
 B videos, T frames, D embedding width. Every head maps frames (B, T, D), in the visual tower's dtype, to videos (B, D)
 in float32, not normalised. Parameter names and initialisation are those of the Text4Vis and ActionCLIP releases.
@@ -11,7 +11,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-NUM_POSITIONS = 77  # the releases size the table of frame positions by the text tower's context length
+NUM_POSITIONS = 77  # the releases give the frame position table the text tower's context length
 NUM_LAYERS = 6
 HEAD_WIDTH = 64
 INIT_STD = 0.02
@@ -34,7 +34,7 @@ def build_head(sim_header: str, *, embed_dim: int, text_width: int, num_segments
 
 
 class MeanHead(nn.Module):
-    """`None`: the mean over frames, blind to their order."""
+    """`None`: the mean over frames; their order has no effect."""
 
     def forward(self, frames_BTD: Tensor) -> Tensor:
         """(B, T, D) -> (B, D) float32: the mean over the frames."""
@@ -42,7 +42,7 @@ class MeanHead(nn.Module):
 
 
 class QuickGELU(nn.Module):
-    """GELU's approximation in OpenAI's CLIP."""
+    """The approximation of GELU that OpenAI's CLIP uses."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x * sigmoid(1.702 * x), of any shape."""
@@ -50,7 +50,7 @@ class QuickGELU(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """In float32 whatever the input's dtype: an epsilon of 1e-12 needs it."""
+    """Layer norm that always computes in float32, because its epsilon of 1e-12 needs that precision."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, eps=1e-12)
@@ -101,8 +101,8 @@ class TemporalTransformer(nn.Module):
 class TransformerHead(nn.Module):
     """`Transf`: learned frame positions, six blocks, a residual around all of it, then the mean over frames.
 
-    Linear layers (the attention's output projection too) and positions start from a normal of deviation 0.02 with zero
-    biases; the attention's input projection keeps torch's default.
+    Linear layers (including the attention's output projection) and positions are initialised from a normal with
+    standard deviation 0.02, biases with zero; the attention's input projection keeps torch's default.
     """
 
     def __init__(self, embed_dim: int, num_heads: int) -> None:
@@ -113,7 +113,7 @@ class TransformerHead(nn.Module):
 
     def forward(self, frames_BTD: Tensor) -> Tensor:
         """(B, T, D) -> (B, D) float32."""
-        # Called, not sliced: the engine may have to gather the table first.
+        # Call the module instead of slicing its weight: ZeRO-3 gathers the table when the module is called.
         positions_TD = self.frame_position_embeddings(torch.arange(frames_BTD.shape[1], device=frames_BTD.device))
         fused_BTD = self.transformer(frames_BTD + positions_TD)
         return (fused_BTD.float() + frames_BTD.float()).mean(dim=1)
@@ -152,7 +152,7 @@ class ClassTokenHead(nn.Module):
 
 
 class LSTMHead(nn.Module):
-    """`LSTM` (ActionCLIP): one layer as wide as the embedding, a residual to the frames, then their mean."""
+    """`LSTM` (ActionCLIP): one layer as wide as the embedding, a residual from the frames, then their mean."""
 
     def __init__(self, embed_dim: int) -> None:
         super().__init__()
@@ -165,10 +165,10 @@ class LSTMHead(nn.Module):
 
 
 class ConvHead(nn.Module):
-    """`Conv_1D` (ActionCLIP): a depthwise convolution over time that starts as a shift, a residual, then the mean.
+    """`Conv_1D` (ActionCLIP): a depthwise convolution over time, initialised as a shift, a residual, then the mean.
 
-    The first quarter of the channels starts by reading the frame before, the last quarter the frame after. ActionCLIP
-    reinterprets (T, D) as (D, T) without transposing, which mixes channels with time; here time is time.
+    At initialisation the first quarter of the channels reads the previous frame and the last quarter the next one.
+    ActionCLIP reshapes (T, D) to (D, T) without transposing, which mixes channels with time; this head transposes.
     """
 
     def __init__(self, embed_dim: int) -> None:

@@ -1,13 +1,13 @@
-"""Inside CLIP's visual tower: temporal modelling (`network.tm`, `network.joint_st`) and dropout.
+"""Temporal modelling (`network.tm`, `network.joint_st`) and dropout inside CLIP's visual tower.
 
     adapt(tower with its weights) ──> tsm         channels of patches move to the next and the previous frame
                                   ├─> tokenshift  channels of the class token move
-                                  ├─> tokent1d    a convolution over time on the class token, which starts as tokenshift
-                                  ├─> joint_st    one sequence of the tokens of all frames
+                                  ├─> tokent1d    a convolution over time on the class token, initialised as tokenshift
+                                  ├─> joint_st    one sequence with the tokens of all frames
                                   └─> drop_out, emb_dropout
 
-A tower takes N = B*T frames, video by video. Parameter names are those of the Text4Vis release, whose files load.
-Imports config only. B videos, T frames, L tokens (the class token first), P patches, W tower width.
+A tower takes N = B*T frames, video by video. Parameter names are those of the Text4Vis release, so
+that its files load. B videos, T frames, L tokens (the class token first), P patches, W tower width.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from text4vis.config.schema import ConfigError, NetworkConfig
 
 TSM_SHARE = 8  # one channel in 8 moves forward in time, and one backward
 TOKEN_SHARE = 4
-DEEP_STAGE = 23  # a ResNet whose third stage has this many blocks is shifted in every other block only
+DEEP_STAGE = 23  # ResNets whose third stage has at least this many blocks are shifted in every other block
 
 
 def adapt(visual: Any, network: NetworkConfig, num_segments: int) -> nn.Module:
-    """The tower with what `network` asks for, built from its own modules: pre-trained weights are kept.
+    """Adds what `network` asks for to the tower; its modules and pre-trained weights are kept.
 
-    Raises ConfigError naming the key that this kind of tower has no meaning for.
+    Raises ConfigError that names a key which this kind of tower does not support.
     """
     asked = [key for key in ("tm", "joint_st", "drop_out", "emb_dropout") if getattr(network, key)]
     if not asked:
@@ -51,7 +51,7 @@ def adapt(visual: Any, network: NetworkConfig, num_segments: int) -> nn.Module:
 
 
 def _is_plain(visual: Any) -> bool:
-    """Whether this is a vision transformer as OpenAI built it: ordinary blocks, read at the class token."""
+    """Whether this is a vision transformer like OpenAI's: standard blocks, pooled at the class token."""
     return (
         isinstance(visual, VisionTransformer)
         and visual.attn_pool is None
@@ -96,26 +96,26 @@ def shift_channels(x_NxC: Tensor, num_segments: int, share: int) -> Tensor:
 
 
 class ShiftedImages(nn.Module):
-    """`tsm` in a ResNet: the input (N, C, H, W) of a block's first convolution is shifted, its shortcut is not."""
+    """`tsm` in a ResNet: shifts the input (N, C, H, W) of a block's first convolution, but not of its shortcut."""
 
     def __init__(self, net: nn.Module, num_segments: int) -> None:
         super().__init__()
         self.net, self.num_segments = net, num_segments
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """(N, C, H, W), N = B * T frames, through the wrapped layer after the shift."""
+        """Shifts (N, C, H, W), N = B * T frames, and applies the wrapped layer."""
         return self.net(shift_channels(x_NCHW.movedim(1, -1), self.num_segments, TSM_SHARE).movedim(-1, 1))
 
 
 class ShiftedPatches(nn.Module):
-    """`tsm` in a vision transformer: what enters a block is shifted, shortcut included, but for the class token."""
+    """`tsm` in a vision transformer: shifts a block's whole input, shortcut included, except for the class token."""
 
     def __init__(self, net: nn.Module, num_segments: int) -> None:
         super().__init__()
         self.net, self.num_segments = net, num_segments
 
     def forward(self, x_NLW: Tensor, *_: None, **__: None) -> Tensor:
-        """(N, L, W), N = B * T frames of L tokens, through the wrapped layer after the shift."""
+        """Shifts (N, L, W), N = B * T frames of L tokens, and applies the wrapped layer."""
         patches_NPW = shift_channels(x_NLW[:, 1:], self.num_segments, TSM_SHARE)
         return self.net(torch.cat([x_NLW[:, :1], patches_NPW], dim=1))
 
@@ -133,7 +133,7 @@ class TokenShift(nn.Module):
 
 
 class TokenConv(nn.Module):
-    """`tokent1d`: a depthwise convolution over time, of 3 frames, on the class token. It starts as TokenShift."""
+    """`tokent1d`: a depthwise convolution over 3 frames of the class token, initialised as TokenShift."""
 
     def __init__(self, width: int, num_segments: int) -> None:
         super().__init__()
@@ -156,9 +156,9 @@ class TokenConv(nn.Module):
 class Block(nn.Module):
     """open_clip's residual block, from its own modules, with two additions of the release.
 
-    `control_point` maps the tokens before each of the two branches. A branch drops out for whole frames at `drop_rate`,
-    as attention weights do. The release drops a branch for whole token positions of a batch instead, since it takes
-    the first axis for the batch.
+    `control_point` maps the tokens before each of the two branches. `drop_rate` is the probability that a
+    branch is dropped for a frame, and the dropout of the attention weights. The release drops whole token positions of
+    a batch instead, because it mistakes the first axis for the batch.
     """
 
     ln_1: nn.Module
@@ -186,9 +186,10 @@ class Block(nn.Module):
 
 
 class JointTower(nn.Module):
-    """`joint_st`: the patches of all frames and one class token in one sequence; embeddings (B, D), one a video.
+    """`joint_st`: attends over the patches of all frames and one class token in one sequence; gives (B, D).
 
-    `time_embedding` (T, W) is learned, starts from a normal of deviation W^-0.5 and moves every patch of its frame.
+    `time_embedding` (T, W) is learned, initialised from a normal with standard deviation W^-0.5, and added to every
+    patch of its frame.
     """
 
     conv1: nn.Module
@@ -210,7 +211,7 @@ class JointTower(nn.Module):
         self.time_embedding = nn.Parameter(width**-0.5 * torch.randn(num_segments, width))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """As open_clip's towers have it."""
+        """Turns activation checkpointing on or off, as in open_clip's towers."""
         self.transformer.grad_checkpointing = enable
 
     def forward(self, pixels_NCHW: Tensor) -> Tensor:

@@ -2,10 +2,10 @@
 
     a run's config.yaml, metrics.jsonl, report.json ...  ->  Run  ->  curves, tables, example frames  ->  report.html.j2
 
-All that the files say is untrusted. The template escapes it, `redact_text` takes control characters and credentials
-out of every text on its way there, and what is calculated with is checked first.
+The files are untrusted. The template escapes every text, `redact_text` removes control characters and credentials from
+it first, and `read_runs` checks every number that is calculated with.
 
-The first run with a report is the reference: differences are taken against it. S is the side of a frame in pixels.
+Differences are taken against the first run that has a report, the reference. S is the side of a frame in pixels.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ FINGERPRINTS = ("fingerprint", "weights", "class_embeddings")  # ends of keys wh
 
 @dataclass(frozen=True)
 class Run:
-    """What the files of a run say.
+    """The contents of a run's files.
 
     config: config.yaml. train, val: the records of metrics.jsonl. report: report.json, None if nothing was evaluated.
-    others: further reports in the folder, by file name. notes: what a reader must know about the files. Of a report
-    without a run, `report` is all there is.
+    others: further reports in the folder, by file name. notes: remarks for the reader about missing or damaged files.
+    For a single report without a run, only `report` is set.
     """
 
     name: str
@@ -88,7 +88,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Examples:
-    """Of one run: the surest right and the surest wrong predictions, or why they cannot be shown."""
+    """One run's right and wrong predictions with the highest probability, or in `missing` why they cannot be shown."""
 
     right: list[Example] = field(default_factory=list)
     wrong: list[Example] = field(default_factory=list)
@@ -96,7 +96,7 @@ class Examples:
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Runs by their folders, or reports of evaluate.py by their files, in order, named so that no two are alike.
+    """Reads run folders, or single report files of evaluate.py, in the given order; each gets a name of its own.
 
     Raises ConfigError for a file that is missing or damaged.
     """
@@ -109,7 +109,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 def _read_run(path: Path, name: str) -> Run:
     if path.is_file():
-        return Run(name, path, report=read_report(path), notes=["a report alone: no curves, settings or frames"])
+        return Run(name, path, report=read_report(path), notes=["a single report: no curves, settings or frames"])
     if not path.is_dir():
         raise ConfigError(f"{path}: no such folder; name the --output folder of a training run")
     config = load_config(path / CONFIG)
@@ -128,7 +128,7 @@ def _read_run(path: Path, name: str) -> Run:
 
 
 def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
-    """Records of training, records of evaluations, notes. A job that was killed leaves half a line at the end."""
+    """(training records, evaluation records, notes). A killed job may leave half a line at the end."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -139,7 +139,7 @@ def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]
     *lines, rest = text.split("\n")
     records = [_record(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
     train, val = ([record for record in records if record["kind"] == kind] for kind in ("train", "val"))
-    return train, val, [f"{METRICS} ends in the middle of a line, which is left out"] if rest else []
+    return train, val, [f"{METRICS} ends in the middle of a line; that line is left out"] if rest else []
 
 
 def _record(line: str, where: str) -> dict[str, Any]:
@@ -156,9 +156,9 @@ def _record(line: str, where: str) -> dict[str, Any]:
 
 
 def read_examples(runs: Sequence[Run], count: int) -> Iterator[Examples]:
-    """Of each run, `count` of the surest right and of the surest wrong predictions with the frames that the model saw.
+    """Yields for each run the `count` right and `count` wrong predictions with the highest probability, with frames.
 
-    The frames are read from the shards that config.yaml names. Where they cannot be, `missing` says why.
+    The frames are read from the shards that config.yaml names. If they cannot be read, `missing` says why.
     """
     for run in runs:
         try:
@@ -182,7 +182,7 @@ def _examples(runs: Sequence[Run], run: Run, count: int) -> Examples:
         fingerprint, skipped = _videos_of(run.report)
         kept = np.setdiff1d(np.arange(len(loader.dataset)), skipped)
         if loader.dataset.fingerprint != fingerprint or len(kept) != len(run.report["predictions"]["labels"]):
-            raise ConfigError(f"{', '.join(loader.config.data.val)}: other videos than those that were evaluated")
+            raise ConfigError(f"{', '.join(loader.config.data.val)}: not the videos that were evaluated")
         ids = {row: int(kept[row]) for rows in chosen.values() for row in rows}
         frames = read_clips(loader, sorted(set(ids.values())))
         found = {
@@ -243,7 +243,7 @@ def _predictions(runs: Sequence[Run], about: Run, row: int) -> list[PredictionRo
 
 
 def _videos_of(report: Mapping[str, Any]) -> tuple[Any, list[int]]:
-    """Which videos the rows of a report's predictions are: the data's fingerprint, the ids that were left out."""
+    """What identifies the videos of a report: the data's fingerprint and the ids that were left out."""
     return report.get("data_fingerprint"), [entry["id"] for entry in report.get("skipped", [])]
 
 
@@ -256,7 +256,7 @@ def _data_address(frame_SS3: np.ndarray) -> Markup:
 
 
 def render(runs: Sequence[Run], examples: Sequence[Examples] = ()) -> str:
-    """The page. examples: of `read_examples`, or nothing to leave that part out."""
+    """Returns the page as HTML. examples: of `read_examples`; without them the page has no such section."""
     environment = Environment(
         loader=PackageLoader("text4vis.report", "."),
         autoescape=True,
@@ -296,19 +296,19 @@ def render(runs: Sequence[Run], examples: Sequence[Examples] = ()) -> str:
 
 
 def _number(value: float | None, spec: str = ".2f") -> Markup:
-    """A number rounded for people, and whole for programs."""
+    """An HTML `data` element: the rounded number as its text, the exact one as its value."""
     if value is None:
         return Markup("&ndash;")
     return Markup('<data value="{}">{}</data>').format(repr(value), format(value, spec))
 
 
 def _soft(key: str) -> Markup:
-    """A key that may be broken after its dots and underscores."""
+    """A key that the browser may break across lines after a dot or underscore."""
     return Markup("<wbr>").join(re.split(r"(?<=[._])", redact_text(key)))
 
 
 def _headline(run: Run) -> dict[str, tuple[float, str, str]]:
-    """(value, format, unit) of what a run's log comes to, by name."""
+    """{name: (value, format, unit)}: the summary of a run's metrics.jsonl."""
     found: dict[str, tuple[float, str, str]] = {}
     if evaluated := [record for record in run.val if record.get("top1") is not None]:
         best = max(evaluated, key=lambda record: record["top1"])
@@ -333,13 +333,13 @@ def _column(records: Iterable[Mapping[str, Any]], key: str) -> list[float]:
 
 
 def _rows(columns: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[int, Any]]:
-    """{key: {column: value}} of columns that need not have the same keys."""
+    """Turns {column: {key: value}} into {key: {column: value}}; columns may lack keys."""
     keys = dict.fromkeys(key for column in columns.values() for key in column)
     return {key: {number: column[key] for number, column in columns.items() if key in column} for key in keys}
 
 
 def _shown(values: Mapping[str, Any]) -> dict[str, str]:
-    """Values as text; long hashes cut to what tells them apart."""
+    """Values as text; long hashes are cut to 12 characters."""
     return {
         key: str(value)[: 12 if key.endswith(FINGERPRINTS) else None] if isinstance(value, str) else json.dumps(value)
         for key, value in values.items()
@@ -351,14 +351,14 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def _differing(columns: Mapping[int, Mapping[str, str]]) -> list[tuple[str, bool, dict[int, str]]]:
-    """(key, whether the columns differ in it, {column: value}), differing ones first."""
+    """[(key, whether the columns differ in it, {column: value})], the keys that differ first."""
     rows = _rows(columns)
     marked = [(key, len(row) < len(columns) or len(set(row.values())) > 1, row) for key, row in rows.items()]
     return sorted(marked, key=lambda row: not row[1])
 
 
 def _class_rows(reports: Mapping[int, Mapping[str, Any]]) -> list[tuple[str, int, dict[int, float]]]:
-    """(class, its videos in the first report that has it, {run: per cent right}); the reference's worst first."""
+    """[(class, its videos in the first report that has it, {run: accuracy})], the reference's worst class first."""
     rows: dict[str, tuple[str, int, dict[int, float]]] = {}
     for number, report in reports.items():
         for row in report["per_class"]:
@@ -369,7 +369,7 @@ def _class_rows(reports: Mapping[int, Mapping[str, Any]]) -> list[tuple[str, int
 
 
 def _changes(found: Comparison, count: int = 10) -> dict[str, list[Any]]:
-    """The classes that gained most and lost most."""
+    """The `count` classes that gained most and those that lost most."""
     gained = [one for one in found.classes if one.difference > 0]
     lost = [one for one in reversed(found.classes) if one.difference < 0]
     return {"gained": gained[:count], "lost": lost[:count]}

@@ -1,6 +1,6 @@
 """Pictures of an evaluation: clips with captions, and the confusion matrix.
 
-Class names come from data: `plain` takes out control characters before a name is drawn or logged.
+Class names are untrusted: `plain` removes their control characters before they are drawn or logged.
 
 T frames of a clip, S their side in pixels, C classes.
 """
@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 INK, QUIET = "#22262b", "#6b7280"  # of text
 CAPTION_PIXELS, GAP_PIXELS = 28, 2  # of `contact_sheet`: above a clip, and between frames
-MOST_CLASSES = 24  # of a confusion matrix that can still be read
+MOST_CLASSES = 24  # in a confusion matrix; more would be unreadable
 
 
 def plain(text: str, limit: int = 60) -> str:
@@ -47,14 +47,14 @@ def contact_sheet(clips: Sequence[tuple[np.ndarray, str]]) -> np.ndarray:
 
 
 def most_confused(confusion_CC: np.ndarray, count: int = MOST_CLASSES) -> np.ndarray:
-    """Ascending ids of the classes in the largest counts off the diagonal, `count` of them or all."""
+    """Ascending ids of the (at most `count`) classes that have the largest counts off the diagonal."""
     wrong_CC = confusion_CC - np.diag(np.diag(confusion_CC))
     pairs = np.column_stack(np.unravel_index(np.argsort(-wrong_CC, axis=None, kind="stable"), wrong_CC.shape))
     return np.sort(np.array(list(dict.fromkeys(pairs.ravel().tolist()))[:count], int))
 
 
 def draw_confusion(confusion_CC: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
-    """The counts (true class, predicted class) as a picture (H, W, 3) uint8: of many classes the most confused ones."""
+    """The confusion matrix as a picture (H, W, 3) uint8; beyond MOST_CLASSES classes, only the most confused ones."""
     shown = most_confused(confusion_CC)
     counts = confusion_CC[np.ix_(shown, shown)]
     shares = counts / np.maximum(confusion_CC.sum(axis=1), 1)[shown, None]

@@ -1,16 +1,16 @@
-"""What TensorBoard shows beside scalars, so that a run can be understood by looking: rank 0's work alone.
+"""Writes what TensorBoard shows beside scalars: texts, pictures, histograms. Runs on rank 0 only.
 
     config             the configuration as text, when a job starts
     results/           the hyper-parameters that runs are compared by, with the evaluations' figures
     train/clips        the first clips of a step as they reach the model, when a run starts and after each evaluation
-    val/right, wrong   the predictions of an evaluation that were surest and right, surest and wrong
-    val/confusion      the classes that are confused most, as a picture
-    val/classes        each class's share of videos that are right: a table, worst first, and a histogram
+    val/right, wrong   the right and the wrong predictions of an evaluation that had the highest probability
+    val/confusion      the confusion matrix of the most confused classes, as a picture
+    val/classes        the accuracy of each class: a table, worst class first, and a histogram
     projector          the class embeddings with their names
 
-Everything but the few videos pictured follows from what the run has computed already. What a job writes belongs to a
-step that a job which takes its place writes again, so a resumed run shows everything once. Names come from data: they
-are stripped of control characters, and of meaning in Markdown.
+Only the few videos shown are read again; all else the run has computed already. Everything is written at a step, and a
+resumed job rewrites the steps after its checkpoint, so nothing appears twice. Names are untrusted: control characters
+are removed and Markdown is escaped.
 
 B videos of a batch, T frames, S side in pixels, C classes, D embedding width.
 """
@@ -46,9 +46,9 @@ PROJECTOR = """embeddings {
 
 
 class TensorBoardLog:
-    """The pictures, tables and texts of one job in `board`.
+    """Writes the pictures, tables and texts of one job to `board`.
 
-    config: as given. global_batch: videos of a step. step: the one that the job goes on from.
+    global_batch: videos per step. step: the last step done before this job.
     """
 
     def __init__(
@@ -57,15 +57,15 @@ class TensorBoardLog:
         self._board, self._config = board, config
         self._names = [plain(name) for name in class_names]
         board.add_text("config", "".join(f"    {line}\n" for line in config.to_yaml().splitlines()), step + 1)
-        # A folder of their own, for TensorBoard sets all its scalars beside the hyper-parameters. Its summary of the
-        # experiment is left out: TensorBoard then makes one of all runs, with the keys first in which they differ.
+        # Results get a folder of their own because TensorBoard lists every scalar of a folder beside its
+        # hyper-parameters. Without a summary of the experiment, TensorBoard compares all runs by the keys that differ.
         self._results = SummaryWriter(f"{board.log_dir}/results", purge_step=step + 1)
         _, start, self._end = hparams(hyperparameters(config, global_batch), {})
         self._summarise(start, step + 1)
         self._flush()
 
     def training_clips(self, batch: Batch, consumed: int, step: int) -> None:
-        """The first videos of the micro batch that `step` begins with; `consumed`: of the stream, before the step."""
+        """Shows the first videos of the first micro batch of `step`. consumed: videos of the stream before the step."""
         frames_BTCHW, ids, names = batch.frames[:, 0], batch.ids.tolist(), [self._names[c] for c in batch.labels]
         mix = draw_mix(self._config.solver, self._config.seed, consumed, ids, frames_BTCHW.shape[-1])
         if mix is not None:
@@ -80,8 +80,8 @@ class TensorBoardLog:
         self._flush()
 
     def evaluation(self, report: Mapping[str, Any], class_embeddings_CD: torch.Tensor, loader: Loader) -> None:
-        """An evaluation as pictures and a table. report: with `step` and `best_top1`; loader: of `data.val`, for the
-        videos shown are read once more."""
+        """Shows an evaluation as pictures and a table. report: with `step` and `best_top1`. loader: of `data.val`;
+        reads the videos shown once more."""
         step, predictions = report["step"], report["predictions"]
         for key in RESULTS:
             self._results.add_scalar(f"result/{key}", report[key], step)
@@ -104,7 +104,7 @@ class TensorBoardLog:
         self._flush()
 
     def end(self, step: int) -> None:
-        """The run is complete after `step`."""
+        """Marks the run as complete after `step`."""
         self._summarise(self._end, step + 1)
 
     def close(self) -> None:
@@ -129,7 +129,7 @@ class TensorBoardLog:
 
 
 def hyperparameters(config: Config, global_batch: int) -> dict[str, str | float]:
-    """What the results depend on, by key: all that must stay when a run goes on, and the global batch."""
+    """{key: value} of all keys that may not change when a run is resumed, and the global batch."""
     values = {key.name: attrgetter(key.name)(config) for key in schema() if not key.role.may_change}
     values["solver.global_batch"] = global_batch
     is_number = {key: isinstance(value, (int, float)) and not isinstance(value, bool) for key, value in values.items()}
@@ -137,7 +137,7 @@ def hyperparameters(config: Config, global_batch: int) -> dict[str, str | float]
 
 
 def extremes(predictions: Mapping[str, Any], count: int) -> dict[str, list[int]]:
-    """The videos whose prediction had the highest probability, surest first, of the right and of the wrong ones."""
+    """{"right": rows, "wrong": rows}: of each kind the `count` predictions with the highest probability, largest first."""
     probabilities = predictions["probability"]
     surest = sorted(
         (video for video, probability in enumerate(probabilities) if probability is not None),
@@ -153,9 +153,9 @@ def extremes(predictions: Mapping[str, Any], count: int) -> dict[str, list[int]]
 
 
 def class_table(per_class: Sequence[Mapping[str, Any]], confusion_CC: np.ndarray) -> str:
-    """Markdown, worst class first: its videos, how many per cent of them are right, and what it is taken for most.
+    """A Markdown table, worst class first: videos, accuracy in per cent, the class that it is taken for most often.
 
-    per_class: "class", "videos" and "correct", by label, as reports have them.
+    per_class: `per_class` of a report.
     """
     wrong_CC = confusion_CC - np.diag(np.diag(confusion_CC))
     present = [c for c, row in enumerate(per_class) if row["videos"]]
@@ -175,7 +175,7 @@ def _share(row: Mapping[str, Any]) -> float:
 
 
 def _literal(text: str) -> str:
-    """Text that means only itself in Markdown and HTML."""
+    """Escapes the text for Markdown and HTML."""
     return re.sub(r"[^\w\s]|_", lambda found: f"&#{ord(found[0])};", text)
 
 
@@ -187,7 +187,7 @@ def _shown(frames_TCHW: torch.Tensor) -> np.ndarray:
 
 
 def read_clips(loader: Loader, videos: Sequence[int] | np.ndarray) -> dict[int, np.ndarray]:
-    """The frames of some videos as an evaluation with one view saw them, by id; of those that can be read."""
+    """{id: (t, S, S, 3) uint8}: the frames that an evaluation with one view sees. Unreadable videos are missing."""
     data = loader.config.data
     _, _, (view,), _ = next(Views(data.test_clips, data.test_crops, data.dense).subsets())
     return {
@@ -198,7 +198,7 @@ def read_clips(loader: Loader, videos: Sequence[int] | np.ndarray) -> dict[int, 
 
 
 def _write_projector(folder: Path, class_embeddings_CD: torch.Tensor, class_names: Sequence[str]) -> None:
-    """Files of TensorBoard's projector, in place of those before: `add_embedding` would keep a copy of every step."""
+    """Overwrites the files of TensorBoard's projector; `add_embedding` would keep a copy for every step."""
     np.savetxt(folder / "class_embeddings.tsv", class_embeddings_CD.float().cpu().numpy(), "%.6g", "\t")
     (folder / "class_names.tsv").write_text("".join(f"{name}\n" for name in class_names), encoding="utf-8")
     (folder / "projector_config.pbtxt").write_text(PROJECTOR, encoding="utf-8")

@@ -1,6 +1,6 @@
 """The model card of an export: Markdown with a YAML header, as model hubs read it. Pure text.
 
-What comes from files (class names, templates, names of data sets) is shown as it is and never read as Markdown or HTML.
+Texts from files (class names, templates, names of data sets) are escaped: they never act as Markdown or HTML.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ WEIGHT_SUFFIXES = (".json", ".pt", ".pth", ".bin", ".safetensors")
 
 
 def escape(value: Any) -> str:
-    """A value as text of one line, without meaning in Markdown or HTML."""
+    """The value as one line of text, escaped for Markdown and HTML."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return re.sub(r"([\\`*_\[\]<>|~&$])", r"\\\1", " ".join(text.split()))
 
 
 def file_name(value: Any) -> Any:
-    """A path's last part, which is all that others need to know; anything else as it is."""
+    """The file name of a path, so that the card does not show folders; other values unchanged."""
     is_path = isinstance(value, str) and (PurePath(value).is_absolute() or value.endswith(WEIGHT_SUFFIXES))
     return PurePath(value).name if is_path else value
 
@@ -34,8 +34,9 @@ _ONNX = """Without torch, with `pip install av numpy onnxruntime pillow`:
 python predict_onnx.py model.onnx clip.mp4
 ```
 
-`model.onnx` takes `frames` (videos, views, frames, 3, height, width) uint8 RGB, and if other classes are wanted
-`classes` (classes, width) float32. It gives `embeddings` and `logits`, whose softmax is the probabilities.
+`model.onnx` takes `frames` (videos, views, frames, 3, height, width) uint8 RGB, and optionally
+`classes` (classes, width) float32 for other classes. It returns `embeddings` and `logits`; the softmax of the logits
+gives the probabilities.
 """
 
 
@@ -51,11 +52,11 @@ def model_card(
     onnx: Mapping[str, Any] | None,
     takes_labels: bool,
 ) -> str:
-    """The page. Mappings hold JSON values; inner mappings are shown with dotted keys.
+    """Returns the model card. Mappings hold JSON values; inner mappings are shown with dotted keys.
 
-    facts: what the model is. training: settings. figures: those that the run had when it saved the weights. evaluation:
-    protocol card and figures of a report; `of these weights` and `of the training data` say whether it is.
-    takes_labels: whether other class names than its own make sense.
+    facts: architecture and origin. training: settings. figures: the run's figures when it saved the weights.
+    evaluation: protocol card and figures of a report; its booleans `of these weights` and `of the training data` say
+    what was evaluated. takes_labels: whether the model can be given other class names.
     """
     header = {
         "library_name": "text4vis",
@@ -82,11 +83,11 @@ def model_card(
     parts += [
         *_evaluation(figures, evaluation),
         "## Limits\n",
-        "- It always names one of its classes, also for a video that shows none of them.\n"
+        "- It always names one of its classes, even for a video that shows none of them.\n"
         "- It looks at one clip of a few frames. Long videos are scanned in windows (`recogniser.scan`).\n"
         + ("" if takes_labels else "- Its class embeddings are not text, so it knows no classes but its own.\n")
-        + "- The figures above hold for the data, views and classes that are named with them, and nothing else was "
-        "measured. What CLIP's training data lacks or distorts is in this model too.\n",
+        + "- The figures above hold only for the data, views and classes named with them; nothing else was "
+        "measured. The gaps and biases of CLIP's training data are in this model too.\n",
         f"## Classes ({len(class_names)})\n",
         _table({str(number): name for number, name in enumerate(class_names)}),
     ]
@@ -97,15 +98,15 @@ def _evaluation(figures: Mapping[str, Any], evaluation: Mapping[str, Any] | None
     if figures:
         yield from ("When these weights were saved:\n", _table(figures))
     if evaluation is None:
-        yield "No report is at hand; `text4vis/evaluate.py --report` writes one.\n"
+        yield "There is no evaluation report; `text4vis/evaluate.py --report` writes one.\n"
         return
     whose = "these weights" if evaluation["of these weights"] else "**other weights** than these"
     if evaluation["of the training data"]:
-        whose += ", **on the very videos that it was trained on**: it says nothing about others"
+        whose += ", **on the videos that it was trained on**: it says nothing about new ones"
     shown = dict(evaluation)
     if known := shown.get("calibration"):  # its tables are in export.json
         shown["calibration"] = {key: value for key, value in known.items() if not isinstance(value, list)}
-    yield from (f"A report on {whose}, and what it was measured with:\n", _table(shown))
+    yield from (f"The evaluation of {whose}, and its protocol:\n", _table(shown))
 
 
 def _table(values: Mapping[str, Any]) -> str:
@@ -114,7 +115,7 @@ def _table(values: Mapping[str, Any]) -> str:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """Dotted keys and their values; keys without a value are left out."""
+    """Yields (dotted key, value); keys whose value is None are left out."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from flatten(value, f"{prefix}{key}.")

@@ -1,11 +1,11 @@
-"""The visual side of a recogniser as one ONNX graph. Imports config, model and the evaluation's logit scale.
+"""Exports the video side of a recogniser as one ONNX graph.
 
     frames   (B, V, T, 3, S, S) uint8 RGB   ──> embeddings (B, D) float32: the mean over views, not normalised
     classes  (C, D) float32                 ──> logits (B, C) float32: 100 x cosine; their softmax is `predict`'s
 
-`classes` need not be fed: its default is the model's own class embeddings. Other rows, of any number and length, make
-other classes. B, V and C are free. Pixels are normalised inside. The metadata entry `text4vis` is JSON: what
-a program must do to a video before (`preprocessing`), and the `class_names`.
+`classes` is optional; its default is the model's own class embeddings. Pass other rows, of any length, to recognise
+other classes. B, V and C may vary. The graph normalises the pixels. Its metadata entry `text4vis` is JSON with the
+`preprocessing` that a program must apply to a video first, and the `class_names`.
 
 B videos, V views, T frames, S side of the model's input, C classes, D embedding width.
 """
@@ -32,13 +32,13 @@ from text4vis.model.video_clip import VideoClip
 
 OPSET = 20
 TOLERANCE = 0.01  # of the logits, which lie between -100 and 100
-INLINE_BYTES = 2**31 - 2**26  # a protobuf file holds less than 2 GiB: larger weights go into a file beside it
+INLINE_BYTES = 2**31 - 2**26  # protobuf allows less than 2 GiB: larger weights go into a second file
 METADATA = "text4vis"
 
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """What was written. difference: the largest between its logits and PyTorch's; None without onnxruntime."""
+    """The file written. difference: the largest one between its logits and PyTorch's; None without onnxruntime."""
 
     path: Path
     bytes: int
@@ -46,7 +46,7 @@ class OnnxFile:
 
 
 class _Recogniser(nn.Module):
-    """The graph's function of its two inputs."""
+    """Computes the outputs of the graph from its two inputs."""
 
     def __init__(self, model: VideoClip) -> None:
         super().__init__()
@@ -61,24 +61,26 @@ class _Recogniser(nn.Module):
 
 
 def require_packages() -> None:
-    """Raises ConfigError where the exporter's packages are missing."""
+    """Raises ConfigError if the exporter's packages are missing."""
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"--onnx needs the package {missing[0]}: pip install 'text4vis[onnx]'")
 
 
 def write_onnx(path: Path, model: VideoClip, classes_CD: Tensor, facts: Mapping[str, Any]) -> OnnxFile:
-    """Writes the graph of a model in fp32 on the CPU, and compares it with PyTorch where onnxruntime is installed.
+    """Writes the graph of a model (fp32, on the CPU), and compares it with PyTorch if onnxruntime is installed.
 
-    facts: the metadata, in JSON values. Weights of 2 GB and more lie in PATH.data. Raises ConfigError: packages are
-    missing, the exporter cannot convert the model, or the graph computes something else.
+    facts: the metadata, as JSON values. Weights above INLINE_BYTES go to PATH.data. Raises ConfigError if packages are
+    missing, the exporter cannot convert the model, or the graph's logits differ from PyTorch's by TOLERANCE or more.
     """
     require_packages()
     import onnx_ir
 
     recogniser, classes_CD = _Recogniser(model).eval(), classes_CD.detach().float().cpu()
     frames = _noise(model, videos=2, views=3)
-    recogniser(frames, classes_CD)  # fills the model's cache of constants, which must not hold the exporter's tensors
+    recogniser(
+        frames, classes_CD
+    )  # fills the model's cache of constants before the exporter can put its own tensors there
     with _quiet():
         try:
             program = torch.onnx.export(
@@ -91,7 +93,7 @@ def write_onnx(path: Path, model: VideoClip, classes_CD: Tensor, facts: Mapping[
                 dynamic_shapes=({0: "videos", 1: "views"}, {0: "classes"}),
                 verbose=False,
             )
-        except Exception as error:  # whatever stands in the way, it is one of the network's parts
+        except Exception as error:  # any failure here means that a part of the network cannot be converted
             reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
             raise ConfigError(
                 f"--onnx: torch {torch.__version__} cannot convert this network ({reason[0]}); its parts are "
@@ -115,7 +117,7 @@ def write_onnx(path: Path, model: VideoClip, classes_CD: Tensor, facts: Mapping[
         remove_onnx(path)
         raise ConfigError(
             f"--onnx: the graph computes logits that differ by {difference:.3g} from PyTorch's (at most {TOLERANCE}); "
-            "another version of torch or onnxscript may convert it rightly"
+            "try another version of torch or onnxscript"
         )
     return OnnxFile(path, written, difference)
 
@@ -131,7 +133,7 @@ def _files(path: Path) -> tuple[Path, Path]:
 
 
 def _difference(path: Path, recogniser: _Recogniser, classes_CD: Tensor) -> float | None:
-    """The largest difference in logits, over batches of other sizes than the exported one."""
+    """The largest difference of the logits, on batches of other sizes than the exported one."""
     try:
         import onnxruntime
     except ImportError:
@@ -156,7 +158,7 @@ def _noise(model: VideoClip, videos: int, views: int) -> Tensor:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without gradient, torch's fused attention, which has no ONNX operator, and the exporter's remarks."""
+    """Turns off gradients, torch's fused attention (it has no ONNX operator) and the exporter's warnings."""
     level, fused = logging.getLogger("onnxscript").level, torch.backends.mha.get_fastpath_enabled()
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
     torch.backends.mha.set_fastpath_enabled(False)

@@ -2,8 +2,8 @@
 
     python predict_onnx.py model.onnx clip.mp4 [more.mp4 …]
 
-Prints video, class and probability of the five likeliest classes. Stands alone with predict_onnx_video.py, which reads
-the videos: copy both where they are needed.
+Prints video, class and probability for the five most probable classes. Needs predict_onnx_video.py beside it, which
+reads the videos: copy both files together.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from shards.video import FrameReader, VideoError, probe_video
 
 
 def load(path: str) -> tuple[Any, dict[str, Any]]:
-    """The session and what the graph says of itself: `class_names` and `preprocessing`."""
+    """Returns the session and the graph's metadata: `class_names` and `preprocessing`."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # it warns that the input `classes` has a default
     session = onnxruntime.InferenceSession(path, options, providers=onnxruntime.get_available_providers())
@@ -27,7 +27,7 @@ def load(path: str) -> tuple[Any, dict[str, Any]]:
 
 
 def frame_numbers(num_frames: int, rule: dict[str, Any]) -> list[int]:
-    """The first frame of each of T equal segments, or T frames at equal steps in a window in the middle."""
+    """The first frame of each of T equal segments; if dense, T equally spaced frames of the middle window."""
     segments, window = rule["num_segments"], rule["dense_window"]
     if window is None:
         return [int(num_frames / segments * i) for i in range(segments)]
@@ -36,7 +36,7 @@ def frame_numbers(num_frames: int, rule: dict[str, Any]) -> list[int]:
 
 
 def scale_and_crop(image: Image.Image, rule: dict[str, Any]) -> np.ndarray:
-    """(3, S, S) uint8: the short side to `scale_size`, bicubic, then the square in the centre."""
+    """(3, S, S) uint8: scales the short side to `scale_size` (bicubic) and crops the centre square."""
     width, height = image.size
     short, side = rule["scale_size"], rule["input_size"]
     size = (int(short * width / height), short) if height <= width else (short, int(short * height / width))
@@ -46,7 +46,7 @@ def scale_and_crop(image: Image.Image, rule: dict[str, Any]) -> np.ndarray:
 
 
 def read_frames(path: str, rule: dict[str, Any]) -> np.ndarray:
-    """(T, 3, S, S) uint8 RGB. Raises VideoError for a file that is no video or damaged, OSError."""
+    """Reads (T, 3, S, S) uint8 RGB. Raises VideoError if it is damaged or no video, OSError if it is unreadable."""
     count = probe_video(path).num_frames
     reader = FrameReader(path, num_frames=count)
     wanted = frame_numbers(count, rule)
@@ -67,15 +67,15 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         session, facts = load(arguments.model)
-    except Exception as error:  # onnxruntime's errors have no class of their own in common
-        print(f"error: {arguments.model}: not a graph that tools/export.py --onnx wrote ({error})", file=sys.stderr)
+    except Exception as error:  # onnxruntime's errors share no base class
+        print(f"error: {arguments.model}: not a graph written by tools/export.py --onnx ({error})", file=sys.stderr)
         return 1
     code = 0
     for path in arguments.videos:
         try:
             frames = read_frames(path, facts["preprocessing"])[None, None]  # one video, one view
         except (VideoError, OSError, IndexError) as error:
-            print(f"error: {path}: no video that can be read ({error})", file=sys.stderr)
+            print(f"error: {path}: not a readable video ({error})", file=sys.stderr)
             code = 1
             continue
         (logits,) = session.run(["logits"], {"frames": frames})
