@@ -93,3 +93,10 @@ def test_the_tests_that_reliability_names_exist():
         if f"def {name}(" not in (ROOT / "tests" / f"{file}.py").read_text()
     ]
     assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_targets_of_make_exist(page):
+    named = set(re.findall(r"(?:^|`)make ([a-z.][\w./]*)", page.read_text(encoding="utf-8"), re.MULTILINE))
+    targets = set(re.findall(r"^([\w./]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert named <= targets

@@ -7,10 +7,11 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 from torchvision.transforms import v2
 
+from text4vis.data import finishing
 from text4vis.data.augmentation import Crop, Geometry, Operation
-from text4vis.data.finishing import place, place_on_device
+from text4vis.data.finishing import GpuFinisher, place, place_on_device, used_here
 from text4vis.data.loader import build_loader
-from text4vis.data.plan import FramePlan
+from text4vis.data.plan import FramePlan, VideoPlan
 from text4vis.data.sampling import test_indices as clip_indices
 
 
@@ -88,3 +89,56 @@ def test_the_device_does_to_a_frame_what_the_cpu_does():
     off = np.abs(ours.numpy().astype(int) - expected)
     assert off.mean() < 0.5 and (off > 8).mean() < 0.01
     assert all(frame.any() for frame in expected.reshape(6, -1))
+
+
+class RecordedStream:
+    """Stands for a CUDA stream: notes what happens, and when work is given to it."""
+
+    def __init__(self, events: list[str]) -> None:
+        self.events = events
+
+    def __enter__(self) -> None:
+        self.events.append("enter")
+
+    def __exit__(self, *_: object) -> None:
+        self.events.append("leave")
+
+    def synchronize(self) -> None:
+        self.events.append("wait")
+
+
+def test_a_gpu_batch_is_allocated_written_and_complete_on_the_finishers_one_stream(monkeypatch):
+    """Memory of another stream could be lent to the next batch while the trainer still reads this one."""
+    events: list[str] = []
+    made = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or RecordedStream(events))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(finishing, "place_on_device", lambda *_: events.append("write"))
+    allocate = torch.empty
+
+    def allocated(*shape, **options):
+        events.append("allocate")
+        return allocate(*shape, **options)
+
+    monkeypatch.setattr(torch, "empty", allocated)
+    finisher = GpuFinisher((1, 1, 4, 4, 3), torch.device("cpu"))
+    plans = [VideoPlan(sample, 0, 0, ()) for sample in range(2)]
+    for _ in range(2):
+        videos, frames = finisher.start([(plan, []) for plan in plans]).result()
+        assert videos == plans and frames.shape == (2, 1, 1, 4, 4, 3)
+    assert made == [torch.device("cpu")]
+    assert events == ["enter", "allocate", "write", "write", "leave", "wait"] * 2
+
+
+def test_who_takes_a_batch_tells_the_allocator_of_the_stream_that_uses_it(monkeypatch):
+    class Frames:
+        device = "cuda:3"
+        used_on = None
+
+        def record_stream(self, stream):
+            self.used_on = stream
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the present stream of {device}")
+    frames = Frames()
+    used_here(frames)
+    assert frames.used_on == "the present stream of cuda:3"

@@ -1,6 +1,7 @@
 """What keeps a loop from waiting: overlapping steps, a thread that works ahead, no garbage collection."""
 
 import gc
+import threading
 import weakref
 
 import pytest
@@ -127,3 +128,23 @@ def test_closing_a_prefetcher_closes_its_generator():
     assert next(running) == 0
     running.close()
     assert closed == [True] and list(running) == []
+
+
+def test_items_are_received_in_the_consumers_thread_before_it_gets_them():
+    received: list[tuple[int, str]] = []
+    made_in: list[str] = []
+
+    def make():
+        for number in range(3):
+            made_in.append(threading.current_thread().name)
+            yield number
+
+    running = Prefetcher(make(), 2, "maker", lambda item: received.append((item, threading.current_thread().name)))
+    here = threading.current_thread().name
+    for number in range(3):
+        assert next(running) == number
+        assert received == [(n, here) for n in range(number + 1)]
+    with pytest.raises(StopIteration):
+        next(running)
+    running.close()
+    assert len(received) == 3 and set(made_in) == {"maker"}

@@ -29,7 +29,7 @@ def test_the_bytes_are_those_of_the_planned_frames(tmp_path):
     folders = make_frame_folders(tmp_path, [3, 9])
     with reader(build(folders.annotations, folders.root, folders.labels, tmp_path / "shards")) as (dataset, reading):
         videos = reading.read(picked(1, 0))
-        assert reading.finish(reading.start(picked(1, 0))) == videos
+        assert reading.finish(reading.start(reading.begin(picked(1, 0)))) == videos
         assert [video.plan.sample for video in videos] == [1, 0]
         files = {dataset.name(video.plan.sample): video.files for video in videos}
     assert files[folders.names[0]] == [jpeg(number) for number in range(3)]  # of four segments: one frame is read once
@@ -57,7 +57,7 @@ def test_what_is_not_as_the_index_says_is_named(tmp_path, column, message):
     np.save(index, rows)
     with reader(folder, verify=False) as (dataset, reading):
         assert len(reading.read(picked(0))) == 1
-        for read in (reading.read, lambda batch: reading.finish(reading.start(batch))):
+        for read in (reading.read, lambda batch: reading.finish(reading.start(reading.begin(batch)))):
             with pytest.raises(SampleError, match=message) as error:
                 read(picked(0, 1))
             assert dataset.describe(1) in str(error.value) and "frame 2" in str(error.value)

@@ -88,21 +88,33 @@ class CpuFinisher:
 
 
 class GpuFinisher:
-    """Finishes batches on a GPU. views_shape: (V, T, S, S, 3) of a video."""
+    """Finishes batches on a GPU, on a stream of its own. views_shape: (V, T, S, S, 3) of a video.
+
+    Batches are allocated within that stream. Memory of another stream would be given to the next batch as soon as the
+    trainer lets go of a batch, although the trainer's GPU work may still read it; `used_here` prevents that.
+    """
 
     def __init__(self, views_shape: tuple[int, ...], device: torch.device) -> None:
         self._views_shape, self._device = views_shape, device
+        self._stream = torch.cuda.Stream(device)
 
     def start(self, decoded: Decoded[torch.Tensor]) -> Finishing:
-        """Finishes a batch, on a stream of its own."""
+        """Finishes a batch; its frames are complete when this returns."""
         shape = (len(decoded), *self._views_shape)
-        frames_BVTSS3 = torch.empty(shape, dtype=torch.uint8, device=self._device)
-        stream = torch.cuda.Stream(self._device)
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(self._stream):
+            frames_BVTSS3 = torch.empty(shape, dtype=torch.uint8, device=self._device)
             for (plan, images), out_VTSS3 in zip(decoded, frames_BVTSS3, strict=True):
                 place_on_device(images, plan.frames, out_VTSS3)
-        stream.synchronize()
+        self._stream.synchronize()
         return Finishing([plan for plan, _ in decoded], frames_BVTSS3, [])
+
+
+def used_here(frames: torch.Tensor) -> None:
+    """Tells the allocator that the caller's present stream uses a tensor that another stream has made.
+
+    When the tensor is freed, its memory is then lent again only after the work that this stream has been given.
+    """
+    frames.record_stream(torch.cuda.current_stream(frames.device))
 
 
 class _Memory:

@@ -24,7 +24,7 @@ from text4vis.config.schema import Config, ConfigError
 from text4vis.data.bad_videos import BadVideos
 from text4vis.data.datasets import open_split
 from text4vis.data.decoding import CpuDecoder, Decoder, GpuDecoder
-from text4vis.data.finishing import CpuFinisher, Finisher, Finishing, GpuFinisher, Pixels
+from text4vis.data.finishing import CpuFinisher, Finisher, Finishing, GpuFinisher, Pixels, used_here
 from text4vis.data.plan import BatchPlan, Planner
 from text4vis.data.prefetch import Prefetcher, pipelined
 from text4vis.data.reading import PlanReader
@@ -127,9 +127,13 @@ class Loader:
         Raises ShardError where a video cannot be used and `data.on_error` is `fail`, or where too many cannot.
         """
         batches = self._synthetic() if self.config.data.synthetic else self._batches()
-        running = Prefetcher(batches, self.config.data.prefetch, f"{self.split}-loader")
+        running = Prefetcher(batches, self.config.data.prefetch, f"{self.split}-loader", self._receive)
         self._running.add(running)
         return running
+
+    def _receive(self, batch: Batch) -> None:
+        if batch.frames.is_cuda:
+            used_here(batch.frames)
 
     def close(self) -> None:
         """Stops the threads of all passes; closes the data set if it is the loader's own."""
@@ -154,6 +158,7 @@ class Loader:
         ):
             reader, views_shape = PlanReader(self.dataset, self.planner, reads), self.planner.views_shape
             if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)  # of this thread, which would else open GPU 0 too
                 yield from self._steps(
                     reader, lambda: self._gpu_decoder(decodes), GpuFinisher(views_shape, self.device)
                 )

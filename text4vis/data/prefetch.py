@@ -74,10 +74,19 @@ class _End:
 
 
 class Prefetcher(Iterator[Item], Generic[Item]):
-    """Runs a generator in a thread of its own, up to `depth` items ahead. Its errors are raised by `next`."""
+    """Runs a generator in a thread of its own, up to `depth` items ahead. Its errors are raised by `next`.
 
-    def __init__(self, items: Generator[Item, None, None], depth: int, name: str) -> None:
-        self._items = items
+    receive: called with each item in the consumer's thread, before the consumer gets it.
+    """
+
+    def __init__(
+        self,
+        items: Generator[Item, None, None],
+        depth: int,
+        name: str,
+        receive: Callable[[Item], object] = lambda item: None,
+    ) -> None:
+        self._items, self._receive = items, receive
         self._queue: queue.Queue[Item | _End] = queue.Queue(maxsize=depth)
         self._stopped = threading.Event()
         self._end: BaseException | None = None
@@ -91,6 +100,7 @@ class Prefetcher(Iterator[Item], Generic[Item]):
         if isinstance(item, _End):
             self._end = item.error
             raise item.error
+        self._receive(item)
         return item
 
     def close(self) -> None:

@@ -151,6 +151,7 @@ class Predictor:
             raise PredictionError(f"videos: {videos!r} is one video; give a list of them, or use predict")
         if batch_size < 1 or top < 1:
             raise PredictionError(f"batch_size {batch_size}, top {top}: expected at least 1")
+        labels = None if labels is None else _names(labels)  # an iterator is read once
         answer = self._answering(labels, top, accuracy, coverage)
         return self._predict_batches(iter(videos), self._classes(labels)[1], answer, batch_size)
 
