@@ -28,7 +28,7 @@ MIN_HALVED_CLASSES = 4  # a half with one class is always right
 
 @dataclass(frozen=True)
 class Views:
-    """A video's views: `clips` in time times `crops` of each (1, 3, 5 or 10). View k * crops + c is crop c of clip k."""
+    """A video's views: `clips` in time, each in 1, 3, 5 or 10 `crops`. View k * crops + c is crop c of clip k."""
 
     clips: int = 1
     crops: int = 1
@@ -53,7 +53,7 @@ class Views:
                     notes.append(f"window {self.clips // 2} of {self.clips} is used as the centre window")
                 if crops == 1 < self.crops:
                     notes.append(
-                        f"the centre one of {self.crops} crops may lie 2 pixels beside that of a one-crop evaluation"
+                        f"the centre one of {self.crops} crops may lie up to 2 pixels off that of a one-crop evaluation"
                     )
                 views = [clip * self.crops + crop for clip in clip_set for crop in crop_set]
                 yield clips, crops, views, "; ".join(notes)

@@ -137,7 +137,7 @@ def hyperparameters(config: Config, global_batch: int) -> dict[str, str | float]
 
 
 def extremes(predictions: Mapping[str, Any], count: int) -> dict[str, list[int]]:
-    """{"right": rows, "wrong": rows}: of each kind the `count` predictions with the highest probability, largest first."""
+    """{"right": rows, "wrong": rows}: the `count` predictions of each kind with the highest probability, in order."""
     probabilities = predictions["probability"]
     surest = sorted(
         (video for video, probability in enumerate(probabilities) if probability is not None),
