@@ -174,9 +174,9 @@ class Loader:
         repair = Repair(self.dataset, self.planner, reader, make_decoder, self.bad)
         unreadable, undecodable = ((SampleError,), (SampleError, RuntimeError)) if self._skips else ((), ())
         picked = self.dataset.ahead(self.planner.batches(self._consumed), lambda batch: batch[0])
-        pending = pipelined(picked, reader.begin, lambda batch: batch, reader.batches_ahead)
+        begun = pipelined(picked, reader.begin, lambda batch: batch, reader.batches_ahead)
         read = pipelined(
-            pending, reader.start, reader.finish, 2, recover=lambda batch: repair.reread(batch.picked), errors=unreadable
+            begun, reader.start, reader.finish, 2, recover=lambda batch: repair.reread(batch.picked), errors=unreadable
         )
         decoded = pipelined(read, decoder.start, decoder.finish, 1, recover=repair.redecode, errors=undecodable)
         for videos, frames_BVTSS3 in pipelined(decoded, finisher.start, Finishing.result, 2):
