@@ -248,6 +248,11 @@ class ShardDataset:
         return [part.index.where for part in self._parts]
 
     @property
+    def part_sizes(self) -> list[int]:
+        """Videos of each of the data sets, in their order."""
+        return [len(part.index.videos) for part in self._parts]
+
+    @property
     def skipped(self) -> list[dict[str, Any]]:
         """Inputs that were left out when the data sets were built, as {"name", "line", "reason"}."""
         return [entry for part in self._parts for entry in part.index.manifest.skipped]

@@ -16,7 +16,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr, TypeAdapter, ValidationError
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic.dataclasses import dataclass
 
 from shards.address import redact
@@ -94,9 +105,34 @@ class RandAugConfig:
 
 
 @_section
+class WeightedSource:
+    """One entry of `data.train` in a mixture."""
+
+    path: Sources
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_number)]
+
+
+def _path_or_weighted(value: Any) -> Any:
+    if isinstance(value, str | WeightedSource) or (isinstance(value, dict) and value.keys() == {"path", "weight"}):
+        return value
+    raise ValueError("expected a path or {path, weight}")
+
+
+TrainSource = Annotated[
+    Annotated[StrictStr, Tag("path")] | Annotated[WeightedSource, Tag("weighted")],
+    Discriminator(lambda value: "path" if isinstance(value, str) else "weighted"),
+    BeforeValidator(_path_or_weighted),
+]
+
+
+@_section
 class DataConfig:
     dataset: Str = Field("", description="name of the data set, for titles and reports")
-    train: Sources = Field((), description="training shards: a folder, an address, or a list of them")
+    train: Annotated[tuple[TrainSource, ...], BeforeValidator(_one_or_many)] = Field(
+        (),
+        description="training shards: a folder, an address, or a list of them; a list of {path, weight}: each has this "
+        "share of the samples",
+    )
     val: Sources = Field((), description="evaluation shards, like data.train")
     label_list: OptionalStr = Field(None, description="CSV `id,name`; default: the class names stored in the shards")
     num_segments: Count = Field(8, description="frames sampled from a video, T")
@@ -141,6 +177,11 @@ class DataConfig:
     )
     shuffle: Annotated[StrictStr, Field(pattern=r"^(global|shards:[1-9][0-9]*)$")] = Field(
         "global", description="global: any order; shards:K: a window of K shards at a time, for remote stores and disks"
+    )
+    streams: Annotated[StrictInt, Field(ge=1, le=1 << 16)] = Field(
+        1,
+        description="with data.shuffle shards:K: deal the shards to so many streams, so that each host fetches only "
+        "its own; a multiple of the number of hosts",
     )
     decode: Literal["auto", "cpu", "gpu"] = Field(
         "auto", description="where frames are decoded; auto: gpu if there is one"
@@ -340,6 +381,11 @@ def _without_secrets(value: Any) -> Any:
     return redact(value) if isinstance(value, str) and "://" in value and re.search("[@?]", value) else value
 
 
+def addresses(sources: Sequence[str | WeightedSource]) -> list[str]:
+    """All folders and addresses that `data.train` or `data.val` names, in order."""
+    return [path for source in sources for path in ((source,) if isinstance(source, str) else source.path)]
+
+
 def decay_epochs(solver: SolverConfig) -> tuple[int, ...]:
     """The epochs of `solver.lr_decay_step`, within the run if it is a period."""
     step = solver.lr_decay_step
@@ -488,8 +534,13 @@ def _expand(value: Any, origin: Mapping[str, str], where: str, key: str = "") ->
     if isinstance(value, dict):
         keys = {name: f"{key}.{name}" if key else str(name) for name in value}
         return {name: _expand(inner, origin, where, keys[name]) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [_expand(inner, origin, where, key) for inner in value]
+    if isinstance(value, list):  # the sections within, as those of data.train, have no dotted keys
+        return [
+            {name: _expand(part, origin, where, key) for name, part in inner.items()}
+            if isinstance(inner, dict)
+            else _expand(inner, origin, where, key)
+            for inner in value
+        ]
     if not isinstance(value, str):
         return value
     expanded = os.path.expandvars(value)
@@ -602,6 +653,13 @@ def _check_solver(config: Config, fail: Callable[[str, str], None]) -> None:
 
 def _check_data(config: Config, fail: Callable[[str, str], None]) -> None:
     data = config.data
+    weighted = [source for source in data.train if isinstance(source, WeightedSource)]
+    if weighted and len(weighted) < len(data.train):
+        fail("data.train", "expected a {path, weight} for each source or for none, got both kinds")
+    if any(not source.path for source in weighted):
+        fail("data.train", "a source with a weight names no path")
+    if data.streams > 1 and data.shuffle == "global":
+        fail("data.streams", f"{data.streams} streams need data.shuffle shards:K; global has no shards to deal")
     low, high = data.crop_area
     if not 0 < low <= high <= 1:
         fail("data.crop_area", f"expected 0 < low <= high <= 1, got {[low, high]}")

@@ -36,7 +36,7 @@ from shards.images import ImageProbe
 from shards.reader import ShardDataset, open_dataset
 from shards.video import VideoError, decode_frames
 from text4vis.cluster.distributed import cores_per_rank
-from text4vis.config.schema import Config, ConfigError
+from text4vis.config.schema import Config, ConfigError, addresses
 from text4vis.data import pixels
 from text4vis.data.augmentation import Crop, Geometry
 from text4vis.data.bad_videos import BadVideos
@@ -83,10 +83,11 @@ def open_split(config: Config, split: str) -> ShardDataset:
     sources = config.data.train if split == "train" else config.data.val
     if not sources:
         raise ConfigError(f"data.{split}: no shards named; build them with tools/build_shards.py and name the folder")
-    is_local = all(scheme_of(source) is None for source in sources)
+    paths = addresses(sources)
+    is_local = all(scheme_of(path) is None for path in paths)
     try:
         return open_dataset(
-            list(sources),
+            paths,
             io_threads=config.data.io_threads or (1 if is_local else REMOTE_IO_THREADS),
             cache_dir=config.data.cache_dir,
             cache_bytes=config.data.cache_bytes or None,
@@ -130,7 +131,7 @@ class Loader:
         self.planner = Planner(config, split, dataset, rank, world_size, ids)
         self.world_size, self.consumed = world_size, consumed
         if not len(dataset):
-            raise ConfigError(f"data.{split}: the data set {', '.join(getattr(config.data, split))} holds no videos")
+            raise ConfigError(f"data.{split}: the data set {', '.join(dataset.places)} holds no videos")
         self.epoch_samples = self.planner.epoch_samples
         self.num_threads = config.data.workers or cores_per_rank()
         self.device = _decode_device(config)

@@ -17,11 +17,12 @@ import numpy as np
 
 from shards.format import SampleError
 from shards.images import MAX_FRAME_PIXELS
-from shards.plan import Stream, eval_slice, few_shot_subset, rank_slice
+from shards.plan import eval_slice, few_shot_subset
 from shards.reader import ShardDataset
 from text4vis.config.schema import Config, ConfigError
 from text4vis.data import augmentation, sampling
 from text4vis.data.augmentation import Geometry
+from text4vis.data.order import TrainOrder
 
 SUBSTITUTES = 2  # stream of the counter-based generator; augmentation draws from stream 0, mixing from 1
 
@@ -75,6 +76,8 @@ class Planner:
                 f"data.flip_swaps: a flip swaps label {max(self._mirrored)}, but there are {num_classes} classes; "
                 "name this data set's pairs of labels, or [] if it has none"
             )
+        if self.split == "train":
+            _ = self.order  # what it complains of is said before anything is read
 
     @cached_property
     def few_shot(self) -> np.ndarray | None:
@@ -97,6 +100,11 @@ class Planner:
         chosen = self.few_shot if self.split == "train" else self.ids
         return np.arange(len(self.dataset)) if chosen is None else chosen
 
+    @cached_property
+    def order(self) -> TrainOrder:
+        """The order of training, of the split "train". Raises ConfigError."""
+        return TrainOrder(self.config, self.dataset, self.videos, self.epoch_samples)
+
     def few_shot_list(self) -> str:
         """The chosen videos as an annotation list: `name frames label`, or `name label` for stored videos."""
         data, lines = self.dataset, []
@@ -107,9 +115,9 @@ class Planner:
 
     @property
     def epoch_samples(self) -> int:
-        """Samples in an epoch: the data set's number of videos. Few-shot: as many whole passes over the chosen videos
-        as that number holds, so that an epoch is about as long as without (the original's rule). Each pass shuffles
-        and augments anew.
+        """Samples in an epoch: the data set's number of videos, that of all sources together in a mixture. Few-shot:
+        as many whole passes over the chosen videos as that number holds, so that an epoch is about as long as without
+        (the original's rule). Each pass shuffles and augments anew.
         """
         if self.few_shot is None:
             return len(self.dataset)
@@ -153,29 +161,23 @@ class Planner:
     def substitutes(self, sample: int, epoch: int) -> Iterator[int]:
         """Videos to take, the first that is sound, where `sample` cannot be used in `epoch`. None in evaluation.
 
-        Drawn from `videos` by (seed, epoch, sample) alone: the same at every world size, in every batch and after every
-        restart.
+        Drawn from `videos`, in a mixture from those of the sample's source, by (seed, epoch, sample) alone: the same at
+        every world size, in every batch and after every restart.
         """
         if self.split == "train":
+            peers = self.order.peers(sample)
             rng = augmentation.generator(self.config.seed, epoch, sample, SUBSTITUTES)
             while True:
-                yield int(self.videos[int(rng.random() * len(self.videos))])
+                yield int(peers[int(rng.random() * len(peers))])
 
     def _train_batches(self, consumed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(ids, passes) of the rank's micro batches: its slice of each global batch, cut by gradient accumulation.
-
-        A pass goes once over all videos, or over the few that were chosen.
-        """
+        """(ids, passes) of the rank's micro batches: its share of each global batch, cut by gradient accumulation."""
         steps = self.config.solver.grad_accumulation_steps
         global_batch = self.batch_size * steps * self.world_size
-        chosen = self.few_shot
-        shard_of = self.dataset.shard_of if chosen is None else self.dataset.shard_of[chosen]
-        stream = Stream(len(shard_of), self.config.seed, self.config.data.shuffle, shard_of)
-        for position in itertools.count(consumed, global_batch):
-            start, stop = rank_slice(position, global_batch, self.rank, self.world_size)
-            for first in range(start, stop, self.batch_size):
-                ids, passes = stream.take(first, first + self.batch_size)
-                yield (ids if chosen is None else chosen[ids]), passes
+        for start in itertools.count(consumed, global_batch):
+            ids, passes = self.order.share(start, global_batch, self.rank, self.world_size)
+            for first in range(0, len(ids), self.batch_size):
+                yield ids[first : first + self.batch_size], passes[first : first + self.batch_size]
 
     def _train_job(self, ids: np.ndarray, epochs: np.ndarray) -> Job:
         data = self.config.data

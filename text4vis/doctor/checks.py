@@ -17,12 +17,13 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from shards.address import scheme_of
 from shards.format import ShardError
-from text4vis.config.schema import Config, ConfigError, load_config
+from text4vis.config.schema import Config, ConfigError, addresses, load_config
 from text4vis.doctor.probe import SHARED_MEMORY, probe
 
 FINE, WARNING, PROBLEM = "fine", "warning", "PROBLEM"
@@ -244,7 +245,7 @@ def hosts(
     ranks = sum(slots.values())
     yield Finding("hostfile", FINE, f"{len(slots)} hosts, {ranks} ranks")
     if config is not None:
-        yield from _batch(config, ranks)
+        yield from _batch(config, slots)
     for program in ("ssh", "pdsh"):
         if not here["programs"][program]:
             yield Finding("hostfile", PROBLEM, f"{program} is not installed here", f"apt install {program}")
@@ -256,9 +257,11 @@ def hosts(
             yield from _host(host, found, reason, here, slots[host])
 
 
-def _batch(config: Config, ranks: int) -> Iterator[Finding]:
-    from text4vis.saved.runs import cut_global_batch
+def _batch(config: Config, slots: Mapping[str, int]) -> Iterator[Finding]:
+    from text4vis.cluster.distributed import Ranks
+    from text4vis.saved.runs import check_streams, cut_global_batch
 
+    ranks = sum(slots.values())
     expected = config.engine.world_size
     if expected not in (None, ranks):
         yield Finding(
@@ -267,12 +270,14 @@ def _batch(config: Config, ranks: int) -> Iterator[Finding]:
         )  # fmt: skip
     try:
         cut = cut_global_batch(config, ranks)
+        for first, count in zip(accumulate(slots.values(), initial=0), slots.values(), strict=False):
+            check_streams(cut.data.streams, cut.solver.global_batch, Ranks(first, ranks, 0, count))
         yield Finding(
             "hostfile", FINE, f"global batch of {cut.solver.global_batch}: {cut.data.batch_size} videos a rank, "
             f"{cut.solver.grad_accumulation_steps} x accumulated",
         )  # fmt: skip
     except ConfigError as error:
-        yield Finding("hostfile", PROBLEM, str(error), "change solver.global_batch or the number of slots")
+        yield Finding("hostfile", PROBLEM, str(error), "change the key or the number of slots")
 
 
 def _local_paths(config: Config, config_path: str | None, output: Path) -> Iterator[str]:
@@ -281,8 +286,9 @@ def _local_paths(config: Config, config_path: str | None, output: Path) -> Itera
     if config_path is not None:
         yield config_path
     yield str(next(path for path in (output.absolute(), *output.absolute().parents) if path.exists()))
-    for names in (config.data.train, config.data.val):
-        yield from (name for name in names if scheme_of(name) is None and Path(name).exists())
+    for address in addresses((*config.data.train, *config.data.val)):
+        if scheme_of(address) is None and Path(address).exists():
+            yield address
     for name in (config.network.arch, config.network.pretrained, config.data.label_list):
         if name and Path(name).is_file():
             yield name

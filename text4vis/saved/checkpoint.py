@@ -70,7 +70,7 @@ class State:
 
     step: optimiser steps taken, updates: those that changed the weights (the others were skipped), consumed: videos of
     the stream, evaluated_step: step of the last evaluation, files: SHA-256 by file name, classifier_file: that of
-    `network.classifier_file`, empty without one.
+    `network.classifier_file`, empty without one, mixture: [videos, weight] of each source of a mixture.
     """
 
     step: int
@@ -86,6 +86,7 @@ class State:
     loss_scaler: dict[str, float] = field(default_factory=dict)
     files: dict[FileName, str] = field(default_factory=dict)
     classifier_file: str = ""
+    mixture: list[tuple[int, float]] = field(default_factory=list)
 
 
 _STATE = TypeAdapter(State)

@@ -12,6 +12,7 @@ from typing import Any
 
 from shards.files import require_folder
 from text4vis.classifier.embeddings import file_digest
+from text4vis.cluster.distributed import Ranks
 from text4vis.config.schema import Config, ConfigError
 from text4vis.saved import checkpoint
 from text4vis.saved.checkpoint import CheckpointError, State
@@ -76,12 +77,22 @@ def find_start(output: Path, resume: str) -> Path | None:
     return None
 
 
-def check_same_run(found: State, config: Config, data_fingerprint: str, folder: Path) -> None:
-    """A run goes on only with the data and the settings it began with. Raises CheckpointError."""
+def check_same_run(
+    found: State, config: Config, data_fingerprint: str, mixture: list[tuple[int, float]], folder: Path
+) -> None:
+    """A run goes on only with the data and the settings it began with. Raises CheckpointError.
+
+    mixture: videos and weight of each source, empty without weights.
+    """
     if found.data_fingerprint != data_fingerprint:
         raise CheckpointError(
             f"{folder}: was trained on other data (fingerprint {found.data_fingerprint[:12]}, data.train has "
             f"{data_fingerprint[:12]}); give the original shards or another --output"
+        )
+    if found.mixture != mixture:
+        raise CheckpointError(
+            f"{folder}: was trained on another mixture ({_mixture_words(found.mixture)}), data.train now has "
+            f"{_mixture_words(mixture)}; undo the change or give another --output"
         )
     check_same_classes(found, config, folder)
     if config.solver.global_batch not in (None, found.global_batch):
@@ -89,7 +100,8 @@ def check_same_run(found: State, config: Config, data_fingerprint: str, folder: 
             f"{folder}: was trained with a global batch of {found.global_batch}, solver.global_batch is "
             f"{config.solver.global_batch}; undo the change or give another --output"
         )
-    before, now = _flatten(found.config), _flatten(config.to_dict())
+    # A key that is newer than the run has had its default's effect.
+    before, now = _flatten(Config().to_dict()) | _flatten(found.config), _flatten(config.to_dict())
     changed = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
     changed = [key for key in changed if not key.startswith(FREE_ON_RESUME)]
     if changed:
@@ -98,6 +110,10 @@ def check_same_run(found: State, config: Config, data_fingerprint: str, folder: 
             f"{folder}: the configuration differs ({values}); undo the change or give another --output, and "
             f"--set pretrain={folder} if it is to begin with these weights"
         )
+
+
+def _mixture_words(mixture: list[tuple[int, float]]) -> str:
+    return ", ".join(f"{videos} videos with weight {weight:g}" for videos, weight in mixture) or "no weights"
 
 
 def check_same_classes(found: State, config: Config, folder: Path) -> None:
@@ -133,6 +149,36 @@ def cut_global_batch(config: Config, world_size: int, global_batch: int | None =
         data=replace(config.data, batch_size=micro),  # type: ignore[type-var]
         solver=replace(config.solver, global_batch=total, grad_accumulation_steps=share // micro),  # type: ignore[type-var]
     )
+
+
+def check_streams(num_streams: int, global_batch: int, place: Ranks) -> None:
+    """Each global batch has equally many videos of all streams, and the rank's host has whole streams of each.
+
+    Raises ConfigError.
+    """
+    if num_streams == 1:
+        return
+    if global_batch % num_streams:
+        batches = (
+            global_batch // num_streams * num_streams or num_streams,
+            -(-global_batch // num_streams) * num_streams,
+        )
+        fitting = max(number for number in range(1, num_streams) if global_batch % number == 0)
+        raise ConfigError(
+            f"data.streams: a global batch of {global_batch} videos cannot be taken equally from {num_streams} streams; "
+            f"in a new run set data.streams to {fitting}, or solver.global_batch to "
+            f"{' or '.join(map(str, dict.fromkeys(batches)))}"
+        )
+    first = place.rank - place.local_rank
+    edges = first, first + place.local_world_size
+    if any(num_streams * edge % place.world_size for edge in edges):
+        num_hosts = -(-place.world_size // place.local_world_size)
+        fits = [hosts for hosts in range(1, num_streams + 1) if num_streams % hosts == 0]
+        raise ConfigError(
+            f"data.streams: {num_streams} streams cannot be shared equally by {num_hosts} hosts (this one has "
+            f"{place.local_world_size} of {place.world_size} ranks); start {' or '.join(map(str, fits))} hosts with "
+            f"equally many ranks each, or in a new run set data.streams to a multiple of {num_hosts}"
+        )
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

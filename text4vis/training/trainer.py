@@ -31,7 +31,7 @@ from text4vis.evaluation.protocols import write_report
 from text4vis.model.video_clip import build_model
 from text4vis.saved import checkpoint
 from text4vis.saved.checkpoint import CheckpointError, State
-from text4vis.saved.runs import check_same_run, cut_global_batch, find_start
+from text4vis.saved.runs import check_same_run, check_streams, cut_global_batch, find_start
 from text4vis.training import engine
 from text4vis.training.logs import Meter, Metrics, gpu_utilisation, memory_bytes, table
 from text4vis.training.losses import Objective
@@ -69,6 +69,7 @@ class Trainer:
         start = None if self.start_from is None else checkpoint.read_state(self.start_from)
         self.config = cut_global_batch(config, self.ranks.world_size, start.global_batch if start else None)
         self.global_batch: int = self.config.solver.global_batch  # type: ignore[assignment]
+        check_streams(config.data.streams, self.global_batch, self.ranks)
         torch.manual_seed(config.seed)  # the head's first weights: equal on all ranks
         distributed.use_cores(config.engine.num_threads)
         self.val_loader = self._loader("val")
@@ -307,6 +308,8 @@ class Trainer:
             figures = {key: result[key] for key in ("top1", "top5", "mean_class_accuracy", "videos", "missing")}
             record = {"step": self.state.step, "epoch": round(self.epoch, 4), **figures}
             record["best_top1"] = max(result["top1"], self.state.best_top1)
+            by_source = self.train_loader.planner.order.samples_by_source(self.state.consumed)
+            record |= {f"samples of {name}": count for name, count in by_source.items()}
             if self.metrics is not None:
                 self.metrics.write("val", record)
             write_report(self.output / "report.json", {"step": self.state.step, **result})
@@ -346,6 +349,7 @@ class Trainer:
             "torch.compile": config.engine.compile,
             "steps": f"{self.num_steps}, {self.train_loader.epoch_samples / self.global_batch:.1f} an epoch",
             "starts from": f"step {self.state.step}",
+            **{name: f"{share:.2%} of the samples" for name, share in self.train_loader.planner.order.shares().items()},
         }
 
     def open_logs(self) -> None:
@@ -387,13 +391,16 @@ class Trainer:
             config=config.to_dict(),
             class_names=self.class_names,
             classifier_file=file_digest(config.network),
+            mixture=self.train_loader.planner.order.mixture,
         )
 
     def _joined_state(self, config: Config, found: State) -> State:
         """The state of the checkpoint, if it is of this run; the loader starts where it stood."""
         assert self.start_from is not None
-        check_same_run(found, config, self.train_loader.dataset.fingerprint, self.start_from)
-        _check_few_shot(self.output / FEW_SHOT_LIST, self.train_loader.planner.few_shot_list())
+        planner = self.train_loader.planner
+        fingerprint = self.train_loader.dataset.fingerprint
+        check_same_run(found, config, fingerprint, planner.order.mixture, self.start_from)
+        _check_few_shot(self.output / FEW_SHOT_LIST, planner.few_shot_list())
         self.train_loader.consumed = found.consumed
         return replace(found, config=config.to_dict())
 
