@@ -1,4 +1,8 @@
-"""Video data sets as WebDataset tar shards: annotation lists, the format, the writer, the reader and the order.
+"""Video data sets as WebDataset tar shards: lists, building, checking, reading, and the order of the samples.
 
-Plain Python, numpy, webdataset and fsspec. Imports neither torch, DALI nor text4vis.
+A library of its own: numpy, webdataset and fsspec, without torch, DALI or text4vis.
 """
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,4 +1,4 @@
-"""Addresses of data sets: brace notation, which schemes are allowed, how a file's address is formed, what may be shown.
+"""Addresses of data sets: brace notation, which schemes are allowed, how a file's address is formed.
 
 An address is a local path, `file://...`, or a scheme of fsspec. Only schemes that store plain files are let through:
 nothing that runs a shell (`pipe:`), unpacks archives, or chains file systems (`a::b`).
@@ -16,17 +16,15 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 from braceexpand import braceexpand
 
 from shards.format import ShardError
+from shards.text import SCHEME, redact
 
-REMOTE_SCHEMES = frozenset(
+REMOTESCHEMES = frozenset(
     (
         *("http", "https", "ftp", "sftp", "smb", "hdfs", "webhdfs", "memory"),
         *("s3", "s3a", "gcs", "gs", "abfs", "abfss", "adl", "az", "oci", "oss", "hf"),
     )
 )
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _BRACE_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)")
-# Takes rather too much than too little: what follows an address without a space may belong to a token in it.
-_URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"<>]+")
 _IPV6_HOST = re.compile(r"\[[0-9A-Fa-f:.]+\]")
 _MAX_PARTS = 10_000
 _MAX_LISTS = 30
@@ -83,14 +81,14 @@ def scheme_of(address: str) -> str | None:
         raise ShardError(
             "pipe: addresses run a shell and are refused; name a folder or an http(s), s3 or other address"
         )
-    match = _SCHEME.match(address)
+    match = SCHEME.match(address)
     if match is None:
         return None
     scheme = match[1].lower()
     if scheme in ("file", "local"):
         return None
-    if scheme not in REMOTE_SCHEMES:
-        allowed = ", ".join(sorted(REMOTE_SCHEMES))
+    if scheme not in REMOTESCHEMES:
+        allowed = ", ".join(sorted(REMOTESCHEMES))
         raise ShardError(f"{redacted}: scheme {scheme!r} is refused; use a local path or one of: file, {allowed}")
     try:
         urlsplit(address)
@@ -101,13 +99,13 @@ def scheme_of(address: str) -> str | None:
 
 def _is_existing_path(address: str) -> bool:
     with suppress(OSError):  # a name may be too long for a path
-        return _SCHEME.match(address) is None and Path(address).exists()
+        return SCHEME.match(address) is None and Path(address).exists()
     return False
 
 
 def local_path(address: str) -> Path:
     """Absolute path of an address without a remote scheme (`scheme_of` is None)."""
-    match = _SCHEME.match(address)
+    match = SCHEME.match(address)
     if match is None:
         return Path(address).expanduser().absolute()
     rest = address[match.end() :]
@@ -120,34 +118,3 @@ def join_address(address: str, name: str) -> str:
         parts = urlsplit(address)
         return urlunsplit((parts.scheme, parts.netloc, f"{parts.path.rstrip('/')}/{name}", parts.query, ""))
     return f"{address.rstrip('/')}/{name}"
-
-
-def redact(address: str) -> str:
-    """The address as it may be shown: without user name, password, query and fragment, control characters escaped."""
-    match = _SCHEME.match(address)
-    if match is None:
-        return printable(address)
-    host, slash, path = re.split(r"[?#]", address[match.end() :], maxsplit=1)[0].partition("/")
-    user, _, server = host.rpartition("@")
-    if match[1].lower() in ("abfs", "abfss") and ":" not in user:  # Azure's container@account
-        server = host
-    # Once more for an address within the address.
-    return printable(match[0] + re.sub("(?<=://)[^/]*@", "", server + slash + path))
-
-
-def redact_text(text: str) -> str:
-    """Text of a foreign error with every address in it redacted."""
-    return printable(_URL_IN_TEXT.sub(lambda match: redact(match[0]), text))
-
-
-def shown(text: object) -> str:
-    """Text of any origin as logs, tables and errors may show it: `redact_text` line by line, the line ends stay."""
-    return "\n".join(map(redact_text, str(text).split("\n")))
-
-
-def printable(text: str) -> str:
-    """Text with control characters, terminal escapes and lone surrogates written as escapes."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape", "surrogatepass").decode()
-        for character in text
-    )

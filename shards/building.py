@@ -12,7 +12,6 @@ moment the folder holds the old data set, or the new one, or (before the first m
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import os
@@ -27,7 +26,7 @@ from typing import Any
 import numpy as np
 from isal import isal_zlib
 
-from shards.files import replacing, sync, write_atomically
+from shards.files import is_at, replacing, sync, try_lock, write_atomically
 from shards.format import (
     INDEX_ROLES,
     MANIFEST,
@@ -82,15 +81,13 @@ class Workspace:
                 lock = os.open(name, os.O_RDWR | os.O_CREAT, 0o644)
             except FileNotFoundError:  # another builder finished and removed the folder just now
                 continue
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if name.exists() and os.fstat(lock).st_ino == name.stat().st_ino:
-                    return lock
-            except BlockingIOError:
+            if not try_lock(lock):
                 os.close(lock)
                 raise ShardError(
                     f"{self.output}: another process is building here; wait for it, or choose another --output"
-                ) from None
+                )
+            if is_at(lock, name):
+                return lock
             os.close(lock)
 
     def settings(self) -> dict[str, Any] | None:

@@ -11,7 +11,6 @@ open only while its bytes are read, so what was removed is soon free, and a read
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import math
@@ -22,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from shards.files import is_at, try_lock
 from shards.format import Manifest, SampleError
 from shards.local import Check, Range, pread_exactly
 from shards.remote import RemoteFiles, RemoteShards
@@ -56,22 +56,11 @@ def _lock(descriptor: int, seconds: float) -> None:
     """Takes the exclusive lock; raises TimeoutError, an OSError, when `seconds` have passed."""
     deadline = time.monotonic() + seconds
     while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if try_lock(descriptor):
             return
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"another process has held a lock in the cache for {seconds:.0f} s") from None
-            time.sleep(_POLL_SECONDS)
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether the open file is still the one at `path`."""
-    try:
-        at_path = path.stat()
-    except FileNotFoundError:
-        return False
-    return os.path.samestat(os.fstat(descriptor), at_path)
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"another process has held a lock in the cache for {seconds:.0f} s")
+        time.sleep(_POLL_SECONDS)
 
 
 def _has_size(path: Path, size: int) -> bool:
@@ -95,7 +84,7 @@ def fetch_once(
         descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             _lock(descriptor, _LOCK_SECONDS)
-            if not _is_at(descriptor, part):
+            if not is_at(descriptor, part):
                 continue  # its former holder finished or gave up: look again
             if _has_size(entry, size):
                 part.unlink()
@@ -143,7 +132,7 @@ class ShardCache:
 
     def is_current(self, name: str, descriptor: int) -> bool:
         """Whether the open file is still the entry of that name."""
-        return _is_at(descriptor, self.folder / f"{name}.tar")
+        return is_at(descriptor, self.folder / f"{name}.tar")
 
     def drop(self, name: str) -> None:
         """Removes an entry."""
@@ -188,12 +177,10 @@ def _remove_if_abandoned(part: Path) -> bool:
     """Removes the leftover of a killed download, known by its free lock. Returns whether it was one."""
     descriptor = os.open(part, os.O_RDWR | os.O_CLOEXEC)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if _is_at(descriptor, part):
+        abandoned = try_lock(descriptor)
+        if abandoned and is_at(descriptor, part):
             part.unlink()
-        return True
-    except BlockingIOError:
-        return False
+        return abandoned
     finally:
         os.close(descriptor)
 

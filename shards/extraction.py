@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -12,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from shards.annotations import Annotation
-from shards.files import require_folder, write_atomically
+from shards.files import require_folder, try_lock, write_atomically
 from shards.format import ShardError
 from shards.sources import InputError, SourceOptions, encoded_frames, probe_file, video_positions
 
@@ -121,12 +120,8 @@ def _locked(output: Path, options: SourceOptions) -> Iterator[None]:
         raise ShardError(f"{output}: holds other files; choose an empty or new folder as --output")
     settings = json.dumps(options.record(), sort_keys=True)
     with path.open("a+") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ShardError(
-                f"{output}: another process extracts here; wait for it, or choose another --output"
-            ) from None
+        if not try_lock(stream.fileno()):
+            raise ShardError(f"{output}: another process extracts here; wait for it, or choose another --output")
         stream.seek(0)
         before = stream.read()
         if before not in ("", settings):

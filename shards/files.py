@@ -1,7 +1,8 @@
-"""Files and folders that are written."""
+"""Writing files and folders so that nobody meets half of one, and locking them."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
@@ -33,19 +34,28 @@ def require_file(path: str | Path, option: str) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """The file holds all that is written to the stream or is as it was before, whatever happens meanwhile."""
-    temporary = path.with_name(path.name + ".tmp")
+def replacing_path(path: Path) -> Iterator[Path]:
+    """Atomic replace: the file that this yields takes the place of `path` at the end, or `path` stays as it was.
+
+    Readers see the old file or the new one, never a mix, and the new one survives a power cut. The yielded file lies
+    beside `path` under a name of this process; a killed process leaves it behind.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with temporary.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
+        yield temporary
+        sync(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """`replacing_path` for what is written to a stream."""
+    with replacing_path(path) as temporary, temporary.open("wb") as stream:
+        yield stream
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -61,3 +71,24 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def try_lock(descriptor: int) -> bool:
+    """Takes the exclusive lock of an open file without waiting. False: somebody else who opened the file has it.
+
+    The lock ends with the descriptor, so a killed process holds none. Raises OSError where file systems have no locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def is_at(descriptor: int, path: Path) -> bool:
+    """Whether the open file is the one that lies at `path` now."""
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(os.fstat(descriptor), there)

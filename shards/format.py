@@ -119,7 +119,7 @@ class Manifest:
             if raw.get("version") != FORMAT_VERSION:
                 raise ShardError(
                     f"{where}: format version {raw.get('version')!r}, this program reads {FORMAT_VERSION}; rebuild the "
-                    "data set with tools/build_shards.py"
+                    "data set with build_shards"
                 )
             raw["shards"] = [ShardInfo(**shard) for shard in raw["shards"]]
             manifest = cls(**raw)
@@ -127,7 +127,7 @@ class Manifest:
         except ShardError:
             raise
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise ShardError(f"{where}: not a valid manifest ({error}); rebuild with tools/build_shards.py") from error
+            raise ShardError(f"{where}: not a valid manifest ({error}); rebuild with build_shards") from error
         return manifest
 
 

@@ -27,7 +27,7 @@ from shards.format import (
 
 # Far above any real manifest (1,400 shards take 150 kB); a hostile server cannot fill the memory.
 MAX_MANIFEST_BYTES = 256 << 20
-_REBUILD = "copy the data set again or rebuild it with tools/build_shards.py"
+_REBUILD = "copy the data set again or rebuild it with build_shards"
 _DTYPES = {"videos": VIDEO_DTYPE, "members": MEMBER_DTYPE, "names": np.dtype(np.uint8)}
 
 
@@ -80,11 +80,11 @@ def read_local_manifest(folder: Path) -> Manifest:
         return Manifest.from_json(path.read_bytes(), str(path))
     except FileNotFoundError:
         raise ShardError(
-            f"{path}: not found; name a folder that tools/build_shards.py wrote, and finish the build if it was "
+            f"{path}: not found; name a folder that build_shards wrote, and finish the build if it was "
             "interrupted (the manifest is written last)"
         ) from None
     except OSError as error:
-        raise ShardError(f"{path}: {error.strerror}; name a folder that tools/build_shards.py wrote") from error
+        raise ShardError(f"{path}: {error.strerror}; name a folder that build_shards wrote") from error
 
 
 def open_index(where: str, manifest: Manifest, files: dict[str, Path]) -> Index:

@@ -90,7 +90,7 @@ class LocalShards:
         if status.st_size != shard.bytes:
             raise ShardError(
                 f"{path}: has {status.st_size} bytes, the manifest says {shard.bytes}; the shard is truncated or "
-                "belongs to another data set: copy it again or rebuild with tools/build_shards.py"
+                "belongs to another data set: copy it again or rebuild with build_shards"
             )
         return status.st_size, status.st_mtime_ns
 
@@ -122,7 +122,7 @@ class LocalShards:
             if (status.st_size, status.st_mtime_ns) != self._states[shard]:
                 raise ShardError(
                     f"{self._paths[shard]}: the file was changed or replaced while it was in use; leave the "
-                    "data set alone while it is read, and check it with tools/check_shards.py"
+                    "data set alone while it is read, and check it with check_shards"
                 )
             return [pread_exactly(file.descriptor, start, stop) for start, stop in ranges]
         except OSError:

@@ -22,12 +22,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from isal import isal_zlib
 
-from shards.address import expand_sources, local_path, printable, scheme_of
+from shards.address import expand_sources, local_path, scheme_of
 from shards.cache import CachedShards, ShardCache, default_cache_dir, entry_name, fetch_once
 from shards.format import INDEX_ROLES, MANIFEST, Manifest, ShardError, video_crc32
 from shards.index import MAX_MANIFEST_BYTES, Index, check_crc32, open_index, read_local_manifest
 from shards.local import LocalShards, ShardSource
 from shards.remote import RemoteFiles, RemoteShards
+from shards.text import printable
 
 _OPENING_THREADS = 8
 
@@ -372,7 +373,7 @@ class ShardDataset:
         what = f"frame {number}" if index.manifest.content == "frames" else "the video"
         return (
             f"{self.describe(sample)}: {what} has the CRC-32 {actual:#010x}, the index says {expected:#010x}; the "
-            "shard is damaged: find what else is with tools/check_shards.py, then copy it again or rebuild"
+            "shard is damaged: find what else is with check_shards, then copy it again or rebuild"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

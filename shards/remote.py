@@ -23,9 +23,10 @@ import fsspec
 from fsspec.asyn import sync
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
-from shards.address import join_address, printable, redact, redact_text, scheme_of
+from shards.address import join_address, scheme_of
 from shards.format import SampleError, ShardError, ShardInfo
 from shards.local import Check, Range
+from shards.text import printable, redact, redact_text
 
 T = TypeVar("T")
 Consume = Callable[[bytes], Any]
@@ -156,7 +157,7 @@ class _Span:
         if match[3] != "*" and int(match[3]) != self.total:
             raise ShardError(
                 f"{where}: has {match[3]} bytes, the manifest says {self.total}; the data set was changed or is "
-                "incomplete: upload it again, and check it with tools/check_shards.py"
+                "incomplete: upload it again, and check it with check_shards"
             )
 
 

@@ -20,12 +20,12 @@ from launch import finish, run, start
 from project import EVALUATE, TRAIN
 from shard_data import make_dataset, serve
 
-from shards.address import redact_text, shown
 from shards.annotations import parse_annotations, parse_labels
 from shards.checker import check_datasets
 from shards.format import ShardError
 from shards.index import read_local_manifest
 from shards.reader import open_dataset
+from shards.text import redact_text, shown
 from text4vis.classifier.embeddings import file_classifier
 from text4vis.config.schema import MAX_YAML_BYTES, Config, ConfigError, DataConfig, load_config
 from text4vis.evaluation.embedding import _read_features

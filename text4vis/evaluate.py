@@ -28,9 +28,12 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shards.address import shown
+# Run by path, this folder comes first on sys.path: its rooms would hide installed packages of the same names.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+
 from shards.files import require_file
 from shards.format import ShardError
+from shards.text import shown
 from text4vis.cluster import distributed
 from text4vis.common.console import console, table
 from text4vis.config.schema import Config, ConfigError, config_from_dict, load_config

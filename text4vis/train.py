@@ -21,8 +21,11 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
-from shards.address import shown
+# Run by path, this folder comes first on sys.path: its rooms would hide installed packages of the same names.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+
 from shards.format import ShardError
+from shards.text import shown
 from text4vis.cluster import distributed
 from text4vis.cluster.stop import EXIT_CODE, NonFiniteError, Stopped, StopRequest
 from text4vis.cluster.watch import Watch

@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from shards.address import shown
+from shards.text import shown
 from text4vis.common.progress import Progress
 from text4vis.common.stages import Stage, StageError, perform, with_set
 from text4vis.config.schema import ConfigError

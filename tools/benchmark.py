@@ -25,9 +25,9 @@ from benchmarks.data import Workload, make_workload, open_workload
 from benchmarks.figures import Figure, Processes, machine
 from benchmarks.suites import SUITES, Plan
 
-from shards.address import shown
 from shards.files import require_file
 from shards.format import ShardError
+from shards.text import shown
 from text4vis.common.console import console, table
 from text4vis.config.schema import ConfigError
 

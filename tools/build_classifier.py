@@ -18,10 +18,10 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from shards.address import shown
 from shards.annotations import parse_labels
 from shards.files import require_file
 from shards.format import ShardError
+from shards.text import shown
 from text4vis.classifier.embeddings import Pair, build_classifier, confusable_pairs, save_classifier
 from text4vis.common.console import console, table
 from text4vis.config.schema import Config, ConfigError, load_config

@@ -17,9 +17,9 @@ import sys
 import time
 from pathlib import Path
 
-from shards.address import shown
 from shards.annotations import parse_annotations, parse_labels
 from shards.format import MANIFEST, ShardError
+from shards.text import shown
 from shards.writer import build_shards
 from text4vis.common.progress import Progress
 

@@ -14,11 +14,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from shards.address import shown
 from shards.annotations import parse_labels
 from shards.checker import VIDEOS_PER_RANK, Report, check_datasets
 from shards.files import require_file
 from shards.format import ShardError
+from shards.text import shown
 from text4vis.common.console import console, table
 from text4vis.common.progress import Progress
 

@@ -25,7 +25,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from shards.address import shown
+from shards.text import shown
 from text4vis.common.console import console, table
 from text4vis.config.schema import ConfigError
 from text4vis.evaluation.comparison import ClassFigure, Comparison, Confusion, Setting, compare, read_report, summarise

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from shards.address import shown
+from shards.text import shown
 from text4vis.common.console import console, table
 from text4vis.common.stages import Stage, StageError, perform, with_set
 

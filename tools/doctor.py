@@ -16,7 +16,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from shards.address import shown
+from shards.text import shown
 from text4vis.common.console import console
 from text4vis.doctor.checks import FINE, PROBLEM, WARNING, diagnose
 

@@ -17,9 +17,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from shards.address import shown
 from shards.annotations import parse_labels
 from shards.format import ShardError
+from shards.text import shown
 from text4vis.classifier.embeddings import build_classifier
 from text4vis.config.schema import ConfigError, load_config
 from text4vis.saved import checkpoint

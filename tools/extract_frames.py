@@ -14,10 +14,10 @@ import sys
 import time
 from pathlib import Path
 
-from shards.address import shown
 from shards.annotations import parse_annotations
 from shards.extraction import ANNOTATIONS, extract_frames
 from shards.format import ShardError
+from shards.text import shown
 from text4vis.common.progress import Progress
 
 

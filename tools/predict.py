@@ -28,10 +28,11 @@ from typing import Any
 from rich.console import Console
 
 import text4vis
-from shards.address import redact, scheme_of, shown
+from shards.address import scheme_of
 from shards.annotations import is_video_file, parse_labels
 from shards.files import require_file
 from shards.format import ShardError
+from shards.text import redact, shown
 from text4vis.common.console import console, table
 from text4vis.common.progress import Progress
 from text4vis.config.schema import ConfigError

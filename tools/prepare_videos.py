@@ -16,10 +16,10 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from shards.address import shown
 from shards.annotations import Annotation, parse_annotations, parse_labels
 from shards.folders import LABELS, SPLITS, read_table, scan_folders, split_videos, write_lists
 from shards.format import ShardError
+from shards.text import shown
 from shards.writer import build_shards
 from text4vis.common.progress import Progress
 

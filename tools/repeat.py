@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shards.address import shown
+from shards.text import shown
 from text4vis.common.console import console, table
 from text4vis.common.stages import Stage, StageError, perform, with_set
 from text4vis.config.schema import ConfigError, load_config

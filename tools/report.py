@@ -18,8 +18,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from shards.address import printable
 from shards.files import require_file
+from shards.text import printable
 from text4vis.common.progress import track
 from text4vis.config.schema import ConfigError
 from text4vis.report.page import read_examples, read_runs, render

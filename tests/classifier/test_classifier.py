@@ -539,7 +539,7 @@ def encoder(tmp_path_factory) -> Path:
 
 
 def test_sentences_are_the_mean_of_their_tokens(model, tmp_path, encoder, monkeypatch):
-    from text4vis.classifier.embeddings import sentence
+    from text4vis.classifier import sentence
 
     config = configured(tmp_path, classifier="sentence", sentence_model=str(encoder), sentence_projection=True)
     rows = build_classifier(config, model, NAMES)

@@ -12,8 +12,8 @@ import pytest
 from launch import program
 
 from text4vis.config.schema import ConfigError
+from text4vis.doctor import checks as doctor
 from text4vis.doctor.checks import FINE, PROBLEM, WARNING
-from text4vis.doctor.checks import checks as doctor
 
 HEALTHY = {
     "host": "a", "python": "3.11.7", "versions": {"torch": "2.9", "deepspeed": "0.19", "nvidia-dali-cuda130": "2.4"},
@@ -183,7 +183,7 @@ def test_weights_that_cannot_be_fetched_are_one_finding_without_the_downloads_ch
 
 def test_the_probe_tells_what_does_not_import(tmp_path, monkeypatch):
     """A module that raises, and one that ends the process."""
-    from text4vis.doctor.checks import probe
+    from text4vis.doctor import probe
 
     (tmp_path / "raises.py").write_text("raise OSError('libx.so: cannot open')")
     (tmp_path / "dies.py").write_text("import os; os.abort()")
@@ -196,7 +196,7 @@ def test_the_probe_tells_what_does_not_import(tmp_path, monkeypatch):
 
 
 def test_the_probe_outlives_a_library_that_hangs(monkeypatch):
-    from text4vis.doctor.checks import probe
+    from text4vis.doctor import probe
 
     def hang(*_, **__):
         raise subprocess.TimeoutExpired("python", 300, output=b'import:["numpy", "hangs, or ends the process"]\n')
@@ -206,7 +206,7 @@ def test_the_probe_outlives_a_library_that_hangs(monkeypatch):
 
 
 def test_the_probe_is_json(monkeypatch):
-    from text4vis.doctor.checks import probe
+    from text4vis.doctor import probe
 
     monkeypatch.setattr(probe, "MODULES", {"numpy": "numpy"})
     found = probe.probe([str(Path(__file__)), "/nowhere"])

@@ -22,15 +22,15 @@ from text4vis.data.loader import build_loader
 from text4vis.data.sampling import test_indices as clip_indices
 from text4vis.data.sampling import val_indices
 from text4vis.evaluate import check_frames, differences
+from text4vis.evaluation import comparison
+from text4vis.evaluation import embedding as evaluation
 from text4vis.evaluation.embedding import (
     class_splits,
-    comparison,
     embed_videos,
     evaluate,
     protocol_card,
     weights_fingerprint,
 )
-from text4vis.evaluation.embedding import embedding as evaluation
 from text4vis.evaluation.protocols import CENTRE_CROP, Views, class_scores, figures, write_report
 from text4vis.model.tensors import write_tensors
 from text4vis.model.video_clip import build_model

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from shards.address import redact_text
+from shards.text import redact_text
 from text4vis.config.schema import ConfigError, load_config
 from text4vis.evaluation.comparison import compare
 from text4vis.report.curves import BOTTOM, HEIGHT, LEFT, MOST_POINTS, RIGHT, TOO_LARGE, TOP, WIDTH, charts

@@ -21,7 +21,8 @@ from text4vis.classifier.embeddings import build_classifier, file_digest
 from text4vis.config.schema import Config, ConfigError, DataConfig, NetworkConfig
 from text4vis.evaluation.embedding import weights_fingerprint
 from text4vis.evaluation.protocols import class_scores
-from text4vis.model.video_clip import build_model, heads
+from text4vis.model import heads
+from text4vis.model.video_clip import build_model
 from text4vis.saved.checkpoint import CheckpointError, State
 from text4vis.saved.runs import check_same_classes
 from text4vis.serving import onnx_graph

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from shard_data import FlakyServer, make_dataset, serve, status_fault
+from shard_data import FlakyServer, make_dataset, read_everything, read_in_process, serve, status_fault
 
 import shards.cache
 import shards.remote
@@ -43,10 +43,6 @@ def server(tmp_path, stored):
 def open_cached(server: FlakyServer, tmp_path: Path, name: str = "data", **options):
     options = {"cache_bytes": 10**6, "cache_dir": tmp_path / "cache", "timeout_seconds": 5, **options}
     return open_dataset(f"{server.address}/{name}", **options)
-
-
-def read_everything(dataset) -> list[list[bytes]]:
-    return dataset.read_many([(sample, np.arange(dataset.num_frames[sample])) for sample in range(len(dataset))])
 
 
 def kept(tmp_path: Path) -> list[Path]:
@@ -79,19 +75,13 @@ def test_equal_shard_names_do_not_collide(server, stored, tmp_path):
     assert len(kept(tmp_path)) == 9
 
 
-def _read_in_process(address, folder, barrier, results):
-    with open_dataset(address, cache_bytes=10**7, cache_dir=folder, io_threads=8) as dataset:
-        barrier.wait(30)
-        results.put(read_everything(dataset))
-
-
 def test_three_processes_download_once(tmp_path):
     stored = make_dataset(tmp_path / "served" / "data", [6] * 24, videos_per_shard=2)
     context = multiprocessing.get_context("spawn")
     with serve(tmp_path / "served") as server:
         barrier, results = context.Barrier(3), context.Queue()
         arguments = (f"{server.address}/data", tmp_path / "cache", barrier, results)
-        processes = [context.Process(target=_read_in_process, args=arguments) for _ in range(3)]
+        processes = [context.Process(target=read_in_process, args=arguments) for _ in range(3)]
         for process in processes:
             process.start()
         assert all(results.get(timeout=60) == stored for _ in processes)

@@ -19,13 +19,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from shard_data import CLASSES, make_dataset, tar_members, write_index
+from shard_data import CLASSES, make_dataset, read_everything, send_everything, tar_members, write_index
 
 import shards.local
-from shards.address import expand_sources, join_address, redact, redact_text, scheme_of
+from shards.address import expand_sources, join_address, scheme_of
 from shards.annotations import parse_annotations
 from shards.format import INDEX_ROLES, MEMBER_DTYPE, VIDEO_DTYPE, Manifest, ShardError, ShardInfo, video_key
 from shards.reader import open_dataset
+from shards.text import redact, redact_text
 from shards.writer import build_shards
 
 
@@ -38,10 +39,6 @@ def folder(tmp_path):
 def tables_of(folder: Path) -> tuple[dict[str, np.ndarray], Manifest]:
     manifest = Manifest.from_json((folder / "manifest.json").read_text(), "manifest")
     return {role: np.load(folder / manifest.index[role]["file"]) for role in INDEX_ROLES}, manifest
-
-
-def read_everything(dataset) -> list[list[bytes]]:
-    return dataset.read_many([(sample, np.arange(dataset.num_frames[sample])) for sample in range(len(dataset))])
 
 
 def test_reads_what_tarfile_reads(folder):
@@ -192,17 +189,13 @@ def num_descriptors() -> int:
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
-def _send_everything(dataset, connection):
-    connection.send(read_everything(dataset))
-
-
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_in_a_child_process(folder, method):
     context = multiprocessing.get_context(method)
     with open_dataset(str(folder)) as dataset:
         stored = read_everything(dataset)
         ours, theirs = context.Pipe()
-        process = context.Process(target=_send_everything, args=(dataset, theirs))
+        process = context.Process(target=send_everything, args=(dataset, theirs))
         process.start()
         assert ours.poll(30)
         assert ours.recv() == stored

@@ -40,18 +40,19 @@ from PIL import Image
 from safetensors.torch import save
 from shard_data import make_dataset
 
-from shards.address import expand_sources, join_address, redact, redact_text, shown
+from shards.address import expand_sources, join_address
 from shards.annotations import parse_annotations, parse_labels
 from shards.checker import check_datasets
 from shards.format import INDEX_ROLES, Manifest, ShardError, fingerprint, index_file
 from shards.images import probe_image
 from shards.index import open_index, read_local_manifest
+from shards.text import redact, redact_text, shown
 from shards.video import VideoError, probe_video
 from text4vis.classifier.embeddings import file_classifier
 from text4vis.cluster import distributed
 from text4vis.config.schema import Config, ConfigError, load_config
-from text4vis.evaluation.embedding import comparison
-from text4vis.evaluation.embedding import embedding as evaluation
+from text4vis.evaluation import comparison
+from text4vis.evaluation import embedding as evaluation
 from text4vis.model.tensors import read_weights
 from text4vis.saved import checkpoint
 from text4vis.saved.checkpoint import CheckpointError

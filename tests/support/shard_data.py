@@ -32,8 +32,26 @@ from shards.format import (
     video_crc32,
     video_key,
 )
+from shards.reader import ShardDataset, open_dataset
 
 CLASSES = ["climbing", "diving", "fencing"]
+
+
+def read_everything(dataset: ShardDataset) -> list[list[bytes]]:
+    """The bytes of all frames, video by video."""
+    return dataset.read_many([(sample, np.arange(dataset.num_frames[sample])) for sample in range(len(dataset))])
+
+
+def send_everything(dataset: ShardDataset, connection) -> None:
+    """For a process of its own, which finds functions of this module by name."""
+    connection.send(read_everything(dataset))
+
+
+def read_in_process(address: str, folder: Path, barrier, results) -> None:
+    """Reads everything through a cache as soon as all processes are there."""
+    with open_dataset(address, cache_bytes=10**7, cache_dir=folder, io_threads=8) as dataset:
+        barrier.wait(30)
+        results.put(read_everything(dataset))
 
 
 def write_index(

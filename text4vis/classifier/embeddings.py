@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from shards.cache import default_cache_dir
+from shards.files import write_atomically
 from text4vis.cluster import distributed
 from text4vis.config.schema import Config, ConfigError, NetworkConfig
 from text4vis.config.templates import prompts
@@ -295,12 +295,7 @@ def save_classifier(path: Path, classes_CD: Tensor, class_names: Sequence[str], 
         "sha256": fingerprint(tensors),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        partial.write_bytes(save(tensors, metadata))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomically(path, save(tensors, metadata))
 
 
 def _read_cached(path: Path) -> Tensor | None:

@@ -1,0 +1,5 @@
+"""Ranks and devices of a job, collectives, the watch over its ranks, and requests to stop."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,5 @@
+"""What all programs share: the screen, progress, and running other programs."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from shards.address import shown
+from shards.text import shown
 
 
 class StageError(Exception):

@@ -30,7 +30,7 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
-from shards.address import redact
+from shards.text import redact
 from text4vis.config.templates import TEMPLATE_SETS, prompts
 from text4vis.data.sampling import DENSE_WINDOW
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from shards.address import printable
+from shards.files import write_atomically
 from shards.format import ShardError
 from shards.reader import ShardDataset
+from shards.text import printable
 
 logger = logging.getLogger("text4vis")
 
@@ -87,9 +88,7 @@ class SkippedList:
         text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
         whole, _, half = text.rpartition("\n")
         if half:  # what a killed job leaves
-            partial = self._path.with_name(f".{SKIPPED_LIST}.partial")
-            partial.write_text(f"{whole}\n" if whole else "", encoding="utf-8")
-            partial.replace(self._path)
+            write_atomically(self._path, (f"{whole}\n" if whole else "").encode())
         self._known: set[tuple[str, int, str]] = set()
         for number, line in enumerate(whole.splitlines(), start=1):
             try:

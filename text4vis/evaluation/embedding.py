@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from shards.annotations import parse_labels
-from shards.files import require_file
+from shards.files import replacing_path, require_file
 from text4vis.cluster import distributed
 from text4vis.common.progress import track
 from text4vis.config.schema import Config, ConfigError
@@ -136,10 +136,9 @@ def embed_or_read(model: VideoClip, loader: Loader, path: Path, origin: Mapping[
     if len(loader.bad):
         logger.warning("%s: not written, for %d videos were left out", path, len(loader.bad))
     elif embedded is not None:
-        partial = path.with_name(f"{path.name}.partial")
         columns = {name: torch.from_numpy(column) for name, column in vars(embedded).items()}
-        write_tensors(partial, columns, {FEATURES: json.dumps(origin)})
-        partial.replace(path)
+        with replacing_path(path) as partial:
+            write_tensors(partial, columns, {FEATURES: json.dumps(origin)})
     return embedded
 
 

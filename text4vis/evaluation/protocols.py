@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from text4vis.evaluation.embedding import metrics
+from text4vis.evaluation import metrics
 
 LOGIT_SCALE = 100.0  # CLIP's largest; the original evaluates with it whatever was learned
 FUSION = "mean of the views' unnormalised embeddings, normalised, times 100 against the classes, softmax"

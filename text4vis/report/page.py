@@ -26,8 +26,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from shards.address import redact_text
 from shards.format import ShardError
+from shards.text import redact_text
 from text4vis.config.schema import Config, ConfigError, config_from_dict, load_config, schema
 from text4vis.evaluation.comparison import (
     Comparison,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import platform
@@ -10,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from shards.files import require_folder
+from shards.files import require_folder, try_lock
 from text4vis.classifier.embeddings import file_digest
 from text4vis.cluster.distributed import Ranks
 from text4vis.config.schema import Config, ConfigError
@@ -40,17 +39,17 @@ def claim(output: Path) -> int | None:
     require_folder(output)
     descriptor = os.open(output / ".running", os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        locked = try_lock(descriptor)
+    except OSError:
+        os.close(descriptor)
+        return None
+    if not locked:
         holder = os.read(descriptor, 200).decode(errors="replace").strip()
         os.close(descriptor)
         raise CheckpointError(
             f"{output}: another job is writing this run ({holder}); stop it or give another --output. If the ranks of "
             "this job do not know of each other, start them with a launcher that sets RANK and WORLD_SIZE"
-        ) from None
-    except OSError:
-        os.close(descriptor)
-        return None
+        )
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode())
     return descriptor

@@ -26,6 +26,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
+from shards.files import replacing_path
 from text4vis.config.schema import ConfigError, NetworkConfig
 from text4vis.model.tensors import State, is_state, load_strictly, read_torch_file, read_weights, write_tensors
 from text4vis.model.video_clip import VideoClip, build_model
@@ -294,6 +295,5 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
-    partial = path.with_suffix(".partial")  # tensors read from an export are views of its files
-    write_tensors(partial, state)
-    partial.replace(path)
+    with replacing_path(path) as partial:  # tensors read from an export are views of its files
+        write_tensors(partial, state)

@@ -25,8 +25,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from shards.address import redact, redact_text, scheme_of
+from shards.address import scheme_of
 from shards.format import ShardError
+from shards.text import redact, redact_text
 from shards.video import FrameReader, VideoError, VideoInfo, probe_video
 from text4vis.classifier.embeddings import build_classifier, text_classifier
 from text4vis.config.schema import Config, ConfigError, config_from_dict

@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
-from shards.address import redact_text, shown
+from shards.files import write_atomically
+from shards.text import redact_text, shown
 from text4vis.cluster import distributed
 
 logger = logging.getLogger("text4vis")
@@ -52,9 +53,7 @@ class Metrics:
         self._path = output / "metrics.jsonl"
         lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
         kept = [line for line in lines if _step_of(line) <= step]
-        cut = self._path.with_name(".metrics.jsonl.partial")
-        cut.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        cut.replace(self._path)
+        write_atomically(self._path, "".join(f"{line}\n" for line in kept).encode())
         self.board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
 
     def write(self, kind: str, record: Mapping[str, Any]) -> None:

@@ -1,0 +1,1 @@
+from .embeddings import build_classifier as build_classifier

@@ -1,0 +1,2 @@
+from .checks import Finding as Finding
+from .checks import diagnose as diagnose

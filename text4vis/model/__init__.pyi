@@ -1,0 +1,2 @@
+from .video_clip import VideoClip as VideoClip
+from .video_clip import build_model as build_model
