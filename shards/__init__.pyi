@@ -5,11 +5,14 @@ from .checker import Report as Report
 from .checker import check_datasets as check_datasets
 from .format import SampleError as SampleError
 from .format import ShardError as ShardError
+from .mixture import Mixture as Mixture
+from .mixture import exact_shares as exact_shares
 from .plan import Stream as Stream
 from .plan import epoch_order as epoch_order
 from .plan import eval_slice as eval_slice
 from .plan import few_shot_subset as few_shot_subset
 from .plan import rank_slice as rank_slice
+from .plan import share_positions as share_positions
 from .reader import ShardDataset as ShardDataset
 from .reader import open_dataset as open_dataset
 from .writer import build_shards as build_shards

@@ -271,7 +271,7 @@ def _batch(config: Config, slots: Mapping[str, int]) -> Iterator[Finding]:
     try:
         cut = cut_global_batch(config, ranks)
         for first, count in zip(accumulate(slots.values(), initial=0), slots.values(), strict=False):
-            check_streams(cut.data.streams, cut.solver.global_batch, Ranks(first, ranks, 0, count))
+            check_streams(cut.data.streams, cut.solver.global_batch or 0, Ranks(first, ranks, 0, count))
         yield Finding(
             "hostfile", FINE, f"global batch of {cut.solver.global_batch}: {cut.data.batch_size} videos a rank, "
             f"{cut.solver.grad_accumulation_steps} x accumulated",

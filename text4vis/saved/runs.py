@@ -151,22 +151,19 @@ def cut_global_batch(config: Config, world_size: int, global_batch: int | None =
 
 
 def check_streams(num_streams: int, global_batch: int, place: Ranks) -> None:
-    """Each global batch has equally many videos of all streams, and the rank's host has whole streams of each.
+    """Each global batch has equally many videos of all streams, and the rank's host has whole streams.
 
     Raises ConfigError.
     """
     if num_streams == 1:
         return
     if global_batch % num_streams:
-        batches = (
-            global_batch // num_streams * num_streams or num_streams,
-            -(-global_batch // num_streams) * num_streams,
-        )
+        below = global_batch // num_streams * num_streams
+        batches = f"{below} or {below + num_streams}" if below else f"{num_streams}"
         fitting = max(number for number in range(1, num_streams) if global_batch % number == 0)
         raise ConfigError(
-            f"data.streams: a global batch of {global_batch} videos cannot be taken equally from {num_streams} streams; "
-            f"in a new run set data.streams to {fitting}, or solver.global_batch to "
-            f"{' or '.join(map(str, dict.fromkeys(batches)))}"
+            f"data.streams: a global batch of {global_batch} videos cannot be taken equally from {num_streams} "
+            f"streams; in a new run set data.streams to {fitting}, or solver.global_batch to {batches}"
         )
     first = place.rank - place.local_rank
     edges = first, first + place.local_world_size
