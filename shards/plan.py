@@ -235,8 +235,12 @@ def share_positions(
     start, stop = rank_slice(0, global_batch, rank, world_size)
     if num_streams == 1:
         return np.arange(global_start + start, global_start + stop)
-    positions = np.arange(global_start, global_start + global_batch)
-    return positions[np.argsort(positions % num_streams, kind="stable")[start:stop]]
+    firsts_S = (np.arange(num_streams) - global_start) % num_streams  # each stream's first place in the batch
+    counts_S = (global_batch - firsts_S + num_streams - 1) // num_streams
+    ends_S = np.cumsum(counts_S)
+    turns = np.arange(start, stop)
+    streams = np.searchsorted(ends_S, turns, side="right")
+    return global_start + firsts_S[streams] + (turns - ends_S[streams] + counts_S[streams]) * num_streams
 
 
 def eval_slice(num_samples: int, rank: int, world_size: int) -> tuple[int, int]:
