@@ -6,11 +6,14 @@ from .checker import check_datasets as check_datasets
 from .foreign import index_tars as index_tars
 from .format import SampleError as SampleError
 from .format import ShardError as ShardError
+from .mixture import Mixture as Mixture
+from .mixture import exact_shares as exact_shares
 from .plan import Stream as Stream
 from .plan import epoch_order as epoch_order
 from .plan import eval_slice as eval_slice
 from .plan import few_shot_subset as few_shot_subset
 from .plan import rank_slice as rank_slice
+from .plan import share_positions as share_positions
 from .reader import Reading as Reading
 from .reader import ShardDataset as ShardDataset
 from .reader import open_dataset as open_dataset

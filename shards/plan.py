@@ -4,15 +4,24 @@ The training stream is the endless concatenation of epoch permutations. A positi
 samples that the whole job has consumed; everything below follows from (number of samples, seed, position), so a job
 may stop anywhere and go on with any number of ranks.
 
+With several streams, positions go round: position p belongs to stream p % S, and each stream has shards of its own. A
+global batch is shared stream by stream, so that ranks that follow one another, those of a host, meet few streams:
+
+    positions  0 1 2 3 4 5 6 7   of streams  0 1 2 3 0 1 2 3   shared by two hosts as  0 4 1 5 | 2 6 3 7
+
 numpy's random generators are not promised to give the same numbers in every version. The orders here come from
 integer hashing (splitmix64) and from sorting keys that are all different, so they never change.
 
-Letters: N samples, C classes, K shards in a window or videos a class.
+Letters: N samples, C classes, S streams, K shards in a window or videos a class.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+
+from shards.weave import small_numbers, stable_places, windows_of_samples
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK64 = (1 << 64) - 1
@@ -81,13 +90,21 @@ def shuffle_window(shuffle: str) -> int | None:
 
 
 def epoch_order(
-    num_samples: int, seed: int, epoch: int, *, shuffle: str = "global", shard_of: np.ndarray | None = None
+    num_samples: int,
+    seed: int,
+    epoch: int,
+    *,
+    shuffle: str = "global",
+    shard_of: np.ndarray | None = None,
+    streams: np.ndarray | None = None,
 ) -> np.ndarray:
     """Order of one epoch: (N,) int64, a permutation of range(N), the same for the same arguments everywhere.
 
     shuffle: 'global' permutes all samples. 'shards:K' permutes the shards, takes them K at a time and permutes the
     samples of each such window, so that at most K shards are in use at once; it needs `shard_of`, the (N,) shard
     numbers. 'none' is 0, 1, 2, ... for evaluation. Raises ValueError.
+    streams: with 'shards:K', the stream 0 ... S-1 that each of the (N,) places of the order belongs to. The shards are
+    dealt to the streams, and each stream has windows of its own; a shard that lies on a border belongs to both.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples: expected at least 1, got {num_samples}")
@@ -100,31 +117,50 @@ def epoch_order(
     if shard_of is None or shard_of.shape != (num_samples,):
         raise ValueError(f"shuffle={shuffle!r} needs shard_of, the ({num_samples},) shard numbers of the samples")
     shards = np.flatnonzero(np.bincount(shard_of))
-    num_windows = -(-len(shards) // window)
-    # numpy sorts 16-bit numbers by radix, five times as fast.
-    window_of_shard = np.empty(shards[-1] + 1, np.uint16 if num_windows < 1 << 16 else np.int64)
-    window_of_shard[shards[_hash_order(len(shards), seed, epoch, 1)]] = np.arange(len(shards)) // window
+    shards = shards[_hash_order(len(shards), seed, epoch, 1)]
+    windows = windows_of_samples(shard_of, shards, window, None if streams is None else np.bincount(streams))
     # A stable sort keeps the hash order of the samples within each window.
-    return order[np.argsort(window_of_shard[shard_of[order]], kind="stable")]
+    by_window = np.empty_like(order)
+    for block, places in stable_places(windows[order]):
+        by_window[places] = order[block]
+    if streams is None:
+        return by_window
+    for block, places in stable_places(streams):
+        order[block] = by_window[places]
+    return order
 
 
 class Stream:
     """The endless concatenation of epoch orders. See `epoch_order` for the arguments; raises ValueError as it does.
 
-    Starting at any position costs the order of one epoch, wherever the position lies.
+    num_streams: S of the module's header; with more than one, shuffle must be 'shards:K'. stream_of: the stream of the
+    sample at each of some positions; default: position % S. Starting at any position costs the order of one epoch,
+    wherever the position lies.
     """
 
     def __init__(
-        self, num_samples: int, seed: int, shuffle: str = "global", shard_of: np.ndarray | None = None
+        self,
+        num_samples: int,
+        seed: int,
+        shuffle: str = "global",
+        shard_of: np.ndarray | None = None,
+        *,
+        num_streams: int = 1,
+        stream_of: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> None:
         if num_samples < 1:
             raise ValueError(f"num_samples: expected at least 1, got {num_samples}")
-        if shuffle_window(shuffle) is not None and shard_of is None:
+        window = shuffle_window(shuffle)
+        if window is not None and shard_of is None:
             raise ValueError(f"shuffle={shuffle!r} needs shard_of, the ({num_samples},) shard numbers of the samples")
+        if num_streams < 1 or (window is None and num_streams > 1):
+            raise ValueError(f"num_streams: expected 1, or more with shuffle='shards:K', got {num_streams}")
         self.num_samples = num_samples
         self.seed = seed
         self.shuffle = shuffle
         self.shard_of = shard_of
+        self.num_streams = num_streams
+        self._stream_of = stream_of or (lambda positions: positions % num_streams)
         self._orders: dict[int, np.ndarray] = {}
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -132,24 +168,38 @@ class Stream:
             while len(self._orders) >= _CACHED_EPOCHS:
                 self._orders.pop(next(iter(self._orders)))
             self._orders[epoch] = epoch_order(
-                self.num_samples, self.seed, epoch, shuffle=self.shuffle, shard_of=self.shard_of
+                self.num_samples,
+                self.seed,
+                epoch,
+                shuffle=self.shuffle,
+                shard_of=self.shard_of,
+                streams=self._streams(epoch) if self.num_streams > 1 else None,
             )
         return self._orders[epoch]
+
+    def _streams(self, epoch: int) -> np.ndarray:
+        """The (N,) streams of an epoch's places."""
+        streams = np.empty(self.num_samples, small_numbers(self.num_streams))
+        for start in range(0, self.num_samples, _BLOCK_IDS):
+            stop = min(start + _BLOCK_IDS, self.num_samples)
+            streams[start:stop] = self._stream_of(epoch * self.num_samples + np.arange(start, stop))
+        return streams
 
     def take(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Sample ids and epochs, both (stop - start,) int64, at the stream positions start <= position < stop."""
         if not 0 <= start <= stop:
             raise ValueError(f"stream positions: expected 0 <= start <= stop, got {start} and {stop}")
-        ids = np.empty(stop - start, np.int64)
-        epochs = np.empty(stop - start, np.int64)
-        position = start
-        while position < stop:
-            epoch, offset = divmod(position, self.num_samples)
-            count = min(stop - position, self.num_samples - offset)
-            target = slice(position - start, position - start + count)
-            ids[target] = self._order(epoch)[offset : offset + count]
-            epochs[target] = epoch
-            position += count
+        return self.at(np.arange(start, stop))
+
+    def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Sample ids and epochs, both (n,) int64, at these (n,) stream positions."""
+        epochs, offsets = np.divmod(positions, self.num_samples)
+        if len(positions) and epochs[0] == epochs.min() == epochs.max():
+            return self._order(int(epochs[0]))[offsets], epochs
+        ids = np.empty_like(offsets)
+        for epoch in np.unique(epochs).tolist():
+            in_epoch = epochs == epoch
+            ids[in_epoch] = self._order(epoch)[offsets[in_epoch]]
         return ids, epochs
 
 
@@ -173,6 +223,24 @@ def rank_slice(global_start: int, global_batch: int, rank: int, world_size: int)
     share = global_batch // world_size
     start = global_start + rank * share
     return start, start + share
+
+
+def share_positions(
+    global_start: int, global_batch: int, rank: int, world_size: int, num_streams: int = 1
+) -> np.ndarray:
+    """Stream positions, (global batch / world size,) int64, of one rank's share of the batch at `global_start`.
+
+    The batch is shared stream by stream. Raises ValueError if the world size does not divide the global batch.
+    """
+    start, stop = rank_slice(0, global_batch, rank, world_size)
+    if num_streams == 1:
+        return np.arange(global_start + start, global_start + stop)
+    firsts_S = (np.arange(num_streams) - global_start) % num_streams  # each stream's first place in the batch
+    counts_S = (global_batch - firsts_S + num_streams - 1) // num_streams
+    ends_S = np.cumsum(counts_S)
+    turns = np.arange(start, stop)
+    streams = np.searchsorted(ends_S, turns, side="right")
+    return global_start + firsts_S[streams] + (turns - ends_S[streams] + counts_S[streams]) * num_streams
 
 
 def eval_slice(num_samples: int, rank: int, world_size: int) -> tuple[int, int]:

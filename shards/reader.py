@@ -15,21 +15,18 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from isal import isal_zlib
 
-from shards.address import expand_sources, local_path, scheme_of
+from shards.address import expand_sources
 from shards.ahead import look_ahead
-from shards.cache import ShardCache, default_cache_dir, entry_name, fetch_once
 from shards.cached import CachedShards
-from shards.format import INDEX_ROLES, MANIFEST, Manifest, ShardError, video_crc32
-from shards.index import MAX_MANIFEST_BYTES, Index, check_crc32, open_index, read_local_manifest
-from shards.local import Check, LocalShards, ShardSource
-from shards.remote import RemoteFiles, RemoteShards
+from shards.format import ShardError, video_crc32
+from shards.local import Check, LocalShards
+from shards.opening import Options, Part, open_part
 from shards.text import printable
 from shards.transfer import BYTES_IN_FLIGHT, REQUESTS_IN_FLIGHT, Transfers
 
@@ -38,39 +35,13 @@ Batch = TypeVar("Batch")
 _OPENING_THREADS = 8
 
 
-@dataclass(frozen=True)
-class _Options:
-    """The keyword arguments of `open_dataset`."""
-
-    cache_dir: str | Path | None
-    cache_bytes: int | None
-    verify: bool
-    retries: int
-    timeout_seconds: float
-    storage_options: Mapping[str, Any] | None
-    requests_in_flight: int
-    bytes_in_flight: int
-
-    @property
-    def cache_path(self) -> Path:
-        return default_cache_dir() if self.cache_dir is None else Path(self.cache_dir).expanduser().absolute()
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One of the data sets that are joined."""
-
-    index: Index
-    source: ShardSource
-
-
 class _Wanted(NamedTuple):
     """What one request reads: the distinct members `numbers`, their checksums and byte ranges, in one shard.
 
     positions: for each frame of the request its place among the distinct ones.
     """
 
-    part: _Part
+    part: Part
     sample: int
     shard: int
     numbers: list[int]
@@ -108,7 +79,7 @@ def open_dataset(
 
     Raises ShardError for anything that is not a sound data set, ValueError for bad options.
     """
-    options = _Options(
+    options = Options(
         cache_dir, cache_bytes, verify, retries, timeout_seconds, storage_options, requests_in_flight, bytes_in_flight
     )
     least = min(requests_in_flight, bytes_in_flight, 1 if cache_bytes is None else cache_bytes)
@@ -122,94 +93,14 @@ def open_dataset(
     transfers = Transfers(requests_in_flight, bytes_in_flight)
     try:
         with ThreadPoolExecutor(min(_OPENING_THREADS, len(addresses))) as pool:
-            parts = list(pool.map(lambda address: _open_part(address, options, transfers), addresses))
+            parts = list(pool.map(lambda address: open_part(address, options, transfers), addresses))
         return ShardDataset(addresses, options, parts, transfers)
     except BaseException:
         transfers.close()
         raise
 
 
-def _open_part(address: str, options: _Options, transfers: Transfers) -> _Part:
-    if scheme_of(address) is not None:
-        return _open_remote(address, options, transfers)
-    folder = local_path(address)
-    manifest = read_local_manifest(folder)
-    files = {role: folder / manifest.index[role]["file"] for role in INDEX_ROLES}
-    index = open_index(printable(str(folder)), manifest, files)
-    place = manifest.tars
-    if place is None or place == ".":
-        return _Part(index, LocalShards(folder, manifest.shards, options.retries))
-    if scheme_of(place) is None:
-        return _Part(index, LocalShards(local_path(place), manifest.shards, options.retries))
-    return _Part(index, _remote_source(_remote_files(place, options, transfers), manifest, options))
-
-
-def _open_remote(address: str, options: _Options, transfers: Transfers) -> _Part:
-    remote = _remote_files(address, options, transfers)
-    manifest = Manifest.from_json(remote.read_whole(MANIFEST, MAX_MANIFEST_BYTES), remote.place(MANIFEST))
-    if manifest.tars not in (None, "."):
-        raise ShardError(
-            f"{remote.place(MANIFEST)}: names tars in another place, which is followed from local folders alone; copy "
-            "the index to a local folder"
-        )
-    index = _open_fetched_index(remote, manifest, options.cache_path / "index")
-    return _Part(index, _remote_source(remote, manifest, options))
-
-
-def _remote_files(address: str, options: _Options, transfers: Transfers) -> RemoteFiles:
-    return RemoteFiles(
-        address,
-        transfers,
-        retries=options.retries,
-        timeout_seconds=options.timeout_seconds,
-        storage_options=options.storage_options,
-    )
-
-
-def _remote_source(remote: RemoteFiles, manifest: Manifest, options: _Options) -> ShardSource:
-    """The tars below an address: whole in the cache, or by ranges."""
-    if options.cache_bytes is None:
-        return RemoteShards(remote, manifest.shards)
-    return CachedShards(remote, manifest, ShardCache(options.cache_path / "shards", options.cache_bytes))
-
-
-def _open_fetched_index(remote: RemoteFiles, manifest: Manifest, folder: Path) -> Index:
-    files = {role: _fetch_index(remote, manifest.index[role], folder) for role in INDEX_ROLES}
-    try:
-        return open_index(remote.where, manifest, files)
-    except ShardError:
-        # The local copies may have been damaged since they were fetched; what is wrong in the store stays wrong.
-        for role, path in files.items():
-            path.unlink(missing_ok=True)
-            _fetch_index(remote, manifest.index[role], folder)
-        return open_index(remote.where, manifest, files)
-
-
-def _fetch_index(remote: RemoteFiles, entry: Mapping[str, Any], folder: Path) -> Path:
-    """Local copy of an index file, downloaded if needed."""
-    name, size, crc32 = entry["file"], entry["bytes"], entry["crc32"]
-    path = folder / f"{entry_name(remote.place(name), size, crc32)}.npy"
-
-    def download(descriptor: int) -> None:
-        remote.download(name, size, descriptor)
-        try:
-            check_crc32(Path(f"/proc/self/fd/{descriptor}"), crc32)
-        except ShardError:
-            raise ShardError(
-                f"{remote.place(name)}: is not the file that {MANIFEST} describes; upload it again"
-            ) from None
-
-    try:
-        fetch_once(path, size, download)
-    except OSError as error:
-        raise ShardError(
-            f"{folder}: the index of {remote.where} cannot be kept here: {error.strerror or error}; free some space or "
-            "name another cache_dir"
-        ) from error
-    return path
-
-
-def _reopen(addresses: list[str], options: _Options, fingerprint: str) -> ShardDataset:
+def _reopen(addresses: list[str], options: Options, fingerprint: str) -> ShardDataset:
     """The unpickled data set, opened anew. Raises ShardError if it is not the one that was pickled."""
     dataset = open_dataset(addresses, **vars(options))
     if dataset.fingerprint != fingerprint:
@@ -238,7 +129,7 @@ class ShardDataset:
     manager.
     """
 
-    def __init__(self, addresses: list[str], options: _Options, parts: list[_Part], transfers: Transfers) -> None:
+    def __init__(self, addresses: list[str], options: Options, parts: list[Part], transfers: Transfers) -> None:
         first = parts[0].index
         for part in parts[1:]:
             if part.index.manifest.classes != first.manifest.classes:
@@ -286,11 +177,16 @@ class ShardDataset:
         return any(not isinstance(part.source, LocalShards) for part in self._parts)
 
     @property
+    def part_sizes(self) -> list[int]:
+        """Videos of each of the data sets, in their order."""
+        return [len(part.index.videos) for part in self._parts]
+
+    @property
     def skipped(self) -> list[dict[str, Any]]:
         """Inputs that were left out when the data sets were built, as {"name", "line", "reason"}."""
         return [entry for part in self._parts for entry in part.index.manifest.skipped]
 
-    def _locate(self, sample: int) -> tuple[_Part, int]:
+    def _locate(self, sample: int) -> tuple[Part, int]:
         if not 0 <= sample < self._starts[-1]:
             raise IndexError(f"sample {sample} of {len(self)}")
         number = bisect.bisect_right(self._starts, sample) - 1
@@ -321,7 +217,7 @@ class ShardDataset:
         rows = part.index.member_rows(video, np.array(self._member_numbers(part, sample, frames), np.int64))
         return list(zip(rows["height"].tolist(), rows["width"].tolist(), strict=True))
 
-    def _member_numbers(self, part: _Part, sample: int, frames: np.ndarray) -> list[int]:
+    def _member_numbers(self, part: Part, sample: int, frames: np.ndarray) -> list[int]:
         """Member of each frame; the one member for all frames of a stored video. Raises IndexError."""
         numbers: list[int] = np.asarray(frames, dtype=np.int64).tolist()
         num_frames = int(self.num_frames[sample])
@@ -402,7 +298,7 @@ class ShardDataset:
 
         return check
 
-    def _describe_damage(self, part: _Part, sample: int, number: int, actual: int, expected: int) -> str:
+    def _describe_damage(self, part: Part, sample: int, number: int, actual: int, expected: int) -> str:
         index, video = part.index, self._locate(sample)[1]
         rows = index.member_rows(video, np.arange(index.videos["num_members"][video]))
         if video_crc32(rows) != index.videos["crc32"][video]:

@@ -8,6 +8,7 @@ import yaml
 
 from text4vis.config.loading import config_from_dict, load_config
 from text4vis.config.schema import ConfigError, schema
+from text4vis.config.sources import addresses
 from text4vis.model.video_clip import build_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,6 +38,18 @@ def test_a_resolved_configuration_reads_back_equal(recipe, tmp_path):
     written.write_text(config.to_yaml())
     assert load_config(written) == config
     assert config_from_dict(yaml.safe_load(config.to_yaml()), "here") == config
+
+
+def test_a_mixture_reads_back_equal_and_without_secrets(recipe):
+    settings = ["data.train=[{path: 's3://me:word@b/x?token=1', weight: 2}, {path: [b, c], weight: 0.5}]"]
+    config = load_config(recipe, settings)
+    assert [(source.path, source.weight) for source in config.data.train] == [
+        (("s3://me:word@b/x?token=1",), 2), (("b", "c"), 0.5),
+    ]  # fmt: skip
+    assert addresses(config.data.train)[1:] == ["b", "c"] and addresses(("x", "y")) == ["x", "y"]
+    kept = yaml.safe_load(config.to_yaml())
+    assert kept["data"]["train"] == [{"path": ["s3://b/x"], "weight": 2.0}, {"path": ["b", "c"], "weight": 0.5}]
+    assert config_from_dict(kept, "here").to_dict() == kept
 
 
 def test_base_files_are_laid_under(recipe, tmp_path):
@@ -70,6 +83,17 @@ def test_base_files_are_laid_under(recipe, tmp_path):
         ("data.batch_size", "expected section.key=value"),
         ("." * 2000 + "=1", "sections within sections, more than any recipe has"),
         ("data.train=[a", "the value is not valid YAML"),
+        ("data.train=[{path: a}]", "data.train: expected a path or {path, weight}, got {'path': 'a'} (from --set)"),
+        ("data.train=[{path: a, weight: 0}]", "data.train: input should be greater than 0, got 0 (from --set)"),
+        ("data.train=[{path: a, weight: .inf}]", "data.train: input should be a finite number, got inf"),
+        ("data.train=[{path: a, weight: 1}, b]", "data.train: expected a {path, weight} for each source or for none"),
+        ("data.train=[{path: [], weight: 1}]", "data.train: a source with a weight names no path (from --set)"),
+        (
+            "data.train=[{path: $NONE/a, weight: 1}]",
+            "data.train: the environment variable NONE in '$NONE/a' is",
+        ),
+        ("data.val=[{path: a, weight: 1}]", "data.val: input should be a valid string"),
+        ("data.streams=4", "data.streams: 4 streams need data.shuffle shards:K"),
         ("network.template=[a {}, b {}]", '; quote a text with braces, e.g. "a video of {}."'),
     ],
 )

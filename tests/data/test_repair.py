@@ -170,6 +170,22 @@ def test_the_global_batches_are_the_same_at_every_world_size_and_after_a_restart
             assert {i for i, _, _ in flat(alone)} <= set(loader.planner.few_shot.tolist())
 
 
+def test_streams_and_mixtures_are_the_same_at_every_world_size_and_after_a_restart(faulty, sound):
+    """In a mixture a video of the same source takes a bad one's place, so that the shares stay exact."""
+    sources = [{"path": str(faulty), "weight": 1}, {"path": str(sound), "weight": 2}]
+    settings_of = lambda **more: settings(  # noqa: E731
+        faulty, max_bad_share=0.6, train=sources, shuffle="shards:1", streams=2, **more
+    )
+    alone = take(settings_of(batch_size=6), count=16)[0]
+    for world_size in (2, 3):
+        config = settings_of(batch_size=6 // world_size)
+        by_rank = [take(config, count=16, rank=r, world_size=world_size)[0] for r in range(world_size)]
+        assert [flat(step) for step in zip(*by_rank, strict=True)] == alone
+    assert flat(take(settings_of(batch_size=6), count=4, consumed=30)[0]) == flat(alone)[30:54]
+    ids = [i for i, _, _ in flat(alone)]
+    assert sum(i < NUM_VIDEOS for i in ids) == 2 * NUM_VIDEOS * 2 // 3 and not set(ids) & set(BAD)
+
+
 def test_a_video_with_one_bad_frame_is_used_where_that_frame_is_not_drawn(sound, tmp_path):
     """What was found bad before must not decide: a run that starts later knows nothing of it."""
     folder = tmp_path / "shards"

@@ -3,7 +3,8 @@ At the end it names the threads that are left.
 
 Arguments before `--` are for this program, those after it for text4vis/train.py:
 
-    --ledger DIR        appends the ids of every micro batch to DIR/<rank>.jsonl, by step
+    --ledger DIR        appends the ids of every micro batch to DIR/<rank>.jsonl, by step, and which entry of
+                        data.train each is of
     --signal N:NAME     the last rank sends itself a signal within step N; the run stops after the one that follows
     --signal-in CALL:NAME   … within the first call of `evaluate` or `save`
     --not-finite ID     the loss is not a number when this video is in the batch; -1: always
@@ -52,6 +53,7 @@ def main() -> int:
         if options.ledger:
             options.ledger.mkdir(parents=True, exist_ok=True)
             record = {"step": step, "job": os.environ["MASTER_PORT"], "time": time.time(), "ids": batch.ids.tolist()}
+            record["sources"] = self.train_loader.planner.order.source_of(batch.ids.numpy()).tolist()
             with (options.ledger / f"{place.rank}.jsonl").open("a") as file:
                 file.write(json.dumps(record) + "\n")
         if is_last and step == int(signal_step):

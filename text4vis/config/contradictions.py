@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from text4vis.config.schema import DENSE_WINDOW, Config, ConfigError, decay_epochs
+from text4vis.config.sources import WeightedSource
 from text4vis.config.templates import TEMPLATE_SETS, prompts
 
 
@@ -75,6 +76,13 @@ def _check_solver(config: Config, fail: Callable[[str, str], None]) -> None:
 
 def _check_data(config: Config, fail: Callable[[str, str], None]) -> None:
     data = config.data
+    weighted = [source for source in data.train if isinstance(source, WeightedSource)]
+    if weighted and len(weighted) < len(data.train):
+        fail("data.train", "expected a {path, weight} for each source or for none, got both kinds")
+    if any(not source.path for source in weighted):
+        fail("data.train", "a source with a weight names no path")
+    if data.streams > 1 and data.shuffle == "global":
+        fail("data.streams", f"{data.streams} streams need data.shuffle shards:K; global has no shards to deal")
     low, high = data.crop_area
     if not 0 < low <= high <= 1:
         fail("data.crop_area", f"expected 0 < low <= high <= 1, got {[low, high]}")

@@ -155,8 +155,13 @@ def _expand(value: Any, origin: Mapping[str, str], where: str, key: str = "") ->
     if isinstance(value, dict):
         keys = {name: f"{key}.{name}" if key else str(name) for name in value}
         return {name: _expand(inner, origin, where, keys[name]) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [_expand(inner, origin, where, key) for inner in value]
+    if isinstance(value, list):  # the sections within, as those of data.train, have no dotted keys
+        return [
+            {name: _expand(part, origin, where, key) for name, part in inner.items()}
+            if isinstance(inner, dict)
+            else _expand(inner, origin, where, key)
+            for inner in value
+        ]
     if not isinstance(value, str):
         return value
     expanded = os.path.expandvars(value)

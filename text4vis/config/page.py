@@ -97,15 +97,17 @@ def _types() -> dict[str, str]:
             if target:
                 walk(root["$defs"][target.rpartition("/")[2]], f"{prefix}{name}.")
             else:
-                types[f"{prefix}{name}"] = _words(declared)
+                types[f"{prefix}{name}"] = _words(declared, root["$defs"])
 
     walk(root, "")
     return types
 
 
-def _words(declared: dict[str, Any]) -> str:
-    if "anyOf" in declared:
-        return " or ".join(_words(option) for option in declared["anyOf"])
+def _words(declared: dict[str, Any], sections: dict[str, Any]) -> str:
+    if options := declared.get("anyOf") or declared.get("oneOf"):
+        return " or ".join(_words(option, sections) for option in options)
+    if "$ref" in declared:
+        return f"`{{{', '.join(sections[declared['$ref'].rpartition('/')[2]]['properties'])}}}`"
     if "const" in declared or "enum" in declared:
         return ", ".join(_code(value) for value in declared.get("enum", [declared.get("const")]))
     kind = declared.get("type")
@@ -113,7 +115,7 @@ def _words(declared: dict[str, Any]) -> str:
         return "nothing"
     if kind == "array":
         items = declared.get("prefixItems")
-        return f"list of {len(items)}" if items else f"list of {_words(declared['items'])}"
+        return f"list of {len(items)}" if items else f"list of {_words(declared['items'], sections)}"
     limits = [("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("exclusiveMaximum", "<")]
     bounds = [f"{sign} {declared[name]:g}" for name, sign in limits if name in declared]
     return " ".join([_NAMES[str(kind)], ", ".join(bounds)]).strip()

@@ -17,6 +17,7 @@ from pydantic.dataclasses import dataclass
 
 from shards.text import redact
 from text4vis.config.roles import Key, Role, key, read_key
+from text4vis.config.sources import TrainSources
 from text4vis.config.values import (
     Bool,
     Count,
@@ -63,8 +64,12 @@ class DataConfig:
     """Which videos, and how they are read, sampled and augmented."""
 
     dataset: Str = key("", Role.DATA, "name of the data set, for titles and reports")
-    train: Sources = key(
-        (), Role.PLACE, "training shards: a folder, an address, or a list of them", classifiers=("lda",)
+    train: TrainSources = key(
+        (),
+        Role.PLACE,
+        "training shards: a folder, an address, or a list of them; a list of {path, weight}: each has this share of "
+        "the samples",
+        classifiers=("lda",),
     )
     val: Sources = key((), Role.PLACE, "evaluation shards, like data.train")
     label_list: OptionalStr = key(None, Role.DATA, "CSV `id,name`; default: the class names stored in the shards")
@@ -118,6 +123,12 @@ class DataConfig:
     )
     shuffle: Annotated[StrictStr, Field(pattern=r"^(global|shards:[1-9][0-9]*)$")] = key(
         "global", Role.DATA, "global: any order; shards:K: a window of K shards at a time, for remote stores and disks"
+    )
+    streams: Annotated[StrictInt, Field(ge=1, le=1 << 16)] = key(
+        1,
+        Role.DATA,
+        "with data.shuffle shards:K: deal the shards to so many streams, so that each host fetches only its own; a "
+        "multiple of the number of hosts",
     )
     decode: Literal["auto", "cpu", "gpu"] = key(
         "auto", Role.EXECUTION, "where frames are decoded; auto: gpu if there is one"

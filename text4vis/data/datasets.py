@@ -6,6 +6,7 @@ from shards.annotations import parse_labels
 from shards.format import ShardError
 from shards.reader import ShardDataset, open_dataset
 from text4vis.config.schema import Config, ConfigError
+from text4vis.config.sources import addresses
 
 
 def open_split(config: Config, split: str) -> ShardDataset:
@@ -18,7 +19,7 @@ def open_split(config: Config, split: str) -> ShardDataset:
         raise ConfigError(f"data.{split}: no shards named; build them with tools/build_shards.py and name the folder")
     try:
         return open_dataset(
-            list(sources),
+            addresses(sources),
             requests_in_flight=config.data.requests_in_flight,
             bytes_in_flight=config.data.bytes_in_flight,
             cache_dir=config.data.cache_dir,

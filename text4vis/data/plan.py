@@ -20,12 +20,13 @@ import numpy as np
 
 from shards.format import SampleError
 from shards.images import MAX_FRAME_PIXELS
-from shards.plan import Stream, eval_slice, few_shot_subset, rank_slice
+from shards.plan import eval_slice, few_shot_subset
 from shards.reader import ShardDataset
 from text4vis.config.batches import BatchSizes
 from text4vis.config.schema import Config, ConfigError
 from text4vis.data import augmentation, sampling
 from text4vis.data.augmentation import Geometry
+from text4vis.data.order import TrainOrder
 
 SUBSTITUTES = 2  # stream of the counter-based generator; augmentation draws from stream 0, mixing from 1
 
@@ -112,6 +113,8 @@ class Planner:
                 f"data.flip_swaps: a flip swaps label {max(self._mirrored)}, but there are {num_classes} classes; "
                 "name this data set's pairs of labels, or [] if it has none"
             )
+        if self.split == "train":
+            _ = self.order  # what it complains of is said before anything is read
 
     @cached_property
     def few_shot(self) -> np.ndarray | None:
@@ -134,6 +137,11 @@ class Planner:
         chosen = self.few_shot if self.split == "train" else self.ids
         return np.arange(len(self.dataset)) if chosen is None else chosen
 
+    @cached_property
+    def order(self) -> TrainOrder:
+        """The order of training, of the split "train". Raises ConfigError."""
+        return TrainOrder(self.config, self.dataset, self.videos, self.epoch_samples)
+
     def few_shot_list(self) -> str:
         """The videos of `few_shot` as an annotation list: `name frames label`, or `name label` for stored videos."""
         data, lines = self.dataset, []
@@ -144,7 +152,7 @@ class Planner:
 
     @property
     def epoch_samples(self) -> int:
-        """Samples in an epoch: the number of videos in the data set.
+        """Samples in an epoch: the number of videos in the data set, of all sources together in a mixture.
 
         Few-shot: as many whole passes over the chosen videos as fit into that number, so that an epoch is about as long
         as without (the original's rule). Each pass shuffles and augments anew.
@@ -237,28 +245,22 @@ class Planner:
     def substitutes(self, sample: int, epoch: int) -> Iterator[int]:
         """Videos to try one after another where `sample` cannot be used in `epoch`; none in evaluation.
 
-        Drawn from `videos` by (seed, epoch, sample) alone, so they are the same at every world size, in every batch and
-        after every restart.
+        Drawn from `videos`, in a mixture from those of the sample's source, by (seed, epoch, sample) alone, so they are
+        the same at every world size, in every batch and after every restart.
         """
         if self.split == "train":
+            peers = self.order.peers(sample)
             rng = augmentation.generator(self.config.seed, epoch, sample, SUBSTITUTES)
             while True:
-                yield int(self.videos[int(rng.random() * len(self.videos))])
+                yield int(peers[int(rng.random() * len(peers))])
 
     def _train_batches(self, consumed: int) -> Iterator[Picked]:
-        """The rank's micro batches: its slice of each global batch, cut by gradient accumulation.
-
-        An epoch goes once over all videos, or over the few that were chosen.
-        """
+        """The rank's micro batches: its share of each global batch, cut by gradient accumulation."""
         global_batch = self._sizes.global_batch
-        chosen = self.few_shot
-        shard_of = self.dataset.shard_of if chosen is None else self.dataset.shard_of[chosen]
-        stream = Stream(len(shard_of), self.config.seed, self.config.data.shuffle, shard_of)
-        for position in itertools.count(consumed, global_batch):
-            start, stop = rank_slice(position, global_batch, self.rank, self.world_size)
-            for first in range(start, stop, self.batch_size):
-                ids, epochs = stream.take(first, first + self.batch_size)
-                yield (ids if chosen is None else chosen[ids]), epochs
+        for start in itertools.count(consumed, global_batch):
+            ids, epochs = self.order.share(start, global_batch, self.rank, self.world_size)
+            for first in range(0, len(ids), self.batch_size):
+                yield ids[first : first + self.batch_size], epochs[first : first + self.batch_size]
 
     @cached_property
     def _mirrored(self) -> dict[int, int]:

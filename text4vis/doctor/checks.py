@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from shards.format import ShardError
 from text4vis.config.batches import BatchSizes
 from text4vis.config.loading import load_config
 from text4vis.config.schema import Config, ConfigError
+from text4vis.config.sources import addresses
 from text4vis.doctor.probe import SHARED_MEMORY, probe
 
 FINE, WARNING, PROBLEM = "fine", "warning", "PROBLEM"
@@ -252,7 +254,7 @@ def hosts(
     ranks = sum(slots.values())
     yield Finding("hostfile", FINE, f"{len(slots)} hosts, {ranks} ranks")
     if config is not None:
-        yield from _batch(config, ranks)
+        yield from _batch(config, slots)
     for program in ("ssh", "pdsh"):
         if not here["programs"][program]:
             yield Finding("hostfile", PROBLEM, f"{program} is not installed here", f"apt install {program}")
@@ -264,7 +266,11 @@ def hosts(
             yield from _host(host, found, reason, here, slots[host])
 
 
-def _batch(config: Config, ranks: int) -> Iterator[Finding]:
+def _batch(config: Config, slots: Mapping[str, int]) -> Iterator[Finding]:
+    from text4vis.cluster.distributed import Ranks
+    from text4vis.training.joining import check_streams
+
+    ranks = sum(slots.values())
     expected = config.engine.world_size
     if expected not in (None, ranks):
         yield Finding(
@@ -273,12 +279,14 @@ def _batch(config: Config, ranks: int) -> Iterator[Finding]:
         )  # fmt: skip
     try:
         sizes = BatchSizes.of(config, ranks)
+        for first, count in zip(accumulate(slots.values(), initial=0), slots.values(), strict=False):
+            check_streams(config.data.streams, sizes.global_batch, Ranks(first, ranks, 0, count))
         yield Finding(
             "hostfile", FINE, f"global batch of {sizes.global_batch}: {sizes.micro} videos a rank, "
             f"{sizes.accumulation} x accumulated",
         )  # fmt: skip
     except ConfigError as error:
-        yield Finding("hostfile", PROBLEM, str(error), "change solver.global_batch or the number of slots")
+        yield Finding("hostfile", PROBLEM, str(error), "change the key or the number of slots")
 
 
 def _local_paths(config: Config, config_path: str | None, output: Path) -> Iterator[str]:
@@ -287,8 +295,9 @@ def _local_paths(config: Config, config_path: str | None, output: Path) -> Itera
     if config_path is not None:
         yield config_path
     yield str(next(path for path in (output.absolute(), *output.absolute().parents) if path.exists()))
-    for names in (config.data.train, config.data.val):
-        yield from (name for name in names if scheme_of(name) is None and Path(name).exists())
+    for address in addresses((*config.data.train, *config.data.val)):
+        if scheme_of(address) is None and Path(address).exists():
+            yield address
     for name in (config.network.arch, config.network.pretrained, config.data.label_list):
         if name and Path(name).is_file():
             yield name

@@ -65,12 +65,22 @@ def find_start(output: Path, resume: str) -> Path | None:
     return None
 
 
-def check_same_run(found: State, config: Config, data_fingerprint: str, folder: Path) -> None:
-    """A run goes on only with the data and the settings it began with. Raises CheckpointError."""
+def check_same_run(
+    found: State, config: Config, data_fingerprint: str, mixture: list[tuple[int, float]], folder: Path
+) -> None:
+    """A run goes on only with the data and the settings it began with. Raises CheckpointError.
+
+    mixture: videos and weight of each source, empty without weights.
+    """
     if found.data_fingerprint != data_fingerprint:
         raise CheckpointError(
             f"{folder}: was trained on other data (fingerprint {found.data_fingerprint[:12]}, data.train has "
             f"{data_fingerprint[:12]}); give the original shards or another --output"
+        )
+    if found.mixture != mixture:
+        raise CheckpointError(
+            f"{folder}: was trained on another mixture ({_mixture_words(found.mixture)}), data.train now has "
+            f"{_mixture_words(mixture)}; undo the change or give another --output"
         )
     check_same_classes(found, config, folder)
     if config.solver.global_batch not in (None, found.global_batch):
@@ -88,6 +98,10 @@ def check_same_run(found: State, config: Config, data_fingerprint: str, folder: 
             f"{folder}: the configuration differs ({values}); undo the change or give another --output, and "
             f"--set pretrain={folder} if it is to begin with these weights"
         )
+
+
+def _mixture_words(mixture: list[tuple[int, float]]) -> str:
+    return ", ".join(f"{videos} videos with weight {weight:g}" for videos, weight in mixture) or "no weights"
 
 
 def check_same_classes(found: State, config: Config, folder: Path) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
+from text4vis.cluster.distributed import Ranks
 from text4vis.config.schema import Config, ConfigError
-from text4vis.saved.checkpoint import CheckpointError
+from text4vis.data.loader import Loader
+from text4vis.saved.checkpoint import CheckpointError, State
+from text4vis.saved.runs import check_same_run
 
 
 def check_same_classes(config: Config, train: list[str], val: list[str]) -> None:
@@ -28,7 +31,17 @@ def check_world_size(config: Config, world_size: int) -> None:
         )
 
 
-def check_few_shot(path: Path, wanted: str) -> None:
+def check_joins(found: State, config: Config, loader: Loader, checkpoint: Path, few_shot_list: Path) -> None:
+    """The checkpoint is of the run that the job wants: its data, mixture, few-shot videos and settings.
+
+    Raises CheckpointError.
+    """
+    planner = loader.planner
+    check_same_run(found, config, loader.dataset.fingerprint, planner.order.mixture, checkpoint)
+    _check_few_shot(few_shot_list, planner.few_shot_list())
+
+
+def _check_few_shot(path: Path, wanted: str) -> None:
     """The videos that a few-shot run began with are those it goes on with. Raises CheckpointError."""
     if path.exists() and (found := path.read_text(encoding="utf-8")) != wanted:
         line, before, now = next(
@@ -39,4 +52,31 @@ def check_few_shot(path: Path, wanted: str) -> None:
         raise CheckpointError(
             f"{path}:{line}: the run began with {before!r}, data.shot now chooses {now!r}; "
             "bring the file back as it was, or give another --output"
+        )
+
+
+def check_streams(num_streams: int, global_batch: int, place: Ranks) -> None:
+    """Each global batch has equally many videos of all streams, and the rank's host has whole streams.
+
+    Raises ConfigError.
+    """
+    if num_streams == 1:
+        return
+    if global_batch % num_streams:
+        below = global_batch // num_streams * num_streams
+        batches = f"{below} or {below + num_streams}" if below else f"{num_streams}"
+        fitting = max(number for number in range(1, num_streams) if global_batch % number == 0)
+        raise ConfigError(
+            f"data.streams: a global batch of {global_batch} videos cannot be taken equally from {num_streams} "
+            f"streams; in a new run set data.streams to {fitting}, or solver.global_batch to {batches}"
+        )
+    first = place.rank - place.local_rank
+    edges = first, first + place.local_world_size
+    if any(num_streams * edge % place.world_size for edge in edges):
+        num_hosts = -(-place.world_size // place.local_world_size)
+        fits = [hosts for hosts in range(1, num_streams + 1) if num_streams % hosts == 0]
+        raise ConfigError(
+            f"data.streams: {num_streams} streams cannot be shared equally by {num_hosts} hosts (this one has "
+            f"{place.local_world_size} of {place.world_size} ranks); start {' or '.join(map(str, fits))} hosts with "
+            f"equally many ranks each, or in a new run set data.streams to a multiple of {num_hosts}"
         )

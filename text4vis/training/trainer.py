@@ -33,10 +33,10 @@ from text4vis.model.video_clip import VideoClip, build_model
 from text4vis.saved import checkpoint
 from text4vis.saved.checkpoint import State
 from text4vis.saved.opening import load_pretrained
-from text4vis.saved.runs import check_same_run, find_start
+from text4vis.saved.runs import find_start
 from text4vis.training import checkpointing
 from text4vis.training.engine import Engine
-from text4vis.training.joining import check_few_shot, check_same_classes, check_world_size
+from text4vis.training.joining import check_joins, check_same_classes, check_streams, check_world_size
 from text4vis.training.logs import Meter, gpu_utilisation, memory_bytes, table
 from text4vis.training.losses import Objective
 from text4vis.training.optim import scheduled_rate
@@ -79,6 +79,7 @@ class Trainer:
         self.start_from = distributed.from_main(lambda: find_start(output, resume))
         start = None if self.start_from is None else checkpoint.read_state(self.start_from)
         self.sizes = BatchSizes.of(config, self.ranks.world_size, start.global_batch if start else None)
+        check_streams(config.data.streams, self.sizes.global_batch, self.ranks)
         torch.manual_seed(config.seed)  # the head's first weights: equal on all ranks
         distributed.use_cores(config.engine.num_threads)
         with ExitStack() as opened:
@@ -329,7 +330,8 @@ class Trainer:
         figures = {key: result[key] for key in ("top1", "top5", "mean_class_accuracy", "videos", "missing")}
         record = {"step": self.state.step, "epoch": round(self.epoch, 4), **figures}
         record["best_top1"] = max(result["top1"], self.state.best_top1)
-        self.log.write("val", record)
+        by_source = self.train_loader.planner.order.samples_by_source(self.state.consumed)
+        self.log.write("val", record | {f"samples of {name}": count for name, count in by_source.items()})
         write_report(self.output / "report.json", {"step": self.state.step, **result})
         self.log.add_pictures(
             self.state.step, lambda board: board.evaluation(result | record, classes_CD, self.val_loader)
@@ -363,6 +365,7 @@ class Trainer:
             "torch.compile": engine.compile,
             "steps": f"{self.num_steps}, {self.train_loader.epoch_samples / sizes.global_batch:.1f} an epoch",
             "starts from": f"step {self.state.step}",
+            **{name: f"{share:.2%} of the samples" for name, share in self.train_loader.planner.order.shares().items()},
         }
 
     def open_logs(self) -> None:
@@ -411,13 +414,13 @@ class Trainer:
             config=self.config.to_dict(),
             class_names=self.class_names,
             classifier_file=file_digest(self.config.network),
+            mixture=self.train_loader.planner.order.mixture,
         )
 
     def _joined_state(self, found: State) -> State:
         """The state of the checkpoint, if it is of this run."""
         assert self.start_from is not None
-        check_same_run(found, self.config, self.train_loader.dataset.fingerprint, self.start_from)
-        check_few_shot(self.output / FEW_SHOT_LIST, self.train_loader.planner.few_shot_list())
+        check_joins(found, self.config, self.train_loader, self.start_from, self.output / FEW_SHOT_LIST)
         return replace(found, config=self.config.to_dict())
 
     def _model(self) -> VideoClip:
@@ -439,8 +442,7 @@ class Trainer:
         else:
             checkpointing.load(engine, self.start_from, self.state)
         if self.config.engine.zero_stage == 3:
-            # In its first whole forward pass DeepSpeed learns which parts use parameters of others. Without it, an
-            # evaluation before the first step, which calls parts of the model, would meet empty parameters.
+            # DeepSpeed finds the parameters of a part, which evaluation calls, only after one pass of the whole model.
             data = self.config.data
             frames_BTCHW = torch.zeros(1, data.num_segments, 3, data.input_size, data.input_size, dtype=torch.uint8)
             with torch.no_grad():

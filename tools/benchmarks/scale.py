@@ -7,11 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
+
 from benchmarks.figures import Figure, forget_peak_memory, interleaved, run_fresh
-from shards.plan import Stream, rank_slice
+from shards.plan import Stream, share_positions
 from text4vis.training.logs import resident_bytes
 
 _RANKS_TIMED = 200
+_STREAMS = 16
+_FETCHED_VIDEOS, _FETCHING_HOSTS = 240_000, (2, 4, 16)
 
 
 @dataclass(frozen=True)
@@ -24,12 +28,16 @@ class Planning:
     batch: list[float]
 
 
-def planning(num_videos: int, world_sizes: Sequence[int], batch_size: int) -> Planning:
-    """Plans batches of `batch_size` videos a rank in the middle of the third epoch. Run it fresh."""
+def planning(num_videos: int, world_sizes: Sequence[int], batch_size: int, num_streams: int) -> Planning:
+    """Plans batches of `batch_size` videos a rank in the middle of the third epoch. Run it fresh.
+
+    num_streams: 0 for 'global', else 'shards:32' in so many streams. The shard numbers count as the data set's memory.
+    """
     middle = num_videos * 5 // 2
+    shard_of = shards_like(num_videos) if num_streams else None
     forget_peak_memory()
     before, started = resident_bytes("VmRSS"), time.perf_counter()
-    stream = Stream(num_videos, seed=0)
+    stream = Stream(num_videos, 0, "shards:32" if num_streams else "global", shard_of, num_streams=num_streams or 1)
     stream.take(middle, middle + batch_size)
     elapsed, peak = time.perf_counter() - started, resident_bytes("VmHWM")
     return Planning(
@@ -46,16 +54,51 @@ def _batch_microseconds(stream: Stream, position: int, world_size: int, batch_si
     ranks = range(0, world_size, max(1, world_size // _RANKS_TIMED))
     started = time.perf_counter()
     for rank in ranks:
-        stream.take(*rank_slice(position, global_batch, rank, world_size))
+        stream.at(share_positions(position, global_batch, rank, world_size, stream.num_streams))
     return (time.perf_counter() - started) / len(ranks) * 1e6
 
 
+def shards_like(num_videos: int) -> np.ndarray:
+    """(N,) shard numbers of shards that hold unequal numbers of videos, as those of equal bytes do."""
+    sizes = np.random.default_rng(0).integers(150, 191, num_videos // 150 + 1)
+    return np.repeat(np.arange(len(sizes)), sizes)[:num_videos]
+
+
+def shards_fetched(num_videos: int, num_hosts: int, num_streams: int) -> float:
+    """Shards that the hosts meet in an epoch, each host's counted for it, over the shards of the data set."""
+    shard_of = shards_like(num_videos)
+    stream = Stream(num_videos, 0, "shards:32", shard_of, num_streams=num_streams)
+    global_batch = num_hosts * 16
+    met = []
+    for host in range(num_hosts):
+        batches = range(0, num_videos // global_batch * global_batch, global_batch)
+        positions = [share_positions(start, global_batch, host, num_hosts, num_streams) for start in batches]
+        met.append(len(np.unique(shard_of[stream.at(np.concatenate(positions))[0]])))
+    return sum(met) / len(np.unique(shard_of))
+
+
 def scale(counts: Sequence[int], world_sizes: Sequence[int], batch_size: int, rounds: int) -> list[Figure]:
-    """Planning for data sets of `counts` videos. World sizes whose global batch is more than an epoch are left out."""
-    fitting = {count: [size for size in world_sizes if size * batch_size <= count] for count in counts}
-    runs = {count: partial(run_fresh, planning, count, sizes, batch_size) for count, sizes in fitting.items()}
-    taken = interleaved("scale", {f"{count:,} videos": run for count, run in runs.items()}, rounds)
-    figures = []
+    """Planning for data sets of `counts` videos, and what hosts fetch. World sizes whose global batch is more than an
+    epoch are left out."""
+    orders = {"": 0, f", {_STREAMS} streams": _STREAMS}
+    fitting = {
+        (f"{count:,} videos{order}", count, num_streams): [size for size in world_sizes if size * batch_size <= count]
+        for count in counts
+        for order, num_streams in orders.items()
+    }
+    runs = {
+        what: partial(run_fresh, planning, count, sizes, batch_size, num_streams)
+        for (what, count, num_streams), sizes in fitting.items()
+    }
+    taken = interleaved("scale", runs, rounds)
+    figures = [
+        Figure(
+            "scale", f"{_FETCHED_VIDEOS:,} videos, {hosts} hosts, {streams} streams: shards fetched / shards", "",
+            [shards_fetched(_FETCHED_VIDEOS, hosts, streams)],
+        )
+        for hosts in _FETCHING_HOSTS
+        for streams in (1, _STREAMS)
+    ]  # fmt: skip
     for sizes, (what, values) in zip(fitting.values(), taken.items(), strict=True):
         figures.append(Figure("scale", f"{what}: from nothing to a batch in mid-epoch", "s", [v.start for v in values]))
         figures.append(Figure("scale", f"{what}: memory of that", "MB", [v.megabytes for v in values]))
