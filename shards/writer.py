@@ -68,9 +68,8 @@ def build_shards(
     unfinished build of other input in the folder is deleted, instead of an error. progress: called with the
     videos, frames and bytes that were added since its last call. list_name: the list's file, for messages.
 
-    Memory: about 256 MiB of waiting frames, however long the videos are; stored videos are read whole.
-    Raises ShardError (bad input, a data set in the way, a full disk) and ValueError (bad settings). Finished shards are
-    kept.
+    Memory: about 256 MiB of waiting frames, however long the videos are; stored videos are read whole. Raises
+    ShardError (bad input, a data set in the way, a full disk) and ValueError (bad settings). Finished shards are kept.
     """
     options = SourceOptions(store, image_template, max_frames, short_side, quality, fps)
     if on_error not in ("fail", "skip"):

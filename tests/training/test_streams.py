@@ -14,7 +14,7 @@ from shards.reader import open_dataset
 from shards.writer import build_shards
 from text4vis.cluster.distributed import Ranks
 from text4vis.config.schema import ConfigError
-from text4vis.saved.runs import check_streams
+from text4vis.training.joining import check_streams
 
 STREAMS, GLOBAL_BATCH, SMALL = 4, 12, 9
 
