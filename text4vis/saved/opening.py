@@ -218,7 +218,7 @@ class OriginalFile(SavedModel):
 
     def _records_nothing(self) -> CheckpointError:
         return CheckpointError(
-            f"{self.path}: a .pt file does not tell its recipe and classes; export it first: tools/export.py "
+            f"{self.path}: a .pt file does not hold its recipe and classes; export it first: tools/export.py "
             f"{self.path} --config RECIPE --labels CSV --output FOLDER"
         )
 
