@@ -44,7 +44,7 @@ def test_each_launcher_places_the_ranks(launcher):
     assert distributed.ranks() == distributed.Ranks(0, 1, 0, 1)
     launcher(**SRUN)
     assert distributed.ranks() == distributed.Ranks(5, 11, 1, 4)
-    assert distributed._meeting_point(distributed.ranks())[0] == "gpu07"
+    assert distributed._master(distributed.ranks())[0] == "gpu07"
     launcher(SLURM_PROCID=0, SLURM_NTASKS=8)  # a batch script that has not called srun
     assert distributed.ranks().world_size == 1
     ranks = {"RANK": 3, "LOCAL_RANK": 1, "WORLD_SIZE": 4, "LOCAL_SIZE": 2}
@@ -54,7 +54,7 @@ def test_each_launcher_places_the_ranks(launcher):
                 {"RANK": 2, "SIZE": 4, "LOCAL_RANK": 0, "LOCAL_SIZE": 2}.items()})  # fmt: skip
     assert distributed.ranks() == distributed.Ranks(2, 4, 0, 2)
     with pytest.raises(OSError, match="MASTER_ADDR is not set; pass it: mpirun -x"):
-        distributed._meeting_point(distributed.ranks())
+        distributed._master(distributed.ranks())
 
 
 def test_a_rank_takes_its_own_gpu_of_those_it_sees():
@@ -62,7 +62,7 @@ def test_a_rank_takes_its_own_gpu_of_those_it_sees():
     tasks = [distributed.Ranks(rank, 8, rank % 4, 4) for rank in range(8)]
     assert [distributed._gpu_of(place, 4) for place in tasks] == [0, 1, 2, 3] * 2
     assert [distributed._gpu_of(place, 1) for place in tasks] == [0] * 8
-    with pytest.raises(OSError, match=r"rank 7 is number 3 of its host, but sees 2 GPUs; start at most one rank a GPU"):
+    with pytest.raises(OSError, match=r"rank 7 has local rank 3, but sees 2 GPUs; start at most one rank per GPU"):
         distributed._gpu_of(tasks[7], 2)
 
 
