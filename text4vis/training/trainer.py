@@ -127,7 +127,7 @@ class Trainer:
         return self.state.figures
 
     def dry_run(self) -> None:
-        """One micro batch forward and backward; says what memory it took. Changes and writes nothing."""
+        """Runs one micro batch forward and backward and logs the memory that it took. Changes and writes nothing."""
         logger.info("%s", table("settings", self.settings()))
         if self.ranks.is_main:
             log_traps(logger, self.config, self.class_names, self.train_loader.dataset)
