@@ -37,7 +37,7 @@ def test_the_split_keeps_every_video_and_every_class(counts, share, seed):
         assert per_class[label, "val"] == min(max(1, round(share * count)), count - 1)
 
 
-def test_a_split_that_somebody_chose_stays():
+def test_a_chosen_split_stays():
     videos = [Video("a.mp4", "x", "val"), Video("b.mp4", "x", "train")]
     assert split_videos(videos, 0.5, 0) == videos
 

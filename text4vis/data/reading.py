@@ -37,8 +37,7 @@ class PlanReader:
 
     @property
     def batches_ahead(self) -> int:
-        """Batches to begin ahead of the one that is started: from a far store enough to fill
-        `data.requests_in_flight` twice, so that requests wait for their turn and not the store for requests."""
+        """Batches to begin ahead of the started one: with a far store, enough for twice its limit of requests."""
         if not self._dataset.is_remote:
             return 1
         stored_videos = self._dataset.content(0) == "video"

@@ -133,7 +133,7 @@ class Trainer:
             log_traps(logger, self.config, self.class_names, self.train_loader.dataset)
         self.backward(next(iter(self.train_loader)))
         (memory,) = distributed.start_max([int(memory_bytes())])()
-        logger.info("dry run: one micro batch took %.2f GB on the fullest rank", memory / 1e9)
+        logger.info("dry run: one micro batch took %.2f GB on the rank that used most", memory / 1e9)
 
     def train_step(self, batches: Iterator[Batch], meter: Meter) -> Requests:
         """One optimiser step: all micro batches of this rank's share of a global batch."""
