@@ -26,8 +26,8 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Asks the Python Package Index whether vulnerabilities of the installed packages are known. Strict: a package of which
-# it has no answer is a failure, as no answer is no clean bill. +cpu and the like are builds of the same version.
+# Asks the Python Package Index whether vulnerabilities of the installed packages are known. Strict: a package for which
+# there is no answer is a failure. +cpu and the like are removed: they are builds of the same version.
 audit: .venv/audit
 	$(BIN)/pip freeze --exclude-editable | sed 's/+.*//' > .venv/installed.txt
 	$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement .venv/installed.txt || \

@@ -17,13 +17,13 @@ Batch = TypeVar("Batch")
 _JOINED_BATCHES = 2
 # A batch is begun a little after it was given out; until then its shards count as needed.
 _LAG_BATCHES = 2
-# So many more batches become known with each that is given out: what lies far ahead is not urgent.
+# At most this many more batches become known whenever one is given out: those far ahead are not urgent.
 _BATCHES_AT_ONCE = 64
 _MAX_KNOWN_SAMPLES = 1 << 20
 
 
-class Plan:
-    """The shards of one data set that the batches to come need. Batches count from 0; threads may share it."""
+class UpcomingShards:
+    """The shards of one data set that the coming batches need. Batches count from 0; threads may share it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -33,11 +33,11 @@ class Plan:
 
     @property
     def num_shards(self) -> int:
-        """Shards of which a use is known."""
+        """Number of shards with a known use."""
         return len(self._uses)
 
     def add(self, shards: Iterable[int]) -> None:
-        """The next batch that becomes known needs these."""
+        """Adds the shards of the next batch that becomes known."""
         with self._lock:
             for shard in shards:
                 uses = self._uses.setdefault(shard, deque())
@@ -48,7 +48,7 @@ class Plan:
             self._added += 1
 
     def advance(self) -> None:
-        """The first batch that was not given out yet is being read now."""
+        """Moves on by a batch: the first that was not given out yet is being read now."""
         with self._lock:
             self._given += 1
             now = self._given - _LAG_BATCHES
@@ -59,13 +59,13 @@ class Plan:
                     del self._uses[shard]
 
     def next_use(self, shard: int) -> float:
-        """The batch that needs the shard next, infinite if none is known that does."""
+        """The next batch that needs the shard, infinite if none is known."""
         with self._lock:
             uses = self._uses.get(shard)
             return uses[0][0] if uses else math.inf
 
     def in_order(self) -> list[int]:
-        """All shards of which a use is known, the one that is needed first in front."""
+        """All shards with a known use, in the order of their next uses."""
         with self._lock:
             return sorted(self._uses, key=lambda shard: self._uses[shard][0][0])
 
@@ -77,11 +77,11 @@ class Follower(Protocol):
     def num_shards(self) -> int:
         """Shards of the data set."""
 
-    def follow(self, plan: Plan) -> None:
-        """From now on shards are fetched and kept by this plan."""
+    def follow(self, upcoming: UpcomingShards) -> None:
+        """From now on fetches and keeps shards by their upcoming uses."""
 
     def advanced(self) -> None:
-        """Something of the plan has changed."""
+        """Called when the upcoming uses have changed."""
 
 
 def look_ahead(
@@ -91,14 +91,14 @@ def look_ahead(
     *,
     most_samples: int,
 ) -> Iterator[Batch]:
-    """The same batches, of which up to `most_samples` samples are known to the followers before they are given out.
+    """Yields the batches; the followers know up to `most_samples` samples of them before they are given out.
 
     shards_of(batch): the shard of each sample, counted over all data sets that are joined. followers: with the number
     of their first shard.
     """
-    plans = [Plan() for _ in followers]
-    for (follower, _), plan in zip(followers, plans, strict=True):
-        follower.follow(plan)
+    all_upcoming = [UpcomingShards() for _ in followers]
+    for (follower, _), upcoming in zip(followers, all_upcoming, strict=True):
+        follower.follow(upcoming)
     known: deque[tuple[int, Batch]] = deque()
     num_known, coming = 0, iter(batches)
     while True:
@@ -107,14 +107,15 @@ def look_ahead(
             known.append((len(shards), batch))
             num_known += len(shards)
             distinct = np.unique(shards)
-            for (follower, first), plan in zip(followers, plans, strict=True):
-                plan.add((distinct[(first <= distinct) & (distinct < first + follower.num_shards)] - first).tolist())
+            for (follower, first), upcoming in zip(followers, all_upcoming, strict=True):
+                own = (first <= distinct) & (distinct < first + follower.num_shards)
+                upcoming.add((distinct[own] - first).tolist())
             if num_known >= min(most_samples, _MAX_KNOWN_SAMPLES):
                 break
         if not known:
             return
-        for (follower, _), plan in zip(followers, plans, strict=True):
-            plan.advance()
+        for (follower, _), upcoming in zip(followers, all_upcoming, strict=True):
+            upcoming.advance()
             follower.advanced()
         count, batch = known.popleft()
         num_known -= count

@@ -104,7 +104,7 @@ class Workspace:
         return settings
 
     def begin(self, settings: dict[str, Any]) -> None:
-        """Forgets an earlier build and notes what is built now."""
+        """Discards an earlier build and records the settings of this one."""
         self._remove_all_but({"lock"})
         write_atomically(self.path / SETTINGS, json.dumps(settings, indent=1, ensure_ascii=False).encode())
 
@@ -133,13 +133,13 @@ class Workspace:
         )
 
     def record(self, number: int, meta: dict[str, Any], tables: dict[str, np.ndarray]) -> None:
-        """Keeps the index rows of a shard that is complete where it lies; meta: what else is to be known of it."""
+        """Records the index rows of a shard that is complete. meta: further facts about it."""
         stream = io.BytesIO()
         np.savez(stream, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8), **tables)  # type: ignore[arg-type]
         write_atomically(self._rows_path(number), stream.getvalue())
 
     def recorded(self, number: int) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
-        """What `record` keeps of a shard; None if there is nothing, or it is damaged."""
+        """What `record` has written about a shard; None if that is missing or damaged."""
         try:
             with np.load(self._rows_path(number), allow_pickle=False) as arrays:
                 return json.loads(arrays["meta"].tobytes()), {role: arrays[role] for role in INDEX_ROLES}
@@ -267,7 +267,7 @@ def write_index(
 
 
 def clean_up(workspace: Workspace, manifest: Manifest) -> None:
-    """Removes what a published data set needs no more: index files of the one before, and the workspace."""
+    """Removes what a published data set no longer needs: index files of the one before, and the workspace."""
     used = {Path(entry["file"]).name for entry in manifest.index.values()}
     for path in (workspace.output / "index").iterdir():
         if path.name not in used:

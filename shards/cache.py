@@ -5,9 +5,10 @@ holds the lock (flock) on NAME.part downloads; the others wait. The lock of a ki
 leftover is used or removed by the next one. Nothing else is remembered: last use is the file's modification time, so
 any number of jobs share a folder, and a user may delete from it at any time.
 
-The limit counts finished files and the full size of those under way. Who adds a file says when it needs which of the
-others: those that it doesn't need go first, least recently used first, then those that it needs latest. A file is open
-only while its bytes are read, so what was removed is soon free, and a reader that finds it gone fetches it again.
+The limit counts finished files and the full size of downloads. A job that adds a file says when it needs which of the
+others: those that it does not need leave first, least recently used first, then those that it needs last. A file is
+open only while its bytes are read, so the space of a removed file is soon free; a reader that misses the file fetches
+it again.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def default_cache_dir() -> Path:
 
 
 def entry_name(*identity: object) -> str:
-    """File name for what has this identity: address, size, checksum ..."""
+    """File name of the entry with this identity: address, size, checksum ..."""
     return hashlib.sha256("\n".join(map(str, identity)).encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -87,8 +88,8 @@ def fetch_once(
 ) -> None:
     """Makes `entry` a file of `size` bytes. Of all processes and threads that ask, one downloads and the others wait.
 
-    reserve(descriptor) makes room and sets the size; download(descriptor) writes the bytes. What they raise passes
-    through. is_given_up: asked while waiting for another's download; raises GivenUpError when it says so.
+    reserve(descriptor) makes room and sets the size; download(descriptor) writes the bytes. Their errors are passed on.
+    is_given_up: called while waiting for another's download; raises GivenUpError once it returns True.
     """
     part = entry.with_name(entry.name + ".part")
     entry.parent.mkdir(parents=True, exist_ok=True)
@@ -134,8 +135,7 @@ class ShardCache:
     ) -> None:
         """Makes sure that the entry is there. Raises OSError, CacheFullError if it does not fit.
 
-        need: which entries go first to make room, see the module's text. spare: those that are needed so soon or
-        sooner stay.
+        need: when each entry is needed next, see the module's text. spare: entries needed at this time or earlier stay.
         """
         entry = self.folder / f"{name}.tar"
         fetch_once(entry, size, download, lambda part: self._make_room(entry, part, size, need, spare), is_given_up)
@@ -150,11 +150,11 @@ class ShardCache:
         raise CacheFullError(f"{self.folder}: files are evicted faster than they are read; raise cache_bytes")
 
     def has(self, name: str, size: int) -> bool:
-        """Whether the entry is there, with so many bytes. Counts as no use."""
+        """Whether the entry is there with this size. Does not count as a use."""
         return _has_size(self.folder / f"{name}.tar", size)
 
     def find(self, name: str, size: int) -> int | None:
-        """Descriptor of the entry if it is there with so many bytes; the caller closes it. Counts as a use."""
+        """Descriptor of the entry if it is there with this size; the caller closes it. Counts as a use."""
         try:
             descriptor = os.open(self.folder / f"{name}.tar", os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -163,7 +163,7 @@ class ShardCache:
             os.close(descriptor)
             return None
         with suppress(OSError):
-            os.utime(descriptor)  # impossible, and no matter, in another user's folder
+            os.utime(descriptor)  # fails in another user's folder, which does no harm
         return descriptor
 
     def is_current(self, name: str, descriptor: int) -> bool:

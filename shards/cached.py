@@ -1,5 +1,5 @@
-"""Tars behind an address, fetched whole into the node's cache: those that a reader waits for, then those that the plan
-needs next. What cannot be kept is read by ranges."""
+"""Tars behind an address, fetched whole into the node's cache: first those that a reader waits for, then those that the
+coming batches need. What cannot be kept is read by ranges."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from shards.ahead import Plan
+from shards.ahead import UpcomingShards
 from shards.cache import CacheFullError, ShardCache, entry_name
 from shards.format import Manifest, SampleError
 from shards.local import Check, Extent, OpenFile, Range, pread_exactly
@@ -29,10 +29,10 @@ _REFETCH_SECONDS = 3600.0
 _MAX_FETCHES = 3
 # A thread for each; their parts are fetched by the one loop.
 _SHARDS_AT_ONCE = 8
-# Others leave for a shard that is not needed yet only if all that is needed until then fills no more of the cache: who
-# fetches too early drops what is needed soon after.
+# A shard that is not needed yet may displace others only if all that is needed before it fills at most this share of
+# the cache: a shard that is fetched too early would displace one that is needed sooner.
 _NEAR_SHARE = 0.5
-# When all that is planned is here, or nothing more fits, the plan is looked at again so much later.
+# Until the upcoming uses are looked at again after all of their shards are here, or nothing more fits.
 _LOOK_SECONDS = 0.2
 
 
@@ -71,7 +71,7 @@ class CachedShards:
         self._warned = False
         self._paused_until = 0.0
         self._refetched_at: dict[int, float] = {}
-        self._plan = Plan()
+        self._upcoming = UpcomingShards()
         self.renew()
 
     def renew(self) -> None:
@@ -87,7 +87,7 @@ class CachedShards:
         self._not_ahead: set[int] = set()  # it has failed; a reader will see why
         self._in_use: Counter[int] = Counter()  # shards of fetches that are not done with
         self._done_with: deque[tuple[int, ...]] = deque()  # appended to without a lock: by finalisers
-        self._look_at = 0.0  # when the plan is looked at again
+        self._next_look = 0.0  # when the upcoming uses are looked at again
         self._ranges.renew()
 
     def close(self) -> None:
@@ -106,13 +106,13 @@ class CachedShards:
         """Shards of the data set."""
         return len(self._shards)
 
-    def follow(self, plan: Plan) -> None:
-        """From now on shards are fetched ahead, and kept, by this plan; `advanced` says that it has changed."""
-        self._plan = plan
+    def follow(self, upcoming: UpcomingShards) -> None:
+        """From now on fetches shards ahead, and keeps them, by their upcoming uses."""
+        self._upcoming = upcoming
         self.advanced()
 
     def advanced(self) -> None:
-        """Starts what the plan wants now."""
+        """Starts the downloads that the upcoming uses ask for now."""
         with self._lock:
             self._start_threads()
 
@@ -153,14 +153,14 @@ class CachedShards:
     # Downloads
 
     def _start_threads(self) -> None:
-        """As many as there is work for. The caller holds the lock."""
+        """Starts as many threads as there is work for. The caller holds the lock."""
         while len(self._threads) < _SHARDS_AT_ONCE and (download := self._next()) is not None:
             thread = threading.Thread(target=self._work, args=(download,), name="shards-fetch", daemon=True)
             self._threads.add(thread)
             thread.start()
 
     def _next(self) -> _Download | None:
-        """What to fetch next, if anything: it is under way then. The caller holds the lock."""
+        """Takes the next download, if there is one, and marks it as under way. The caller holds the lock."""
         if self._closed:
             return None
         download = self._waiting.pop(0) if self._waiting else self._next_ahead()
@@ -169,20 +169,20 @@ class CachedShards:
         return download
 
     def _next_ahead(self) -> _Download | None:
-        if time.monotonic() < max(self._look_at, self._paused_until):
+        if time.monotonic() < max(self._next_look, self._paused_until):
             return None
         needed_before = 0
-        for shard in self._plan.in_order():
+        for shard in self._upcoming.in_order():
             needed_before += self._shards[shard].bytes
             is_coming = shard in self._under_way or shard in self._not_ahead
             if not is_coming and not self._has(shard):
                 is_near = needed_before <= self._cache.limit_bytes * _NEAR_SHARE
-                return _Download(shard, is_wanted=False, spare=self._plan.next_use(shard) if is_near else math.inf)
-        self._look_at = time.monotonic() + _LOOK_SECONDS
+                return _Download(shard, is_wanted=False, spare=self._upcoming.next_use(shard) if is_near else math.inf)
+        self._next_look = time.monotonic() + _LOOK_SECONDS
         return None
 
     def _work(self, download: _Download | None) -> None:
-        """The life of a thread: one download after another, until there is none."""
+        """Runs in a thread: one download after another, until there is none."""
         while download is not None:
             try:
                 self._fetch(download)
@@ -214,17 +214,17 @@ class CachedShards:
         )
 
     def _need(self, name: str) -> float:
-        """When the entry of that name is needed next; one of a reading that has begun is needed before all others."""
+        """When the entry of that name is needed next; entries of readings that have begun come before all others."""
         shard = self._numbers.get(name)
         if shard is None:
             return math.inf
         with self._lock:
             while self._done_with:
                 self._in_use.subtract(self._done_with.popleft())
-            return -1 if self._in_use[shard] > 0 else self._plan.next_use(shard)
+            return -1 if self._in_use[shard] > 0 else self._upcoming.next_use(shard)
 
     def _end(self, download: _Download, error: Exception | None) -> None:
-        """After a download. The caller holds the lock."""
+        """Settles a download that is over. The caller holds the lock."""
         del self._under_way[download.shard]
         download.file = None
         over = [download]
@@ -236,7 +236,7 @@ class CachedShards:
             elif error is not None:
                 self._not_ahead.add(download.shard)
         elif not download.is_wanted:
-            self._look_at = time.monotonic() + _LOOK_SECONDS
+            self._next_look = time.monotonic() + _LOOK_SECONDS
         elif download.spare >= 0:  # begun ahead; now that a reader waits, more may go for it
             download.spare = -math.inf
             self._waiting.append(download)
@@ -308,7 +308,7 @@ class CachedShards:
             os.close(descriptor)
 
     def _pause(self, error: OSError) -> None:
-        """No downloads for a while. The caller holds the lock."""
+        """Suspends downloads for a while. The caller holds the lock."""
         if self._closed:
             return
         self._paused_until = time.monotonic() + _PAUSE_SECONDS

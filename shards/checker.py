@@ -29,7 +29,7 @@ from shards.format import (
 from shards.images import check_decodes, probe_image
 from shards.index import Index, check_crc32, open_index, read_local_manifest
 from shards.local import pread_exactly
-from shards.similar import look_at, similar_pairs
+from shards.similar import hash_videos, similar_pairs
 from shards.text import printable, redact
 from shards.video import probe_video
 
@@ -54,7 +54,7 @@ class DatasetReport:
 class Report:
     """Of all data sets that were checked together. leaks: videos that are in more than one of them.
 
-    similar: videos of two data sets that look like one recording; a warning, for it is found by looks.
+    similar: videos of two data sets that look like one recording; only a warning, because looks may deceive.
     """
 
     datasets: list[DatasetReport]
@@ -246,7 +246,7 @@ class _TarWalk:
         return [f"{self.where}: {problem}; copy the shard again or rebuild" for problem in found]
 
     def _problems_of_data(self, video: int) -> Iterator[str]:
-        """Of a tar that others wrote: the bytes that the index uses, whatever lies around them."""
+        """Problems in a tar that others wrote: only the bytes that the index uses are checked."""
         row = self.index.videos[video]
         members = self.index.member_rows(video, np.arange(int(row["num_members"])))
         for number, (block, size, *facts) in enumerate(members.tolist()):
@@ -375,7 +375,7 @@ def _spread(values: np.ndarray) -> dict[str, int]:
 
 
 def _identities(index: Index) -> tuple[list[str], list[tuple[int, int, int]]]:
-    """Of each video its name, and what tells its content: checksum, number of frames, bytes."""
+    """The name of each video, and what identifies its content: checksum, number of frames, bytes."""
     videos = index.videos
     sizes = np.concatenate([[0], np.cumsum(index.members["size"], dtype=np.int64)])
     first = videos["first_member"].astype(np.int64)
@@ -419,8 +419,8 @@ def _leaks(opened: list[tuple[str, Index]]) -> list[str]:
 def _similar(opened: list[tuple[str, Index]], workers: int, progress: Callable[[int], object]) -> list[str]:
     """Videos of two data sets that look like one recording, except those that `_leaks` finds."""
     opened = [(path, index) for path, index in opened if _place_of_tars(Path(path), index.manifest) is not None]
-    looks = [
-        look_at(index, place, workers=workers, progress=progress)
+    hashes = [
+        hash_videos(index, place, workers=workers, progress=progress)
         for path, index in opened
         if (place := _place_of_tars(Path(path), index.manifest)) is not None
     ]
@@ -428,7 +428,7 @@ def _similar(opened: list[tuple[str, Index]], workers: int, progress: Callable[[
     lines: list[str] = []
     for one, other in combinations(range(len(opened)), 2):
         (names, contents), (other_names, other_contents) = identities[one], identities[other]
-        for pair in similar_pairs(looks[one], looks[other]):
+        for pair in similar_pairs(hashes[one], hashes[other]):
             name, twin = other_names[pair.second], names[pair.first]
             if name != twin and other_contents[pair.second] != contents[pair.first]:
                 lines.append(

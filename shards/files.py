@@ -1,4 +1,4 @@
-"""Writing files and folders so that nobody meets half of one, and locking them."""
+"""Writes files and folders so that nobody sees half of one, and locks files."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import BinaryIO
 
 
 def require_folder(path: str | Path, option: str = "--output") -> None:
-    """Makes a folder and makes sure that it takes files. Raises OSError that names the option, the folder and the fix.
+    """Makes a folder and checks that it can be written. Raises OSError that names the option, the folder and the fix.
 
-    Programs ask this before their work, not after hours of it.
+    Programs call this before their work, not after hours of it.
     """
     try:
         Path(path).mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """What a folder of one's own videos, or a table of them, holds: videos, classes and splits, and what is left out.
 
     videos/surfing/a.mp4, videos/ice_skating/b/c.mov …     the folder below the root is the class
-    videos/train/surfing/a.mp4, videos/test/surfing/…      ready splits, of any usual name, above the classes or below
+    videos/train/surfing/a.mp4, videos/test/surfing/…      existing splits, of any usual name, above or below classes
     path,label[,split]                                     or a CSV with these columns
 
 A file's content says whether it is a video, whatever its name.
@@ -166,7 +166,7 @@ def _kinds_by_content(
 
 
 def _why_no_video(path: Path) -> str:
-    """Empty for a file that opens as a video with a frame. What begins as a picture does, needs two of them."""
+    """Why a file is no video; empty if it opens and has a frame. A file that begins like a picture needs two frames."""
     try:
         wanted = 2 if _head(path).startswith(_PICTURE_HEADS) else 1
         frames = sum(1 for _ in islice(iter_frames(path), wanted))
@@ -178,7 +178,7 @@ def _why_no_video(path: Path) -> str:
 
 
 def _may_be_other(path: Path) -> bool:
-    """Whether a file that is no video is something else, though its name is one of videos: a picture or a text."""
+    """Whether a file with a video's name that is no video may be a picture or a text."""
     head = _head(path)
     return head.startswith(_PICTURE_HEADS) or (path.name.lower().endswith(_AMBIGUOUS) and b"\0" not in head)
 
@@ -253,9 +253,10 @@ def _said(notices: list[str], place: str, names: dict[str, str | None], videos: 
 
 
 def settle_splits(videos: Sequence[Video], notices: list[str]) -> list[Video]:
-    """Ready splits so that train and val are there: without val, test becomes it, or a share of train is drawn later.
+    """Completes existing splits: without val, test becomes val, or a share of train is drawn for it later.
 
-    A split that is named must be named for all. Raises ShardError. Says what it does, and which classes a split lacks.
+    Either all videos have a split or none has. Notices tell what was done, and which classes a split lacks. Raises
+    ShardError.
     """
     counts = Counter(video.split for video in videos)
     if set(counts) == {None}:

@@ -1,4 +1,4 @@
-"""Indexes tars that other programs wrote, where they lie, so that they are read as our own shards are.
+"""Indexes tars that other programs wrote, in place, so that they can be read like our own shards.
 
 Every tar is read once, from its beginning to its end, and nothing is written beside the index: `manifest.json` and the
 tables of `shards.format`. The manifest names the tars; the member table says where each one's bytes lie.

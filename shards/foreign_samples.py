@@ -1,7 +1,7 @@
 """The samples of tars that other programs wrote: which members belong together, and what index rows they give.
 
 Keys and extensions are found by webdataset's own rule: the key of a member is its path up to the first dot of the base
-name, the extension is what follows, in lower case; a sample is a run of members with one key. Of a sample are used
+name, the extension is what follows, in lower case; a sample is a run of members with one key. Members that are used:
 
     KEY.mp4 (avi, mkv, webm, mov ...)           one stored video, or
     KEY.jpg, KEY.000.jpg KEY.001.jpg ...        frames (jpg, png, webp, bmp), in the order of their numbers
@@ -144,7 +144,7 @@ def _is_used(extension: str) -> bool:
 
 
 def _add_sample(rows: TarRows, name: str, files: dict[str, _File], label_key: str | None) -> None:
-    """Raises _SampleError; then the rows are as before."""
+    """Adds the rows of a sample. Raises _SampleError, and then adds none."""
     videos = [extension for extension in files if extension in _VIDEOS]
     frames = sorted((extension for extension in files if extension.rpartition(".")[2] in _IMAGES), key=_frame_number)
     if len(videos) > 1 or (videos and frames):
@@ -163,7 +163,7 @@ def _add_sample(rows: TarRows, name: str, files: dict[str, _File], label_key: st
     table["crc32"] = [isal_zlib.crc32(files[extension][1]) for extension in used]
     num_frames = _measure(table, used, files, content)
     encoded = name.encode("utf-8", "surrogateescape")
-    # Rows and names are counted within the tar, and label and shard are open: `_publish` knows them.
+    # Rows and names are counted within the tar; `_publish` makes them global and sets the label and the shard.
     rows.videos.append(
         (
             rows.num_members,

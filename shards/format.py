@@ -59,7 +59,7 @@ VIDEO_DTYPE = np.dtype(
 )
 
 
-# In no name of a class or video: a terminal, a log and a text encoder each make something else of them.
+# Refused in names of classes and videos: terminals, logs and text encoders each treat them differently.
 CONTROL_CHARACTER = re.compile("[\x00-\x1f\x7f-\x9f]")
 
 
@@ -68,9 +68,9 @@ class ShardError(Exception):
 
 
 class SampleError(ShardError):
-    """One video is at fault, whoever reads it and however often: wrong bytes, no image, a size beyond the limits.
+    """One video is bad whenever it is read: wrong bytes, no image, a size beyond the limits.
 
-    Never a store, disk or network that fails: what was not read may be sound.
+    Not raised when a store, disk or network fails, for the video itself may be sound.
     """
 
 

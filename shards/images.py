@@ -98,8 +98,9 @@ def read_image(data: bytes) -> Image.Image:
 
 
 def plain_image(data: bytes) -> bytes:
-    """An image that every decoder turns into the pixels of `read_image`: those that decoders round as they like, or not
-    all of them know, become a BMP of 24 bits. All others are given back unchanged.
+    """An image that every decoder turns into the pixels of `read_image`.
+
+    Kinds that decoders round differently, or that not all of them know, become a BMP of 24 bits; others stay unchanged.
 
     Raises ValueError when such an image does not decode.
     """
@@ -149,7 +150,7 @@ def check_decodes(data: bytes) -> None:
 
 
 def _check_jpeg_data(data: bytes) -> None:
-    """Raises ValueError for what libjpeg warns of, but for bytes too many: some cameras write them, nothing is lost."""
+    """Raises ValueError for what libjpeg only warns of, except harmless extra bytes, which some cameras write."""
     try:
         simplejpeg.decode_jpeg(data, "GRAY", strict=True)
     except ValueError as warning:

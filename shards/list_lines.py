@@ -104,21 +104,21 @@ def hint(line: str) -> str:
     fields = line.split()
     video = _AFTER_VIDEO.fullmatch(line)
     if line[0] == "#":
-        said = "a comment begins with `# `"
+        reason = "a comment begins with `# `"
     elif _HEADER.match(line) and not any(character.isdigit() for character in line):
-        said = "a list has no header: remove this line"
+        reason = "a list has no header: remove this line"
     elif line[0] in "\"'":
-        said = "quotes count as part of the name: remove them, names may hold spaces"
+        reason = "quotes count as part of the name: remove them, names may hold spaces"
     elif re.fullmatch(r"\[?\d+(?:[,;|]\d+)+\]?", fields[-1]):
-        said = "several labels: a list gives each video one"
+        reason = "several labels: a list gives each video one"
     elif re.search(r"[,;]", line) and (len(fields) == 1 or re.search(r"[,;]\s*[\w ]*$", line)):
-        said = "the fields are separated by commas or the like: separate them by spaces"
+        reason = "the fields are separated by commas or the like: separate them by spaces"
     elif video and re.fullmatch(r"-?[\d.:]+[ \t].*", video[2]):
-        said = "times or offsets: cut clips out beforehand, e.g. ffmpeg -ss START -to END"
+        reason = "times or offsets: cut clips out beforehand, e.g. ffmpeg -ss START -to END"
     elif (video and not any(character.isdigit() for character in video[2])) or fields[-1].isalpha():
-        said = "a label is the number of a class: its id in the class list"
+        reason = "a label is the number of a class: its id in the class list"
     elif is_video_file(line):
-        said = "the label is missing"
+        reason = "the label is missing"
     else:
         return ""
-    return f" ({said})"
+    return f" ({reason})"

@@ -52,7 +52,7 @@ class ShardSource(Protocol):
 
 
 class OpenFile:
-    """A descriptor that is closed when its last user lets go, so that no thread is left with another file's number."""
+    """A descriptor that is closed when its last user releases it, so that no thread reads from a reused number."""
 
     def __init__(self, path: Path) -> None:
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -77,7 +77,7 @@ def pread_exactly(descriptor: int, start: int, stop: int) -> bytes:
 
 @dataclass(frozen=True)
 class LocalFetch:
-    """What the kernel was told of. Implements Fetch."""
+    """Extents that the kernel was asked to fetch. Implements Fetch."""
 
     source: LocalShards
     wanted: Sequence[Extent]

@@ -1,6 +1,6 @@
 """Lists for one's own videos: class names, and which videos train, validate and test.
 
-The lists are plain text files, made once and then their owner's to edit. Until the shards are finished, lists that
+The lists are plain text files that people may edit. Until the shards are finished, lists that
 nobody has edited follow the input: a video that was corrected, removed or added changes its own line and no other.
 """
 
@@ -24,7 +24,7 @@ from shards.plan import epoch_order
 from shards.walk import describe
 
 LABELS = "labels.csv"
-_RECORD = "prepared.json"  # what made the lists, and their checksums: tells whether they were edited
+_RECORD = "prepared.json"  # the input of the lists and their checksums, which show whether they were edited
 _SHOWN = 3
 
 
@@ -163,7 +163,7 @@ def split_videos(
 
 
 def readable(label: str) -> str:
-    """A class name as a text tower likes it: `IceSkating` and `ice_skating` become `ice skating`.
+    """A class name as words, for the text tower: `IceSkating` and `ice_skating` become `ice skating`.
 
     Words in capitals (`TV`) stay as they are.
     """
@@ -256,11 +256,11 @@ def _refuse_missing(root: Path, output: Path, lists: Mapping[str, Sequence[Annot
 def _unlisted(
     root: Path, output: Path, table: str | Path | None, lists: Mapping[str, Sequence[Annotation]]
 ) -> list[str]:
-    """The lists are their owner's, and videos that came later are not in them: say so."""
+    """A notice if there are videos in no list: edited lists are not extended."""
     known = {one.name for videos in lists.values() for one in videos}
     try:
         videos = read_table(table, root) if table else scan_folders(root, known=known).videos
-    except ShardError:  # e.g. no class folders, for the lists were made from a table
+    except ShardError:  # e.g. no class folders, because the lists were made from a table
         return []
     new = [video.path for video in videos if video.path not in known]
     if not new:

@@ -74,8 +74,8 @@ def open_dataset(
     retries: attempts after the first when a remote or mount fails for a moment, with exponential backoff.
     timeout_seconds: for connecting and for each wait for data.
     storage_options: passed to fsspec for the remote data sets (credentials, endpoint ...).
-    requests_in_flight, bytes_in_flight: of remote data sets, so many requests at the same time, and so many bytes that
-        are being fetched or wait to be taken, at most.
+    requests_in_flight, bytes_in_flight: limits for remote data sets: requests at the same time, and bytes that are
+        being fetched or wait to be taken.
 
     Raises ShardError for anything that is not a sound data set, ValueError for bad options.
     """
@@ -259,9 +259,10 @@ class ShardDataset:
         return Reading(self, wanted)
 
     def ahead(self, batches: Iterable[Batch], ids_of: Callable[[Batch], np.ndarray]) -> Iterator[Batch]:
-        """The same batches. Those to come are looked at beforehand, as far as two passes over the data: of remote data
-        sets that are kept whole (cache_bytes) the shards that they need are fetched in that order as far as they fit
-        into the cache, and those that they need latest leave it first.
+        """Yields the batches, and looks up to two passes over the data ahead.
+
+        For remote data sets that are kept whole (cache_bytes), the shards of the coming batches are fetched in that
+        order as far as they fit into the cache, and those that are needed last leave it first.
 
         ids_of(batch): its samples. Reading works without this; a shard is then fetched when it is needed.
         """

@@ -81,7 +81,7 @@ class RemoteFiles:
         return self._transfers.submit([self.request(name, start, stop, total)]).result()[0]
 
     def read_whole(self, name: str, limit: int) -> bytes:
-        """A file of unknown size, of which more than `limit` bytes are an error or left out. Raises ShardError."""
+        """A file of unknown size. Bytes beyond `limit` are an error or left out. Raises ShardError."""
         fetch = partial(self._fetch, name, Span(0, limit, None))
         return self._transfers.submit([Request(0, fetch)]).result()[0]
 
@@ -114,7 +114,7 @@ class RemoteFiles:
         try:
             transfer.result()
         finally:
-            transfer.wait()  # whatever has failed, nothing is written to the descriptor afterwards
+            transfer.wait()  # nothing must be written to the descriptor afterwards, even after a failure
 
     # What follows runs in the loop.
 

@@ -1,13 +1,13 @@
 """Finds videos of two data sets that show the same recording: encoded anew, resized, or one cut from the other.
 
-Of each video up to 32 frames, evenly spread, become a 64-bit difference hash each: the frame in grey at 9x8 pixels, a
-bit for each pair of neighbours in a row, set where the right one is brighter. Frames almost without contrast (black,
-white, fog) say nothing and are dropped. Two frames match if at most 10 of their 64 bits differ. Two videos are similar
-if three quarters of the frames of one match some frame of the other.
+Up to 32 evenly spread frames of each video become a 64-bit difference hash each: the frame in grey at 9x8 pixels, a bit
+for each pair of neighbours in a row, set where the right one is brighter. Frames almost without contrast (black, white,
+fog) are dropped, because their hashes are noise. Two frames match if at most 10 of their 64 bits differ. Two videos are
+similar if three quarters of the frames of one match some frame of the other.
 
-That is fast because only videos with nearly equal frames are compared: two frames meet if two of their four 16-bit
-blocks are equal. It finds no mirrored, turned, cropped or bordered copies, and nothing in videos of fewer than 3 frames
-with contrast; and what one fixed camera has seen twice with little change looks the same.
+This is fast because only videos with nearly equal frames are compared: those with frames of which two of the four
+16-bit blocks are equal. It finds no mirrored, turned, cropped or bordered copies, and nothing in videos of fewer than 3
+frames with contrast; two recordings of one fixed camera with little change look the same.
 
 Letters: N videos, K frames of a video, P pairs of videos, R rows of a table.
 """
@@ -34,13 +34,13 @@ MAX_BITS = 10
 MIN_SHARE = 0.75
 MIN_FRAMES = 3
 _MIN_CONTRAST = 2.0  # mean step between neighbours of the 9x8 pixels, in grey levels
-_MAX_MEETING = 64  # videos of one data set that are compared for one look; more share it (a title, a fixed camera)
+_MAX_PER_KEY = 64  # videos of a data set that are compared for one key; many share a title or a fixed camera
 _BATCH = 4096
 
 
 @dataclass(frozen=True)
-class Looks:
-    """Hashes of a data set's videos: hashes_NK uint64; valid_NK bool, whether a frame means something."""
+class VideoHashes:
+    """Hashes of the frames of a data set's videos: hashes_NK uint64; valid_NK bool, whether a frame has contrast."""
 
     hashes_NK: np.ndarray
     valid_NK: np.ndarray
@@ -56,34 +56,34 @@ class SimilarPair:
 
 
 def frame_hash(grey_HW: np.ndarray) -> tuple[int, bool]:
-    """Difference hash of a grey frame, uint8, and whether it has enough contrast to mean something."""
+    """Difference hash of a grey frame, uint8, and whether the frame has enough contrast for it."""
     small = cv2.resize(grey_HW, (9, 8), interpolation=cv2.INTER_AREA).astype(np.int16)
     steps = np.diff(small, axis=1)
     bits = np.packbits(steps.ravel() > 0)
     return int.from_bytes(bits.tobytes(), "big"), float(np.abs(steps).mean()) >= _MIN_CONTRAST
 
 
-def look_at(
+def hash_videos(
     index: Index,
     folder: Path,
     *,
     workers: int | None = None,
     progress: Callable[[int], object] | None = None,
-) -> Looks:
-    """Hashes of all videos of a local data set. A frame that cannot be read or decoded counts as one that says nothing.
+) -> VideoHashes:
+    """Hashes of all videos of a local data set. A frame that cannot be read or decoded counts as one without contrast.
 
-    Costs a decoded frame at an eighth of its size for each of up to 32 frames a video; stored videos are sought.
+    Decodes up to 32 frames of each video at an eighth of their size; in stored videos it seeks to them.
     """
     count = len(index.videos)
-    looks = Looks(np.zeros((count, FRAMES), np.uint64), np.zeros((count, FRAMES), bool))
+    hashes = VideoHashes(np.zeros((count, FRAMES), np.uint64), np.zeros((count, FRAMES), bool))
     hashes_of = _stored_video if index.manifest.content == "video" else _stored_frames
 
-    def look(video: int) -> None:
+    def hash_video(video: int) -> None:
         shard = index.manifest.shards[int(index.videos["shard"][video])]
         try:
             with (folder / shard.name).open("rb", buffering=0) as stream:
-                for place, (value, means) in enumerate(hashes_of(index, stream.fileno(), video)):
-                    looks.hashes_NK[video, place], looks.valid_NK[video, place] = value, means
+                for place, (value, is_valid) in enumerate(hashes_of(index, stream.fileno(), video)):
+                    hashes.hashes_NK[video, place], hashes.valid_NK[video, place] = value, is_valid
         except (ShardError, VideoError, IndexError, OSError, cv2.error):
             pass  # `check_datasets` names what is wrong with the video
         if progress:
@@ -91,8 +91,8 @@ def look_at(
 
     with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
         for start in range(0, count, _BATCH):
-            list(pool.map(look, range(start, min(start + _BATCH, count))))
-    return looks
+            list(pool.map(hash_video, range(start, min(start + _BATCH, count))))
+    return hashes
 
 
 def _stored_frames(index: Index, file: int, video: int) -> Iterator[tuple[int, bool]]:
@@ -105,7 +105,7 @@ def _stored_frames(index: Index, file: int, video: int) -> Iterator[tuple[int, b
 
 
 def _reading(side: int) -> int:
-    """OpenCV's flags: grey, as small as JPEG gives it out while at least 16 pixels are left; 9x8 are needed."""
+    """OpenCV's flags: grey, reduced by the JPEG decoder as far as at least 16 pixels are left; 9x8 are needed."""
     if side >= 128:
         flag = cv2.IMREAD_REDUCED_GRAYSCALE_8
     else:
@@ -124,9 +124,9 @@ def _small_grey(frame_HWC: np.ndarray) -> np.ndarray:
     return cv2.resize(cv2.cvtColor(frame_HWC, cv2.COLOR_RGB2GRAY), (9, 8), interpolation=cv2.INTER_AREA)
 
 
-def similar_pairs(first: Looks, second: Looks) -> list[SimilarPair]:
+def similar_pairs(first: VideoHashes, second: VideoHashes) -> list[SimilarPair]:
     """Pairs of a video of the first data set and one of the second, in order. Vectorised: no loop over videos."""
-    pairs_P2 = _meeting_pairs(first, second)
+    pairs_P2 = _candidate_pairs(first, second)
     found: list[SimilarPair] = []
     for start in range(0, len(pairs_P2), _BATCH):
         batch = pairs_P2[start : start + _BATCH]
@@ -139,8 +139,8 @@ def similar_pairs(first: Looks, second: Looks) -> list[SimilarPair]:
     return found
 
 
-def _shares(first: Looks, second: Looks, pairs_P2: np.ndarray) -> np.ndarray:
-    """(P,) the share of matching frames, of that video of the pair which has the larger one."""
+def _shares(first: VideoHashes, second: VideoHashes, pairs_P2: np.ndarray) -> np.ndarray:
+    """(P,) the share of matching frames in the video of each pair in which it is larger."""
     one_P, other_P = pairs_P2.T
     bits_PKK = np.bitwise_count(first.hashes_NK[one_P][:, :, None] ^ second.hashes_NK[other_P][:, None, :])
     valid_PK, other_valid_PK = first.valid_NK[one_P], second.valid_NK[other_P]
@@ -153,11 +153,11 @@ def _shares(first: Looks, second: Looks, pairs_P2: np.ndarray) -> np.ndarray:
     return np.where(enough_P, share_P, 0.0)
 
 
-def _meeting_pairs(first: Looks, second: Looks) -> np.ndarray:
-    """(P, 2) int64 numbers of the videos of which two frames have two of four blocks in common, sorted, each once."""
+def _candidate_pairs(first: VideoHashes, second: VideoHashes) -> np.ndarray:
+    """(P, 2) int64 numbers of videos with frames that share two of their four blocks, sorted, each pair once."""
     pairs = [np.empty(0, np.uint64)]
     for one, other in combinations(range(4), 2):
-        left, right = (_keys(looks, one, other) for looks in (first, second))
+        left, right = (_keys(hashes, one, other) for hashes in (first, second))
         start_R = np.searchsorted(right[0], left[0], "left")
         count_R = np.searchsorted(right[0], left[0], "right") - start_R
         total = int(count_R.sum())
@@ -168,14 +168,14 @@ def _meeting_pairs(first: Looks, second: Looks) -> np.ndarray:
     return np.stack([packed >> np.uint64(32), packed & np.uint64(2**32 - 1)], 1).astype(np.int64)
 
 
-def _keys(looks: Looks, one: int, other: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two blocks of each valid hash and its video, (R,) uint64 each, sorted; of one look the first videos only."""
-    video_R, place_R = np.nonzero(looks.valid_NK)
-    hashes_R = looks.hashes_NK[video_R, place_R]
+def _keys(hashes: VideoHashes, one: int, other: int) -> tuple[np.ndarray, np.ndarray]:
+    """Keys (two blocks of each valid hash) and their videos, (R,) uint64 each, sorted, a key's first videos only."""
+    video_R, place_R = np.nonzero(hashes.valid_NK)
+    hashes_R = hashes.hashes_NK[video_R, place_R]
     block = np.uint64(0xFFFF)
     keys = ((hashes_R >> np.uint64(16 * one) & block) << np.uint64(16)) | (hashes_R >> np.uint64(16 * other) & block)
     rows = np.unique((keys << np.uint64(32)) | video_R.astype(np.uint64))
     keys = rows >> np.uint64(32)
     rank = np.arange(len(keys)) - np.searchsorted(keys, keys, "left")
-    few = rank < _MAX_MEETING
+    few = rank < _MAX_PER_KEY
     return keys[few], rows[few] & np.uint64(2**32 - 1)

@@ -73,8 +73,8 @@ class SourceOptions:
     """How videos become members. Raises ValueError that names the option, the value and the fix.
 
     store: "frames" or "video" (the encoded file as it is). image_template: file name of frame k in a folder.
-    max_frames: thin to so many frames, uniformly. short_side, quality: re-encode as JPEG; short_side is in pixels.
-    fps: resample video files to so many frames a second.
+    max_frames: keep at most this many frames, evenly spaced. short_side, quality: re-encode as JPEG; short_side is in
+    pixels. fps: resample video files to this many frames a second.
     """
 
     store: str = "frames"

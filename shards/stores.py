@@ -30,7 +30,7 @@ Write = Callable[[bytes], None]
 
 # A transfer slower than this is given up and tried again, even if single bytes keep dripping in.
 _MIN_BYTES_PER_SECOND = 64 << 10
-# Below this the limit on the whole request is as good as one on each wait for data, which costs a timer a piece.
+# Below this size only the whole request has a time limit: one on each wait for data would cost a timer per piece.
 _SMALL_BODY_BYTES = 1 << 20
 _SIGNATURE_SECONDS = 120.0  # S3 takes a signature for 15 minutes, and clocks differ
 _MAX_EXPLANATION_BYTES = 4096
@@ -50,7 +50,7 @@ class RangesIgnoredError(ShardError):
 
 
 class WriteError(Exception):
-    """What came could not be written to the local file: not the server's fault, and trying again does not help."""
+    """Received bytes could not be written to the local file; trying again does not help."""
 
     def __init__(self, cause: OSError) -> None:
         super().__init__(str(cause))
@@ -356,8 +356,11 @@ def _text(value: str | bytes) -> str:
 
 
 class _OtherStore:
-    """What else fsspec reaches. Drivers that are not asynchronous are called in a thread, one call at a time: they may
-    share one connection among all their callers (ftp does)."""
+    """Any other store that fsspec reaches.
+
+    Drivers that are not asynchronous are called in a thread, one call at a time: they may share one connection among
+    all their callers (ftp does).
+    """
 
     def __init__(self, address: str, timeout_seconds: float, options: dict[str, Any]) -> None:
         self._address, self._timeout_seconds = address, timeout_seconds

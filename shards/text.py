@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-# Takes rather too much than too little: what follows an address without a space may belong to a token in it.
+# Matches too much rather than too little: text that follows an address without a space may belong to a token in it.
 _URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"<>]+")
 
 

@@ -30,7 +30,7 @@ class Request(NamedTuple):
 
 
 class Transfer:
-    """What a number of requests bring, on its way. Made by `Transfers.submit`."""
+    """The bodies of several requests, on their way. Made by `Transfers.submit`."""
 
     def __init__(self, sizes: Sequence[int], release: Callable[[int], None]) -> None:
         self._bodies: list[Any] = [None] * len(sizes)
@@ -73,7 +73,7 @@ class Transfer:
             self._done.set_exception(error)
 
     def end_one(self) -> None:
-        """One of the requests is over, or will never be made."""
+        """Counts a request that is over or will never be made."""
         self._left -= 1
         if self._left == 0:
             self._ended.set_result(None)
@@ -96,7 +96,7 @@ class _Queued(NamedTuple):
 
 @dataclass
 class _Loop:
-    """A running loop and what lives in it. The finaliser of `Transfers` holds this, so it must not lead back there."""
+    """A running loop and what lives in it. The finaliser of `Transfers` holds it, so it must not refer to that."""
 
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.new_event_loop)
     thread: threading.Thread | None = None

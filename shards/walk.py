@@ -1,4 +1,4 @@
-"""The files of a folder, each once: nothing hidden, no link followed twice, and a word about all that is left out."""
+"""Lists the files of a folder, each once: nothing hidden, no link followed twice, a reason for each file left out."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Listing:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is none of the user's own."""
+    """Whether systems or programs, rather than users, make files or folders of this name."""
     return name.startswith(".") or name.lower() in _SYSTEM_NAMES
 
 
@@ -51,7 +51,7 @@ def list_files(root: str | Path) -> Listing:
 
 
 class _Walk:
-    """What was met so far: folders and files by their identity, and links that are still to be followed."""
+    """The state of a walk: folders and files seen so far, by identity, and links that are still to be followed."""
 
     def __init__(self, root: Path) -> None:
         self.root = root

@@ -101,7 +101,7 @@ def _silent(videos: int, frames: int, size: int) -> None:
 
 @dataclass(frozen=True)
 class _Build:
-    """What `build_shards` was asked for, checked. record: the settings that the manifest keeps."""
+    """The checked arguments of `build_shards`. record: the settings that the manifest keeps."""
 
     annotations: Sequence[Annotation]
     root: Path
@@ -130,7 +130,7 @@ def _run(build: _Build, workers: int) -> Manifest:
             index = None if existing is None else _open_for_append(build, existing)
             return _Builder(workspace, build, index).run(workers)
     except OSError as error:
-        # Sources raise InputError: what is left is the output.
+        # Sources raise InputError, so this error comes from the output.
         raise ShardError(
             f"{error.filename or output}: {error.strerror or error}; make room, make the folder writable or name "
             "another --output, then run the same command again: finished shards are kept"

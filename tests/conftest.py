@@ -11,23 +11,23 @@ from frame_folders import FrameFolders, make_frame_folders
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Hides GPUs, so that all machines test the same, unless only tests of GPUs are chosen: `pytest -m gpu`."""
-    of_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if len(of_gpu) < len(items):
+    """Hides GPUs so that all machines test the same, unless only GPU tests are chosen: `pytest -m gpu`."""
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if len(gpu_items) < len(items):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        for item in of_gpu:
+        for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="other tests hide the GPU; run these alone: pytest -m gpu"))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What programs keep between runs is kept for these tests alone."""
+    """Gives the programs a cache folder that only these tests use."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(autouse=True)
 def own_environment() -> Iterator[None]:
-    """A launcher's variables that a test sets, as a job of one rank does, are gone in the next test's jobs."""
+    """Restores the environment after each test, so that a launcher's variables do not reach the next test's jobs."""
     before = dict(os.environ)
     yield
     os.environ.clear()

@@ -1,4 +1,4 @@
-"""What version 0.1 wrote is read as it was meant: a run goes on, an export predicts, shards and reports are read.
+"""Files of version 0.1 keep their meaning: its run resumes, its export predicts, its shards and reports are read.
 
 tests/support/make_fixtures.py made the files with the programs of that version.
 """
@@ -31,8 +31,8 @@ def at_home(monkeypatch):
 def test_a_run_goes_on_as_the_version_that_began_it_would_have(tmp_path):
     output = tmp_path / "run"
     shutil.copytree(FIXTURES / "run", output)
-    said = run(TRAIN, "--config", FIXTURES / "recipe.yaml", "--output", output)
-    assert f"resumed from {output}/checkpoints/step-{EXPECTED['stopped_at']:08d}" in said
+    text = run(TRAIN, "--config", FIXTURES / "recipe.yaml", "--output", output)
+    assert f"resumed from {output}/checkpoints/step-{EXPECTED['stopped_at']:08d}" in text
     expected = {int(step): loss for step, loss in EXPECTED["losses"].items()}
     assert max(expected) > EXPECTED["stopped_at"]
     assert losses(output) == pytest.approx(expected, rel=1e-4)

@@ -1,4 +1,4 @@
-"""What the code imports is the standard library, ours, or declared in pyproject.toml."""
+"""Every import is of the standard library, of this project, or of a package declared in pyproject.toml."""
 
 import ast
 import re

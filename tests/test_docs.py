@@ -1,4 +1,4 @@
-"""What the documentation says runs: its Python, and the options and files that it names."""
+"""The documentation is true: its Python runs, and the options and files that it names exist."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""A quick share of tests/support/fuzz.py: only documented errors come out of damaged files."""
+"""A few cases of tests/support/fuzz.py: damaged files cause only documented errors."""
 
 from __future__ import annotations
 

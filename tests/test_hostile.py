@@ -269,17 +269,17 @@ def test_no_output_of_a_run_holds_a_credential(project, tmp_path):
             "solver.epochs=1",
             f"data.cache_dir={tmp_path}/cache",
         ]
-        said = run(TRAIN, *project.arguments(tmp_path / "run", *settings))
+        text = run(TRAIN, *project.arguments(tmp_path / "run", *settings))
         arguments = project.arguments(tmp_path / "x", *settings)[:2] + project.arguments(tmp_path / "x", *settings)[4:]
-        said += run(EVALUATE, *arguments, "--model", tmp_path / "run", "--report", tmp_path / "report.json")
+        text += run(EVALUATE, *arguments, "--model", tmp_path / "run", "--report", tmp_path / "report.json")
         wrong = [setting.replace("/shards?", "/nothing?") for setting in settings]
         for failing in (wrong, [*settings, f"data.batch_size={address}"], [*settings, f"nonsense={address}"]):
             [(code, output)] = finish(start(TRAIN, *project.arguments(tmp_path / "failed", *failing)))
             assert code == 1 and "error" in output
-            said += output
+            text += output
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {"log.txt", "config.yaml", "state.json", "report.json"} <= {path.name for path in files}
-    contents = {str(path): path.read_bytes() for path in files} | {"output": said.encode()}
+    contents = {str(path): path.read_bytes() for path in files} | {"output": text.encode()}
     contents |= {f"{name} unpacked": gzip.decompress(data) for name, data in contents.items() if name.endswith(".gz")}
     assert [name for name, data in contents.items() if b"planted" in data or b"planted" in name.encode()] == []
 

@@ -204,7 +204,7 @@ def test_what_decoders_show_differently_is_made_plain_before_they_see_it():
 @pytest.mark.parametrize("image", [
     Image.fromarray(np.zeros((48, 64), np.float32)), Image.fromarray(GREY.astype(np.int32)), PICTURE,
 ])  # fmt: skip
-def test_other_formats_are_refused_in_words_by_builder_and_predictor(tmp_path, recogniser, image):
+def test_other_formats_are_refused_by_builder_and_predictor(tmp_path, recogniser, image):
     """A TIFF of any mode under a name that is usual."""
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "img_00001.jpg").write_bytes(saved(image, "TIFF"))

@@ -1,4 +1,4 @@
-"""A short soak, as tests/support/soak.py does it: killed and stopped jobs, a flaky store, damaged videos."""
+"""A short run of tests/support/soak.py: killed and stopped jobs, a flaky store, damaged videos."""
 
 import pytest
 from soak import Soak

@@ -121,7 +121,7 @@ def differences(trained: Config, given: Config, *, is_export: bool) -> dict[str,
 
 
 def warning(path: Path, differing: Mapping[str, tuple[Any, Any]]) -> str:
-    """What to say where a model is evaluated with other settings than it was trained with."""
+    """The warning that a model is evaluated with other settings than it was trained with."""
     pairs = ", ".join(f"{key}: {before!r} -> {now!r}" for key, (before, now) in differing.items())
     return (
         f"{path} was trained with other settings than are given here ({pairs}), so its figures can fall to chance; "
@@ -209,7 +209,7 @@ def end(cause: str, interrupts: Interrupts) -> None:
 
 
 def fail(reason: str) -> int:
-    """Says on standard error what went wrong. Returns the exit code."""
+    """Prints what went wrong to standard error. Returns the exit code."""
     print(f"evaluate: error: {shown(reason)}", file=sys.stderr)
     return 1
 

@@ -5,7 +5,7 @@ Examples:
     deepspeed --hostfile hosts text4vis/train.py --config C.yaml --output OUT --resume auto
 
 Also runs under `torchrun`, `srun`, `mpirun` and plain `python` (one process); docs/cluster.md explains each. The same
-command, given again, goes on where the run stopped, on however many ranks. `touch OUT/save-now` asks for a checkpoint.
+command, given again, resumes where the run stopped, on any number of ranks. `touch OUT/save-now` asks for a checkpoint.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 75 stopped early (SIGTERM, SIGUSR1, Ctrl-C or engine.wall_minutes) after
 saving: run the same command again. 130: Ctrl-C twice, which ends at once.
@@ -126,7 +126,7 @@ def end(output: Path, cause: str) -> None:
 
 
 def fail(reason: str) -> int:
-    """Says on standard error what went wrong. Returns the exit code."""
+    """Prints what went wrong to standard error. Returns the exit code."""
     print(f"train: error: {shown(reason)}", file=sys.stderr)
     return 1
 

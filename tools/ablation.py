@@ -1,14 +1,14 @@
-"""What the classifier and the temporal head are worth: the table of the README, on the demo's drawings.
+"""Measures what each classifier and each temporal head contributes, on the demo data: a table of docs/results.md.
 
 Examples:
     python tools/demo.py --output demo          # makes the data
     python tools/ablation.py --data demo/shards --output runs/ablation
 
-Trains configs/demo.yaml shortened (4 frames, 3 epochs) with each classifier and each head, once a seed, and evaluates
-the last weights on the classes trained on and on the unseen ones. Unseen classes get their rows from the same kind of
-classifier: text reads their names; random and orthogonal draw new rows, so they can only guess; lda would need their
-videos, so it has none. Runs that are finished are skipped the next time. OUTPUT holds a run a cell and seed, with its
-log, and ablation.json. Deviations are of the population of seeds. Exit codes: 0 done, 1 failed, 2 wrong usage.
+Trains a shortened configs/demo.yaml (4 frames, 3 epochs) with each classifier, head and seed, and evaluates the last
+weights on the training classes and on unseen classes. The same kind of classifier embeds the unseen classes: text uses
+their names; random and orthogonal draw new embeddings, so they can only guess; lda would need their videos and is left
+out. Finished runs are skipped the next time. OUTPUT holds a run with its log for each classifier, head and seed, and
+ablation.json. Standard deviations are those of the population of seeds. Exit codes: 0 done, 1 failed, 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CONFIG = "configs/demo.yaml"
 CLASSIFIERS = ("random", "orthogonal", "lda", "text")
 HEADS = ("None", "Transf")
 SEEDS = (1, 2, 3)
-# Minutes a run on one core, and a tower that learns: without a head nothing else can.
+# A run takes minutes on one core. The tower is trained too: without a head there is nothing else to train.
 SCHEDULE = (
     "data.num_segments=4", "solver.epochs=3", "solver.lr_warmup_step=0.3", "solver.lr=2e-3", "solver.clip_ratio=0.1",
     "logging.eval_freq=3",
@@ -76,8 +76,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("demo/shards"), help="folder of train, val and unseen")
     parser.add_argument("--output", type=Path, default=Path("runs/ablation"), help="folder of the runs and the table")
-    parser.add_argument("--only", metavar="NAME", help="just this cell, e.g. text-Transf-1")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs at a time; default: cores")
+    parser.add_argument("--only", metavar="NAME", help="train only this run, e.g. text-Transf-1")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs at a time (the cores)")
     return parser.parse_args()
 
 
@@ -85,17 +85,17 @@ def train_all(cells: Sequence[Cell], data: Path, output: Path, jobs: int) -> Non
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     progress = Progress(total=len(cells), unit="run")
 
-    def say(line: str) -> None:
+    def print_line(line: str) -> None:
         with progress.aside():
             print(line)
 
-    def one(cell: Cell) -> None:
+    def train(cell: Cell) -> None:
         stage = cell.stage(data, output, threads)
-        perform(stage, output, say, log=output / f"{cell.name}.log")
+        perform(stage, output, print_line, log=output / f"{cell.name}.log")
         progress.update()
 
     with progress, ThreadPoolExecutor(jobs) as pool:
-        running = [pool.submit(one, cell) for cell in cells]
+        running = [pool.submit(train, cell) for cell in cells]
         try:
             for run in running:
                 run.result()
@@ -104,40 +104,40 @@ def train_all(cells: Sequence[Cell], data: Path, output: Path, jobs: int) -> Non
             raise
 
 
-def table(output: Path) -> tuple[str, list[dict[str, object]]]:
-    """The table in Markdown, and its figures."""
+def results(output: Path) -> tuple[str, list[dict[str, object]]]:
+    """The results as a Markdown table and as rows for JSON."""
     rows: list[dict[str, object]] = []
     lines = ["| classifier | head | closed set, top-1 % | unseen classes, top-1 % |", "|---|---|---|---|"]
     for classifier, head in itertools.product(CLASSIFIERS, HEADS):
-        shown = []
+        columns = []
         for kind, name in (("closed", "report.json"), ("unseen", "unseen.json")):
             cells = [Cell(classifier, head, seed) for seed in SEEDS]
             if kind == "unseen" and not cells[0].knows_unseen_classes:
-                shown.append("-")
+                columns.append("-")
                 continue
             reports = [read_report(output / cell.name / name) for cell in cells]
             mean, deviation = summarise(reports)["top1"]
-            shown.append(f"{mean:.1f} ± {deviation:.1f}")
+            columns.append(f"{mean:.1f} ± {deviation:.1f}")
             runs = [report["top1"] for report in reports]
             rows.append(
                 {"classifier": classifier, "head": head, "classes": kind, "mean": mean, "std": deviation, "runs": runs}
             )
-        lines.append(f"| {classifier} | `{head}` | {' | '.join(shown)} |")
+        lines.append(f"| {classifier} | `{head}` | {' | '.join(columns)} |")
     return "\n".join(lines), rows
 
 
 def run(arguments: argparse.Namespace) -> None:
     data, output = (Path(os.path.relpath(path, ROOT)) for path in (arguments.data, arguments.output))
     os.chdir(ROOT)
-    # The same classifier of two heads is built once: heads of one classifier and seed do not start together.
-    cells = [Cell(*which) for head in HEADS for which in itertools.product(CLASSIFIERS, (head,), SEEDS)]
+    # Ordered by head: the second run with a classifier and seed finds the class embeddings of the first.
+    cells = [Cell(classifier, head, seed) for head, classifier, seed in itertools.product(HEADS, CLASSIFIERS, SEEDS)]
     if arguments.only:
         cells = [cell for cell in cells if cell.name == arguments.only]
         if not cells:
-            raise ConfigError(f"--only {arguments.only}: no such cell; e.g. text-Transf-1")
+            raise ConfigError(f"--only {arguments.only}: no such run; e.g. text-Transf-1")
     train_all(cells, data, output, arguments.jobs)
     if not arguments.only:
-        text, rows = table(output)
+        text, rows = results(output)
         (output / "ablation.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         print(text)
 

@@ -1,7 +1,7 @@
-"""Measures the data engine and the training engine beside what people use instead.
+"""Measures the data engine and the training engine against common alternatives.
 
-Contenders take turns (A B C, A B C, …); the table shows medians and their spread. Meant for a machine that does nothing
-else. What it needs it makes below --work and finds again; docs/performance.md explains every line.
+Contenders take turns (A B C, A B C, …); the table shows medians and their spread. Run it on an idle machine. It makes
+the data that it needs below --work and reuses them; docs/performance.md explains every line.
 
 Examples:
     python tools/benchmark.py all --json figures.json
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Every default, and the description as it is written."""
+    """Shows every default, and the description with its line breaks."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -44,39 +44,39 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("benchmark", choices=(*benchmarks.NAMES, "all"), help="what to measure")
     add("--json", type=Path, metavar="FILE", help="write all figures and the machine's description here")
-    add("--runs", type=int, default=5, metavar="N", help="rounds")
-    add("--seconds", type=float, default=8, metavar="S", help="least duration of one measurement of throughput")
+    add("--runs", type=int, default=5, metavar="N", help="times that each contender runs")
+    add("--seconds", type=float, default=8, metavar="S", help="shortest duration of a throughput measurement")
     add("--batch-size", type=int, default=32, metavar="B", help="videos in a training batch")
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="threads or worker processes")
     data = parser.add_argument_group("data")
     add = data.add_argument
-    add("--work", type=Path, default=Path("bench"), metavar="DIR", help="folder for data made here")
+    add("--work", type=Path, default=Path("bench"), metavar="DIR", help="folder for the data that are made")
     add("--clips", type=Path, metavar="DIR", help="video files to cut the frames from, instead of two photographs")
     add("--videos", type=int, default=240, metavar="N", help="videos to make")
-    add("--frames-per-video", type=int, default=100, metavar="N", help="frames of each")
-    add("--shards", type=Path, metavar="DIR", help="measure on this data set instead; needs --frames")
+    add("--frames-per-video", type=int, default=100, metavar="N", help="frames of each of these videos")
+    add("--shards", type=Path, metavar="DIR", help="use this data set instead; needs --frames")
     add("--frames", type=Path, metavar="DIR", help="the folders of frames that --shards was built from")
-    add("--index-videos", type=int, default=240_000, metavar="N", help="videos in the index of open and position")
-    add("--index-frames", type=int, default=300, metavar="N", help="frames of each")
+    add("--index-videos", type=int, default=240_000, metavar="N", help="videos in the index for open and position")
+    add("--index-frames", type=int, default=300, metavar="N", help="frames of each video in it")
     add("--order-samples", type=int, default=10_000_000, metavar="N", help="samples that order permutes")
     engine = parser.add_argument_group("engine: step, memory, resume, scale")
     add = engine.add_argument
-    add("--model", default="ViT-S-32", metavar="ARCH", help="an open_clip ViT or model JSON, of random weights")
+    add("--model", default="ViT-S-32", metavar="ARCH", help="an open_clip ViT or a model JSON; weights are random")
     add("--step-videos", type=int, default=16, metavar="B", help="videos of 8 frames in a training step")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="arithmetic of step and resume")
-    add("--ranks", type=int, nargs="+", default=(1, 2, 4), metavar="N", help="numbers of ranks of memory")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="precision of step and resume")
+    add("--ranks", type=int, nargs="+", default=(1, 2, 4), metavar="N", help="numbers of ranks for memory")
     videos = (10**6, 10**7, 10**8)
-    add("--scale-videos", type=int, nargs="+", default=videos, metavar="N", help="sizes of data sets that scale plans")
-    add("--world-sizes", type=int, nargs="+", default=(1, 8, 1024, 4096), metavar="N", help="and of jobs")
+    add("--scale-videos", type=int, nargs="+", default=videos, metavar="N", help="sizes of data sets for scale")
+    add("--world-sizes", type=int, nargs="+", default=(1, 8, 1024, 4096), metavar="N", help="numbers of ranks, also")
     arguments = parser.parse_args()
     if (arguments.shards is None) != (arguments.frames is None):
-        parser.error("--shards and --frames go together: the alternatives read the folders")
+        parser.error("--shards and --frames go together: the alternatives read the frame folders")
     counts = ("runs", "batch_size", "workers", "videos", "frames_per_video", "index_videos", "index_frames")
     lists = ("ranks", "scale_videos", "world_sizes")
     for name in (*counts, "order_samples", "step_videos", *lists):
         given = getattr(arguments, name)
-        if (least := min(given) if name in lists else given) < 1:
-            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {least}")
+        if (smallest := min(given) if name in lists else given) < 1:
+            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {smallest}")
     return arguments
 
 
@@ -114,7 +114,7 @@ def _number(value: float) -> str:
 def main() -> None:
     arguments = parse_arguments()
     from benchmarks.figures import Processes, machine  # these load torch and DALI: too slow for --help
-    from benchmarks.suites import SUITES, Plan
+    from benchmarks.suites import SUITES, Task
 
     if arguments.json:
         require_file(arguments.json, "--json")
@@ -123,7 +123,7 @@ def main() -> None:
     (arguments.work / ".gitignore").write_text("*\n")
     figures: list[Figure] = []
     with Processes() as processes:
-        plan = Plan(
+        task = Task(
             find_workload=partial(workload, arguments),
             batch_size=arguments.batch_size,
             workers=arguments.workers,
@@ -142,7 +142,7 @@ def main() -> None:
             world_sizes=arguments.world_sizes,
         )
         for name in names:
-            figures += SUITES[name](plan)
+            figures += SUITES[name](task)
     print_table(figures)
     description = machine()
     print("{processor}, {cores} cores, {date}, load average {load_average:.1f}".format(**description))

@@ -1,10 +1,10 @@
-"""Builds the class embeddings that a recipe asks for, and shows which classes they tell apart worst.
+"""Builds the class embeddings that a recipe asks for, and lists the classes whose embeddings are closest.
 
 Examples:
     python tools/build_classifier.py --config runs/own/config.yaml --output classes.safetensors
     python tools/build_classifier.py --config C.yaml --set network.classifier=lda --output lda.safetensors
 
-The class names are those of data.label_list, or else of the shards of data.train or data.val. Train with the file by
+The class names come from data.label_list, or else from the shards of data.train or data.val. To train with the file,
 --set network.classifier=file --set network.classifier_file=classes.safetensors. Exit codes: 0 done, 1 failed, 2 wrong
 usage.
 """

@@ -1,4 +1,4 @@
-"""Packs videos into WebDataset tar shards with an index. After an interruption, run it again: it goes on.
+"""Packs videos into WebDataset tar shards with an index. Run it again after an interruption: it goes on.
 
 Examples:
     python tools/build_shards.py --annotations train.txt --root frames --labels labels.csv --output shards/train
@@ -44,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--annotations", required=True, metavar="LIST", help="lines of `folder frames label` or `video.mp4 label`")
-    add("--root", required=True, metavar="DIR", help="folder that the paths of the list begin in")
+    add("--root", required=True, metavar="DIR", help="folder that the paths in the list are relative to")
     add("--labels", required=True, metavar="CSV", help="class list with the header `id,name`")
     add("--output", required=True, metavar="DIR", help="folder of the data set")
     add("--image-template", default="img_{:05d}.jpg", metavar="NAME", help="file name of a frame (img_{:05d}.jpg)")
@@ -53,25 +53,25 @@ def parse_arguments() -> argparse.Namespace:
         type=parse_bytes,
         default="1GB",
         metavar="SIZE",
-        help="close a shard that has reached this (1GB)",
+        help="close a shard that has reached this size (1GB)",
     )
-    add("--max-frames", type=int, metavar="K", help="thin longer videos to K frames, uniformly")
+    add("--max-frames", type=int, metavar="K", help="keep K evenly spaced frames of longer videos")
     add("--short-side", type=int, metavar="PX", help="re-encode: scale the shorter side down to PX")
-    add("--quality", type=int, metavar="Q", help="re-encode: JPEG quality, 90 if only the size is given")
-    add("--seed", type=int, default=0, metavar="S", help="of the order of the videos (0)")
+    add("--quality", type=int, metavar="Q", help="re-encode: JPEG quality (90 if only --short-side is given)")
+    add("--seed", type=int, default=0, metavar="S", help="seed of the order of the videos (0)")
     add(
         "--workers",
         type=int,
         metavar="N",
-        help="threads; by default one a core, and 2 for frames that are copied: network mounts may like more",
+        help="threads; by default one per core, or 2 if frames are only copied (try more on a network mount)",
     )
-    add("--on-error", choices=("fail", "skip"), default="fail", help="about a video that cannot be read (fail)")
+    add("--on-error", choices=("fail", "skip"), default="fail", help="what to do with an unreadable video (fail)")
     add("--append", action="store_true", help="add the videos to the finished data set in --output, as new shards")
     add(
         "--store",
         choices=("frames", "video"),
         default="frames",
-        help="JPEG frames, or the encoded video files as they are (frames)",
+        help="store JPEG frames, or the video files unchanged (frames)",
     )
     add("--fps", type=float, metavar="N", help="resample video files to N frames a second")
     return parser.parse_args()

@@ -1,9 +1,9 @@
-"""Proves data sets of shards sound and tells what they hold.
+"""Checks data sets of shards for damage, leaks and other problems, and shows what they hold.
 
 Examples:
     python tools/check_shards.py shards/train shards/val
     python tools/check_shards.py shards/val --deep --labels labels.csv --json report.json
-    python tools/check_shards.py shards/train shards/val --similar      # the same recording in both, by its looks
+    python tools/check_shards.py shards/train shards/val --similar      # also warn of look-alikes in both
 
 Exit codes: 0 sound, 1 unsound, 2 wrong usage.
 """
@@ -29,11 +29,11 @@ _SHOWN_LINES = 20
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("datasets", nargs="+", metavar="DIR", help="data sets; no video may be in two of them")
-    parser.add_argument("--deep", action="store_true", help="decode every frame too")
-    parser.add_argument("--similar", action="store_true", help="warn of a recording that is in two of them, by looks")
+    parser.add_argument("--deep", action="store_true", help="also decode every frame")
+    parser.add_argument("--similar", action="store_true", help="also warn of videos in two of them that look alike")
     parser.add_argument("--labels", metavar="CSV", help="class list that the data sets must have")
     parser.add_argument("--json", metavar="FILE", help="write the report here as JSON")
-    parser.add_argument("--workers", type=int, metavar="N", help="threads; by default one a core")
+    parser.add_argument("--workers", type=int, metavar="N", help="threads; by default one per core")
     return parser.parse_args()
 
 
@@ -60,14 +60,14 @@ def _cells(statistics: dict[str, Any]) -> dict[str, str]:
         "frames": f"{statistics['frames']:,}",
         "shards": f"{statistics['shards']:,}",
         "MB": f"{statistics['bytes'] / 1e6:,.1f}",
-        "frames a video, min / median / max": spread("frames_per_video"),
-        "bytes a member": spread("member_bytes"),
+        "frames per video, min / median / max": spread("frames_per_video"),
+        "bytes per member": spread("member_bytes"),
         "shorter side, pixels": spread("short_side"),
         "classes (empty)": f"{statistics['classes']} ({statistics['empty_classes']})",
-        "videos a class": spread("videos_per_class"),
+        "videos per class": spread("videos_per_class"),
         "skipped when built": f"{statistics['skipped']:,}",
-        f"ranks fed well (>= {VIDEOS_PER_RANK} videos a rank an epoch)": f"{statistics['well_fed_ranks']:,}",
-        "ranks of a reader that splits by shard": f"at most {statistics['shards']:,}",
+        f"ranks with >= {VIDEOS_PER_RANK} videos each per epoch": f"at most {statistics['well_fed_ranks']:,}",
+        "ranks, if a reader splits by shard": f"at most {statistics['shards']:,}",
     }
 
 
@@ -97,7 +97,7 @@ def main() -> int:
     for line in lines[:_SHOWN_LINES]:
         print(line)
     if len(lines) > _SHOWN_LINES:
-        print(f"and {len(lines) - _SHOWN_LINES} more lines; --json FILE holds all")
+        print(f"and {len(lines) - _SHOWN_LINES} more lines; --json FILE lists all")
     if arguments.json:
         Path(arguments.json).write_text(report.to_json(), encoding="utf-8")
     print("sound" if report.sound else "UNSOUND")

@@ -1,16 +1,16 @@
-"""Compares two reports of text4vis/evaluate.py, or gives mean and deviation over several.
+"""Compares two reports of text4vis/evaluate.py, or shows the mean and standard deviation of several.
 
 Examples:
     python tools/compare_reports.py before.json after.json
     python tools/compare_reports.py --mean split1.json split2.json split3.json
 
 Shows the figures side by side, what differs in their protocol cards, the classes that gained and lost most, the pairs
-confused most often, and whether the difference in top-1 may be chance: McNemar's exact test where both reports list
-their predictions for the same videos, and each report's 95 % interval. --mean is for the seeds of a
-few-shot run or the splits of a protocol.
+confused most often, each report's 95 % interval of top-1 and, where both list their predictions for the same videos,
+McNemar's exact test of whether the difference may be chance. --mean is for the seeds of a few-shot run or the splits
+of a protocol.
 
-Exit codes: 0 done and comparable, 1 failed, 2 wrong usage, 3 shown, but the two do not measure the same thing: their
-data, classes, classifier, template or views differ.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 the two reports are shown but not comparable: their data, classes,
+classifier, template or views differ.
 """
 
 from __future__ import annotations

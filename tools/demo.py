@@ -1,9 +1,9 @@
-"""The whole of Text4Vis on drawn people, from nothing to a picture: what `make demo` runs.
+"""Runs all of Text4Vis on drawn people, from making the data to a picture of a prediction. `make demo` calls it.
 
 Examples:
     python tools/demo.py --output demo
 
-Each stage is one of the ordinary commands, shown before it runs. A finished stage is skipped the next time.
+Each stage runs the ordinary commands and prints them first. A finished stage is skipped the next time.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def stages(folder: Path) -> list[Stage]:
 
 
 def first_video(data: Path) -> str:
-    """Frame folder of the first video of the val list, once there is one."""
+    """Frame folder of the first video in val.txt. Before that list is made, the folder of all frames."""
     annotations = data / "val.txt"
     name = annotations.read_text(encoding="utf-8").split(" ", 1)[0] if annotations.exists() else ""
     return str(data / "frames" / name)
@@ -95,9 +95,9 @@ def summary(folder: Path, seconds: dict[str, float]) -> Table:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for everything that it makes")
+    parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for all that it makes")
     folder = Path(os.path.relpath(parser.parse_args().output, ROOT))
-    os.chdir(ROOT)  # the commands are shown as a reader in the project's folder would type them
+    os.chdir(ROOT)  # so that the printed commands work in the project's folder
     seconds: dict[str, float] = {}
     for name in [stage.name for stage in stages(folder)]:
         stage = next(

@@ -1,8 +1,8 @@
-"""Looks at this machine, a recipe, its data and the hosts of a job, and says in plain words what would go wrong.
+"""Checks this machine, a recipe, its data and the hosts of a job, and says what would go wrong and how to fix it.
 
-Opens the data sets and makes a batch, builds the model, looks for room on the disk, logs in to every host of a hostfile
-and compares versions and files. Trains nothing and writes nothing. Then `train.py --dry-run` tries a step.
-Exit code: 0 no problems (warnings are allowed), 1 problems, 2 wrong usage.
+Opens the data sets and makes a batch, builds the model, checks the space on the disk, logs in to every host of a
+hostfile and compares versions and files. Trains nothing and writes nothing; `train.py --dry-run` then tries a step.
+Exit codes: 0 no problems (warnings are allowed), 1 problems, 2 wrong usage.
 
 Examples:
   python tools/doctor.py
@@ -25,7 +25,7 @@ _STYLES = {FINE: "green", WARNING: "yellow", PROBLEM: "bold red"}
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", metavar="FILE", help="recipe; without it only the machine is looked at")
+    parser.add_argument("--config", metavar="FILE", help="recipe; without it only the machine is checked")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="as for train.py")
     parser.add_argument("--hostfile", metavar="FILE", help="as for deepspeed")
     parser.add_argument("--output", type=Path, metavar="DIR", help="as for train.py")
@@ -40,7 +40,7 @@ def main() -> int:
     for finding in diagnose(arguments.config, arguments.set, arguments.hostfile, output):
         counts[finding.level] += 1
         screen.print(f"{finding.level:8}", style=_STYLES[finding.level], end="")
-        screen.print(shown(f"{finding.subject}: {finding.message}"), soft_wrap=True)  # to be copied
+        screen.print(shown(f"{finding.subject}: {finding.message}"), soft_wrap=True)  # one line, easy to copy
         if finding.fix:
             screen.print(f"{'':8}-> {finding.fix}", soft_wrap=True)
     screen.print(f"\nproblems: {counts[PROBLEM]}, warnings: {counts[WARNING]}")

@@ -1,4 +1,4 @@
-"""Writes docs/config.md from the declared configuration.
+"""Writes docs/config.md from the keys that text4vis/config/schema.py declares.
 
 Examples:
     python tools/document_config.py

@@ -1,14 +1,14 @@
-"""Exports a trained model: one folder with weights (safetensors), configuration, classes and a model card.
+"""Exports a trained model to one folder: weights (safetensors), configuration, classes and a model card.
 
 Examples:
     python tools/export.py runs/demo --output exported
-    python tools/export.py runs/demo --output exported --onnx       # and a graph that runs without torch
+    python tools/export.py runs/demo --output exported --onnx       # also a graph that runs without torch
 
-text4vis.load and tools/predict.py open the folder; docs/deployment.md tells what is in it. The model card quotes the
-run's last evaluation, or the --report of text4vis/evaluate.py that is given.
+text4vis.load and tools/predict.py open the folder; docs/deployment.md describes its files. The model card quotes the
+run's last evaluation, or the report of text4vis/evaluate.py that --report names.
 
-CHECKPOINT: a run's folder (its best weights) or one of its checkpoints. A .pt file of the original project needs
---config and --labels beside it. Exit codes: 0 done, 1 failed, 2 wrong usage.
+CHECKPOINT is a run's folder (its best weights are exported), one of its checkpoints, or a .pt file of the original
+project, which needs --config and --labels. Exit codes: 0 done, 1 failed, 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"{arguments.checkpoint}: no such file or folder")
     if arguments.checkpoint.is_file() and not (arguments.config and arguments.labels):
         parser.error(
-            f"{arguments.checkpoint}: a .pt file does not tell its recipe and classes; add --config and --labels"
+            f"{arguments.checkpoint}: a .pt file does not hold its recipe and classes; add --config and --labels"
         )
     if arguments.checkpoint.is_dir() and (arguments.config or arguments.labels):
         parser.error(f"{arguments.checkpoint}: a run has its own recipe and classes; leave --config and --labels out")
@@ -48,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def trained_model(source: saved.SavedModel, arguments: argparse.Namespace) -> saved.TrainedModel:
-    """The model with its recipe and classes: the recorded ones, or those of --config and --labels."""
+    """The model with its own recipe and classes, or for a .pt file with those of --config and --labels."""
     if source.config is not None:
         return source.trained()
     config, names = load_config(arguments.config), parse_labels(arguments.labels)

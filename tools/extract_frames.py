@@ -1,4 +1,4 @@
-"""Decodes videos into folders of JPEG frames and writes OUT/annotations.txt. After an interruption, run it again.
+"""Decodes videos into folders of JPEG frames and lists them in OUT/annotations.txt. Run it again after an interruption.
 
 Examples:
     python tools/extract_frames.py --videos train.txt --root videos --output frames
@@ -25,13 +25,13 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--videos", required=True, metavar="LIST", help="lines of `video.mp4 label`")
-    add("--root", required=True, metavar="DIR", help="folder that the paths of the list begin in")
+    add("--root", required=True, metavar="DIR", help="folder that the paths in the list are relative to")
     add("--output", required=True, metavar="DIR", help="folder for the frame folders and annotations.txt")
     add("--short-side", type=int, default=256, metavar="PX", help="scale the shorter side down to PX (256); 0: keep it")
     add("--fps", type=float, metavar="N", help="take N frames a second instead of all")
     add("--quality", type=int, default=90, metavar="Q", help="JPEG quality (90)")
     add("--image-template", default="img_{:05d}.jpg", metavar="NAME", help="file name of a frame (img_{:05d}.jpg)")
-    add("--workers", type=int, metavar="N", help="threads; by default one a core")
+    add("--workers", type=int, metavar="N", help="threads; by default one per core")
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""Indexes WebDataset tars that other programs wrote, where they lie, without copying them.
+"""Indexes WebDataset tars that other programs wrote, in place: nothing is copied.
 
 Examples:
     python tools/index_shards.py 's3://bucket/clips/{00000..00099}.tar' --labels labels.csv --output index/clips
@@ -6,7 +6,7 @@ Examples:
     python tools/index_shards.py https://host/clips/00000.tar --output index --label-key meta.category --on-error skip
 
 A sample is `key.mp4`, or `key.000.jpg key.001.jpg ...`, with its label in `key.cls`, `key.json` or `key.txt`. Name the
-output folder in `data.train` or `data.val`. Every tar is read once; a call that was killed goes on where it stopped.
+output folder in `data.train` or `data.val`. Every tar is read once; after an interruption, run it again to continue.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage.
 """
@@ -30,8 +30,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the index")
     parser.add_argument("--labels", metavar="CSV", help="class list; needed where the labels are numbers")
     parser.add_argument("--label-key", metavar="KEY", help="key of the samples' JSON that holds the label, as a.b.c")
-    parser.add_argument("--on-error", choices=("fail", "skip"), default="fail", help="samples that cannot be used")
-    parser.add_argument("--workers", type=int, metavar="N", help="tars read at the same time; by default one a core")
+    parser.add_argument("--on-error", choices=("fail", "skip"), default="fail", help="about an unusable sample (fail)")
+    parser.add_argument("--workers", type=int, metavar="N", help="tars read at the same time; by default one per core")
     return parser.parse_args()
 
 

@@ -1,18 +1,18 @@
-"""Make the demo's data set: short videos of little people acting, as folders of JPEG frames.
+"""Draws the demo's data set: short videos of little people acting, as folders of JPEG frames.
 
 Examples:
     python tools/make_demo_data.py --output data
     python tools/make_demo_data.py --output small --train-videos 40 --val-videos 20 --unseen-videos 14
 
-The folder then looks like any data set of frame folders:
+The output is an ordinary data set of frame folders:
 
     frames/train/<video>/img_00001.jpg …    also val/ and unseen/
     train.txt, val.txt, unseen.txt          lines `path frames label`, path relative to frames/
     labels.csv, unseen_labels.csv           id,name; the unseen classes have ids of their own
 
 The unseen classes are new combinations of words that the training classes use ("raising" + "the left arm"). Left and
-right are the viewer's. Each video depends on the seed, its split and its number only, so the same arguments give the
-same bytes with any number of workers; a run that finds its own finished output does nothing.
+right are the viewer's. Each video depends only on the seed, its split and its number, so the same arguments give the
+same bytes with any number of workers. If the output is already there, nothing is done.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from text4vis.common.progress import track
 SPLITS = {"train": ACTIONS, "val": ACTIONS, "unseen": UNSEEN_ACTIONS}
 IMAGE_TEMPLATE = "img_{:05d}.jpg"
 RECORD = "demo.json"
-VERSION = 1  # counts up when the same arguments come to mean other bytes
+VERSION = 1  # raised when the same arguments produce other bytes
 
 
 def count(text: str) -> int:
@@ -45,11 +45,11 @@ def count(text: str) -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder to fill")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--train-videos", type=count, default=1400, help="videos to train with (1400)")
     parser.add_argument("--val-videos", type=count, default=320, help="of the same classes, to validate (320)")
     parser.add_argument("--unseen-videos", type=count, default=161, help="of classes never trained on (161)")
-    parser.add_argument("--seed", type=int, default=0, help="of all videos (0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all videos (0)")
     parser.add_argument("--workers", type=count, default=2, help="processes that draw (2)")
     return parser.parse_args()
 
@@ -89,8 +89,8 @@ def make_data(output: Path, videos: dict[str, int], seed: int, workers: int) -> 
         drawn = executor.map(draw, tasks, chunksize=8)
         lines = list(track(drawn, "drawing", total=len(tasks)))
     for split in videos:
-        of_split = [line for line, task in zip(lines, tasks, strict=True) if task[0] == split]
-        (output / f"{split}.txt").write_text("\n".join(of_split) + "\n")
+        split_lines = [line for line, task in zip(lines, tasks, strict=True) if task[0] == split]
+        (output / f"{split}.txt").write_text("\n".join(split_lines) + "\n")
     write_labels(output / "labels.csv", ACTIONS)
     write_labels(output / "unseen_labels.csv", UNSEEN_ACTIONS)
 

@@ -6,10 +6,10 @@ Examples:
     python tools/predict.py videos 'more/*.mp4' https://host/x.mp4 --model exported --json all.json --csv all.csv
     python tools/predict.py match.mp4 --model exported --window 4 --picture timeline.png
 
-A folder of images is one video, frame by frame; one with video files in it stands for these and those below. With
---window a video is scanned in windows of so many seconds, a new one every half. A video that cannot be read is named
-and left out, and the exit code is 1. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped
-by hand: --json and --csv then hold what was done.
+A folder of images is one video; a folder of video files stands for all videos in it and in its sub-folders. With
+--window a video is scanned in windows of that many seconds, each half a window after the last. A video that cannot be
+read is named and skipped, and the exit code is 1. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C;
+--json and --csv then hold the predictions made so far.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from text4vis.common.console import console, table
 from text4vis.common.progress import Progress
 from text4vis.config.schema import ConfigError
 
-# {"video", "top": [{"class", "probability"}], "calibrated"}, on demand with "sure" and "candidates"; of a window
-# {"video", "start", "end", "top"}; or {"video", "error"}.
+# Keys of a video: "video", "top" (a list of {"class", "probability"}), "calibrated", and "sure" and "candidates" if
+# asked for; of a window: "video", "start", "end", "top"; of a video that cannot be read: "video", "error".
 Row = dict[str, Any]
 
 
@@ -53,19 +53,19 @@ def parse_arguments() -> argparse.Namespace:
     add("--model", required=True, type=Path, help="folder written by tools/export.py, or a run")
     labels = parser.add_mutually_exclusive_group()
     labels.add_argument("--labels", help="class names to choose from, separated by commas; default: the model's own")
-    labels.add_argument("--labels-file", type=Path, help="the same as a CSV `id,name`")
+    labels.add_argument("--labels-file", type=Path, help="the same, from a CSV `id,name`")
     add("--top", type=int, default=5, help="classes to show (default 5)")
-    add("--accuracy", type=float, metavar="PERCENT", help='say "unsure" where answers are right less often')
-    add("--coverage", type=float, metavar="PERCENT", help="name the classes that hold the right one this often")
+    add("--accuracy", type=float, metavar="PERCENT", help='print "unsure" for answers that are right less often')
+    add("--coverage", type=float, metavar="PERCENT", help="list as many classes as hold the right one this often")
     add("--window", type=float, metavar="SECONDS", help="scan long videos in windows of this length")
     add("--batch-size", type=int, default=8, help="videos or windows at a time (default 8)")
     add(
         "--picture",
         type=Path,
-        help="write a PNG: frames and bars, or the timeline; several videos: NAME-1.png, … in their order",
+        help="write a PNG: frames and bars, or the timeline; for several videos NAME-1.png, NAME-2.png, …",
     )
     add("--json", type=Path, metavar="FILE", help="write all predictions as JSON")
-    add("--csv", type=Path, metavar="FILE", help="write all predictions as CSV, one line a class")
+    add("--csv", type=Path, metavar="FILE", help="write all predictions as CSV, one line per class")
     arguments = parser.parse_args()
     for name in ("top", "batch_size"):
         if getattr(arguments, name) < 1:
@@ -90,23 +90,23 @@ def class_names(arguments: argparse.Namespace) -> list[str] | None:
     return names
 
 
-def find_videos(words: list[str]) -> list[str]:
-    """The videos that the words of the command line stand for, each once, in order. Raises PredictionError."""
+def find_videos(arguments: list[str]) -> list[str]:
+    """The videos that the command's VIDEO arguments stand for, each once, in order. Raises PredictionError."""
     found: list[str] = []
-    for word in words:
-        if scheme_of(word) is not None or not any(character in word for character in "*?["):
-            paths = [word]
+    for argument in arguments:
+        if scheme_of(argument) is not None or not any(character in argument for character in "*?["):
+            paths = [argument]
         else:
-            paths = [word] if Path(word).exists() else sorted(glob.glob(word, recursive=True))  # noqa: PTH207
+            paths = [argument] if Path(argument).exists() else sorted(glob.glob(argument, recursive=True))  # noqa: PTH207
             if not paths:
-                raise serving.PredictionError(f"{word}: no file fits this pattern")
+                raise serving.PredictionError(f"{argument}: no file fits this pattern")
         for path in paths:
             found += [path] if scheme_of(path) or not Path(path).is_dir() else _in_folder(Path(path))
     return list(dict.fromkeys(found))
 
 
 def _in_folder(folder: Path) -> list[str]:
-    """A folder of frames itself, or the videos below a folder."""
+    """The folder itself if it holds frames, else the videos in it and below it."""
     files = [path for path in folder.iterdir() if path.is_file() and not is_hidden(path.name)]
     has_frames = any(path.suffix.lower() in serving.FRAME_SUFFIXES for path in files)
     if has_frames and not any(is_video_file(path.name) for path in files):
@@ -125,12 +125,12 @@ def picture_path(path: Path, number: int, count: int) -> Path:
     return path if count == 1 else path.with_stem(f"{path.stem}-{number + 1:0{len(str(count))}}")
 
 
-def named(top: list[tuple[str, float]]) -> list[Row]:
+def top_rows(top: list[tuple[str, float]]) -> list[Row]:
     return [{"class": name, "probability": round(probability, 6)} for name, probability in top]
 
 
 def recognise(recogniser: serving.Predictor, videos: list[str], arguments: argparse.Namespace) -> Iterator[list[Row]]:
-    """The rows of each video, and its picture."""
+    """Yields the rows of each video and writes its picture."""
     labels = class_names(arguments)
     results: Iterator[Any]
     if arguments.window is None:
@@ -144,27 +144,27 @@ def recognise(recogniser: serving.Predictor, videos: list[str], arguments: argpa
         )
     else:
         scan = partial(recogniser.scan, window_seconds=arguments.window, batch_size=arguments.batch_size)
-        results = map(scan, videos, repeat(labels))  # goes on behind a video that raises
+        results = map(scan, videos, repeat(labels))  # next() continues with the next video after one has raised
     for number, video in enumerate(videos):
-        shown = redact(video)
+        name = redact(video)
         try:
             result = next(results)
         except serving.PredictionError as error:
             result = error
         picture = arguments.picture and picture_path(arguments.picture, number, len(videos))
         if isinstance(result, serving.PredictionError):
-            yield [{"video": shown, "error": str(result)}]
+            yield [{"video": name, "error": str(result)}]
         elif isinstance(result, serving.Timeline):
             if picture:
-                serving.save_timeline(result, shown, picture)
+                serving.save_timeline(result, name, picture)
             yield [
-                {"video": shown, "start": start, "end": end, "top": named(result.top(window, arguments.top))}
+                {"video": name, "start": start, "end": end, "top": top_rows(result.top(window, arguments.top))}
                 for window, (start, end) in enumerate(result.seconds_W2.round(3).tolist())
             ]
         else:
             if picture:
-                serving.save_prediction(result, shown, picture)
-            row: Row = {"video": shown, "top": named(result.top), "calibrated": result.calibrated}
+                serving.save_prediction(result, name, picture)
+            row: Row = {"video": name, "top": top_rows(result.top), "calibrated": result.calibrated}
             if result.sure is not None:
                 row["sure"] = result.sure
             if result.candidates is not None:
@@ -218,14 +218,14 @@ def run(arguments: argparse.Namespace) -> int:
     pictures: list[Path] = []
     try:
         with Progress(total=len(videos), quiet=len(videos) == 1) as progress:
-            for number, of_one in enumerate(recognise(recogniser, videos, arguments)):
-                rows += of_one
-                if arguments.picture and "error" not in of_one[0]:
+            for number, video_rows in enumerate(recognise(recogniser, videos, arguments)):
+                rows += video_rows
+                if arguments.picture and "error" not in video_rows[0]:
                     pictures.append(picture_path(arguments.picture, number, len(videos)))
                 with progress.aside():
-                    show(of_one, screen)
+                    show(video_rows, screen)
                 progress.update()
-    finally:  # what there is, also when somebody stops the program
+    finally:  # after Ctrl-C too: the predictions made so far
         if arguments.json:
             arguments.json.write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         if arguments.csv:

@@ -1,4 +1,4 @@
-"""A published data set to lists, class names and shards, from its annotation files as they are distributed.
+"""Turns a published data set into lists, class names and shards, from its annotation files as they are distributed.
 
 Examples:
     python tools/prepare_dataset.py kinetics400 --annotations annotations --videos videos --output $DATA/k400
@@ -44,8 +44,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--fps", type=float, metavar="N", help="keep N frames a second; by default all")
     add("--max-frames", type=int, metavar="K", help="thin longer videos to K frames, uniformly")
     add("--store", choices=("frames", "video"), default="frames", help="JPEG frames, or the video files as they are")
-    add("--on-error", choices=("fail", "skip"), default="fail", help="about a video that cannot be read (fail)")
-    add("--seed", type=int, default=0, metavar="S", help="of the order of the videos (0)")
+    add("--on-error", choices=("fail", "skip"), default="fail", help="what to do with an unreadable video (fail)")
+    add("--seed", type=int, default=0, metavar="S", help="seed of the order of the videos (0)")
     add("--workers", type=int, metavar="N", help="threads; by default one a core")
     return parser.parse_args()
 

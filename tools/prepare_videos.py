@@ -1,14 +1,14 @@
-"""Your own videos to shards: makes class names and a split, then packs them. Run it again after an interruption.
+"""Turns your own videos into shards: lists the classes, splits the videos and packs them.
 
 Examples:
     python tools/prepare_videos.py videos --output data                      # videos/surfing/a.mp4, videos/skiing/b.mp4
     python tools/prepare_videos.py videos --table videos.csv --output data   # lines `path,label[,split]`
     python tools/prepare_videos.py videos --output data --lists-only
 
-Writes data/labels.csv, data/train.txt and data/val.txt, and from them data/shards/train and data/shards/val. Ready
-splits are taken: videos/train/surfing/a.mp4, videos/val/surfing/b.mp4, and test if there is one. Every video is opened
-before anything is written; what is no video is left out and named. The lists are yours to edit: with --lists-only
-nothing is packed yet, and lists that you have edited are used as they are.
+Writes data/labels.csv, data/train.txt and data/val.txt, and from them data/shards/train and data/shards/val. If the
+folders are split already (videos/train/surfing/a.mp4, videos/val/surfing/b.mp4, perhaps test), that split is used.
+Every video is opened before anything is written; other files are named and left out. You may edit the lists: write
+them with --lists-only, then run the command without it. After an interruption, run it again.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def parse_arguments() -> argparse.Namespace:
     add("videos", type=Path, help="folder with a sub-folder of videos for each class")
     add("--output", required=True, type=Path, metavar="DIR", help="folder of the lists and the shards")
     add("--table", type=Path, metavar="CSV", help="`path,label[,split]` instead of class folders")
-    add("--val-share", type=float, default=0.2, metavar="P", help="share of each class that validates (0.2)")
-    add("--seed", type=int, default=0, metavar="S", help="of the split and of the order of the videos (0)")
+    add("--val-share", type=float, default=0.2, metavar="P", help="share of each class for validation (0.2)")
+    add("--seed", type=int, default=0, metavar="S", help="seed of the split and of the order of the videos (0)")
     add("--lists-only", action="store_true", help="write the lists and stop, to edit them first")
     add("--short-side", type=int, default=256, metavar="PX", help="scale frames down to this shorter side (256)")
     add("--fps", type=float, metavar="N", help="keep N frames a second; by default all")
     add("--store", choices=("frames", "video"), default="frames", help="JPEG frames, or the video files as they are")
-    add("--on-error", choices=("fail", "skip"), default="fail", help="about a video that cannot be read (fail)")
-    add("--workers", type=int, metavar="N", help="threads; by default one a core")
+    add("--on-error", choices=("fail", "skip"), default="fail", help="what to do with an unreadable video (fail)")
+    add("--workers", type=int, metavar="N", help="threads; by default one per core")
     return parser.parse_args()
 
 
@@ -52,7 +52,7 @@ def _advance(bar: Progress) -> Callable[[int, int, int], None]:
 def main() -> None:
     arguments = parse_arguments()
     output = arguments.output
-    with Progress("looking at the files", unit="file", keep=False) as bar:
+    with Progress("checking files", unit="file", keep=False) as bar:
         prepared = prepare_lists(
             arguments.videos,
             output,
@@ -70,7 +70,7 @@ def main() -> None:
         files = ", ".join([LABELS, *map(list_file, prepared.lists)])
         print(f"{output}: {len(prepared.labels)} classes; videos: {counts}; lists: {files}")
     else:
-        print(f"{output}: using the lists that are there")
+        print(f"{output}: using the existing lists")
     if arguments.lists_only:
         return
     for split, videos in prepared.lists.items():

@@ -1,4 +1,4 @@
-"""Trains one recipe with several seeds and gives mean and deviation of the results.
+"""Trains one recipe with several seeds and shows the mean and standard deviation of the results.
 
 Examples:
     python tools/repeat.py --config configs/demo.yaml --seeds 1,2,3 --output runs/demo-seeds
@@ -6,10 +6,10 @@ Examples:
         --launcher 'deepspeed --hostfile hosts'
 
 A seed decides the order, the augmentation, the head's first weights and, with data.shot, which videos are chosen; to
-keep the videos, set data.shot_seed. Each run is one of text4vis/train.py in OUTPUT/seed-N: what is finished is skipped
-the next time, what was interrupted goes on. OUTPUT/summary.json holds the figures of the last evaluations, their means
-and standard deviations (of the population: divided by the number of seeds). Exit codes: 0 done, 1 failed, 2 wrong
-usage, or that of the run that failed.
+keep the videos, set data.shot_seed. text4vis/train.py runs once per seed, in OUTPUT/seed-N; the next time, finished
+runs are skipped and interrupted ones resumed. OUTPUT/summary.json holds the results of the last evaluations, their
+means and standard deviations (of the population: divided by the number of seeds). Exit codes: 0 done, 1 failed,
+2 wrong usage, or the exit code of the run that failed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from text4vis.config.schema import ConfigError
 from text4vis.evaluation.comparison import read_report, summarise
 
 TRAIN = Path(__file__).resolve().parent.parent / "text4vis" / "train.py"
-SHOWN = {"top1": "top-1 %", "top5": "top-5 %", "mean_class_accuracy": "mean class %"}
+METRICS = {"top1": "top-1 %", "top5": "top-5 %", "mean_class_accuracy": "mean class %"}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -40,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", required=True, type=Path, help="folder of the runs and the summary")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="overrides one key")
     parser.add_argument(
-        "--launcher", type=shlex.split, help="what starts text4vis/train.py; default: deepspeed, all GPUs"
+        "--launcher", type=shlex.split, help="command that starts text4vis/train.py; default: deepspeed, all GPUs"
     )
     return parser.parse_args()
 
@@ -67,16 +67,16 @@ def stage_of(arguments: argparse.Namespace, seed: int) -> Stage:
 
 
 def show(reports: Mapping[int, Any], means: Mapping[str, tuple[float, float]]) -> None:
-    rows = table(("seed",), tuple(SHOWN.values()))
+    rows = table(("seed",), tuple(METRICS.values()))
     for seed, report in reports.items():
-        rows.add_row(str(seed), *(f"{report[key]:.2f}" for key in SHOWN))
+        rows.add_row(str(seed), *(f"{report[key]:.2f}" for key in METRICS))
     rows.add_section()
-    rows.add_row("mean ± deviation", *("{:.2f} ± {:.2f}".format(*means[key]) for key in SHOWN))
+    rows.add_row("mean ± deviation", *("{:.2f} ± {:.2f}".format(*means[key]) for key in METRICS))
     console().print(rows)
 
 
 def run(arguments: argparse.Namespace, seeds: Sequence[int]) -> None:
-    stages = [stage_of(arguments, seed) for seed in seeds]  # a mistake shows before the first run starts
+    stages = [stage_of(arguments, seed) for seed in seeds]  # reports a mistake before the first run starts
     for stage in stages:
         perform(stage, arguments.output)
     reports = {seed: read_report(arguments.output / f"seed-{seed}" / "report.json") for seed in seeds}
@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace, seeds: Sequence[int]) -> None:
     summary = {
         "config": arguments.config,
         "set": [shown(setting) for setting in arguments.set],
-        "runs": [{"seed": seed, **{key: report[key] for key in SHOWN}} for seed, report in reports.items()],
+        "runs": [{"seed": seed, **{key: report[key] for key in METRICS}} for seed, report in reports.items()],
         "mean": {key: mean for key, (mean, _) in means.items()},
         "std": {key: deviation for key, (_, deviation) in means.items()},
     }

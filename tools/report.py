@@ -1,14 +1,14 @@
-"""Compares training runs on one page of HTML that opens anywhere: it needs no network, no server and no other file.
+"""Compares training runs on one HTML page that needs no network, no server and no other file.
 
 Examples:
     python tools/report.py runs/own
     python tools/report.py runs/before runs/after runs/other --output compared.html
 
-Shows, for run folders (or single reports of text4vis/evaluate.py --report): the figures and what differs from the
-first run, the reliability of the probabilities, the curves of metrics.jsonl, the classes that gained and lost, the
-surest right and wrong predictions with the frames that the model saw, the protocol cards side by side, and the settings
-that differ. Start it in the folder in which the runs were trained: their configurations name the shards from there,
-and the frames are read from these.
+Shows, for run folders (or single reports of text4vis/evaluate.py --report): the results and how they differ from the
+first run's, the reliability of the probabilities, the curves of metrics.jsonl, the classes that gained and lost, the
+most confident right and wrong predictions with the frames that the model saw, the protocol cards side by side, and the
+settings that differ. Start it in the folder in which the runs were trained: it reads those frames from their shards,
+whose paths in the configurations are relative to that folder.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage.
 """
@@ -27,14 +27,14 @@ from text4vis.config.schema import ConfigError
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, or report; the first: reference")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders or reports, the reference first")
     parser.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE", help="default: %(default)s")
     parser.add_argument(
         "--examples",
         type=int,
         default=3,
         metavar="N",
-        help="surest right and surest wrong predictions of each run to show (default: %(default)s); 0: none",
+        help="most confident right and wrong predictions to show of each run (default: %(default)s); 0: none",
     )
     arguments = parser.parse_args()
     if arguments.examples < 0:

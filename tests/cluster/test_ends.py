@@ -15,8 +15,8 @@ CTRL_C = 130
 LOADERS_THREADS = ("train-loader", "val-loader", "read_", "decode_", "finish_", "shards-")
 
 
-def threads_left(said: str) -> list[str]:
-    (line,) = [line for line in said.splitlines() if line.startswith("threads left:")]
+def threads_left(text: str) -> list[str]:
+    (line,) = [line for line in text.splitlines() if line.startswith("threads left:")]
     return line.split()[2:]
 
 
@@ -37,9 +37,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(project, tmp_path):
     assert "stopped by Ctrl-C after step" in last_line(output) and "run the command again" in last_line(output)
     step = int(last_line(output).split("after step ")[1].split(";")[0])
     assert (output / "checkpoints" / f"step-{step:08d}").is_dir()
-    for rank, (_, said) in enumerate(results):
-        assert "Traceback" not in said and said.count("train: Ctrl-C: saves after the next step") == (rank == 0)
-        assert not [name for name in threads_left(said) if name.startswith(LOADERS_THREADS)]
+    for rank, (_, text) in enumerate(results):
+        assert "Traceback" not in text and text.count("train: Ctrl-C: saves after the next step") == (rank == 0)
+        assert not [name for name in threads_left(text) if name.startswith(LOADERS_THREADS)]
 
 
 @pytest.mark.slow
@@ -53,8 +53,8 @@ def test_ctrl_c_twice_ends_at_once(project, tmp_path):
     assert processes[0].poll() is None, "the first one lets the step end"
     processes[0].send_signal(signal.SIGINT)
     asked = time.monotonic()
-    ((code, said),) = finish(processes)
-    assert code == CTRL_C and time.monotonic() - asked < 10 and "Traceback" not in said
+    ((code, text),) = finish(processes)
+    assert code == CTRL_C and time.monotonic() - asked < 10 and "Traceback" not in text
     assert not list(output.glob("checkpoints/step-*"))
 
 
@@ -82,11 +82,11 @@ def test_ctrl_c_ends_an_evaluation_in_a_line(evaluating, tmp_path, ranks):
     processes = evaluating("--slow", 0.5, ranks=ranks)
     for process in processes:
         process.send_signal(signal.SIGINT)
-    for code, said in finish(processes):
-        assert code == CTRL_C and "Traceback" not in said
-        assert said.splitlines()[-1].endswith("stopped by Ctrl-C; no report was written")
+    for code, text in finish(processes):
+        assert code == CTRL_C and "Traceback" not in text
+        assert text.splitlines()[-1].endswith("stopped by Ctrl-C; no report was written")
         if ranks == 1:
-            assert not [name for name in threads_left(said) if name.startswith(LOADERS_THREADS)]
+            assert not [name for name in threads_left(text) if name.startswith(LOADERS_THREADS)]
     assert not (tmp_path / "report.json").exists()
 
 
@@ -95,13 +95,13 @@ def test_a_killed_rank_ends_the_evaluation_of_the_others(evaluating):
     processes = evaluating("--slow", 0.5)
     processes[1].kill()
     processes[0].wait(timeout=30)
-    code, said = finish(processes)[0]
-    assert code == 1 and "ended without a word: killed, or out of memory" in said.splitlines()[-1]
+    code, text = finish(processes)[0]
+    assert code == 1 and "ended without a word: killed, or out of memory" in text.splitlines()[-1]
 
 
 @pytest.mark.slow
 def test_one_ranks_error_ends_an_evaluation_and_is_the_last_line_of_all(evaluating):
     results = finish(evaluating("--raise"))
     assert [code for code, _ in results] == [1, 1]
-    assert all(said.splitlines()[-1].endswith("KeyError: 'broken on purpose'") for _, said in results)
+    assert all(text.splitlines()[-1].endswith("KeyError: 'broken on purpose'") for _, text in results)
     assert "rank 1 on host" in results[0][1].splitlines()[-1]

@@ -23,7 +23,7 @@ SETTINGS = ("engine.precision=fp32", "solver.global_batch=6", "data.batch_size=3
 
 @pytest.fixture
 def start_on(project, tmp_path):
-    """Starts one and the same command; only the file of hosts changes."""
+    """Starts the same command; only the hostfile changes."""
     (tmp_path / ".deepspeed_env").write_text("OMP_NUM_THREADS=1\nGLOO_SOCKET_IFNAME=eth0\n")
 
     def start(cluster: Hosts, names: list[str], output: Path, *settings: str) -> subprocess.Popen:
@@ -40,24 +40,24 @@ def test_hosts_train_together_and_those_left_go_on_when_one_is_cut_off(project, 
     expected = losses(tmp_path / "one host")
     with Hosts(tmp_path / "machines", 3) as cluster:
         two = start_on(cluster, cluster.names[:2], tmp_path / "two")
-        said = two.communicate(timeout=300)[0]
-        assert two.returncode == 0, said
-        assert "2 (host1, host2)" in said
+        text = two.communicate(timeout=300)[0]
+        assert two.returncode == 0, text
+        assert "2 (host1, host2)" in text
         assert losses(tmp_path / "two") == pytest.approx(expected, rel=1e-5)
 
         output, cautious = tmp_path / "three", ("engine.silence_seconds=6", "logging.save_steps=1", "solver.epochs=3")
         three = start_on(cluster, cluster.names, output, *cautious)
         wait_for(lambda: len(list(output.glob("checkpoints/step-*"))) > 1, [three])
         cluster.cut_off("host3")
-        said = three.communicate(timeout=120)[0]
-        assert three.returncode not in (0, 75), said
+        text = three.communicate(timeout=120)[0]
+        assert three.returncode not in (0, 75), text
         cause = "rank 2 on host host3"
         assert cause in last_line(output) and "has been silent for 6 s: host or network lost" in last_line(output)
-        assert any(cause in line for line in said.splitlines() if "host2: train: error:" in line)
+        assert any(cause in line for line in text.splitlines() if "host2: train: error:" in line)
 
         rest = start_on(cluster, cluster.names[:2], output, *cautious)
-        said = rest.communicate(timeout=300)[0]
-        assert rest.returncode == 0 and "resumed from" in said, said
+        text = rest.communicate(timeout=300)[0]
+        assert rest.returncode == 0 and "resumed from" in text, text
         assert losses(output) == pytest.approx(expected, rel=1e-5)
 
 

@@ -71,8 +71,8 @@ def test_a_signal_to_deepspeed_alone_reaches_the_ranks(project, tmp_path, whole,
     options = [ROOT / "tests/support/train_with.py", "--slow", "0.2", "--", *project.arguments(output)]
     deepspeed = Path(sys.executable).parent / "deepspeed"
     command = [deepspeed, "--num_gpus", 2, "--master_port", free_port(), *options]
-    with (tmp_path / "said").open("w") as said:
-        process = subprocess.Popen([*map(str, command)], cwd=ROOT, stdout=said, stderr=said)
+    with (tmp_path / "printed").open("w") as printed:
+        process = subprocess.Popen([*map(str, command)], cwd=ROOT, stdout=printed, stderr=printed)
         wait_for(lambda: len(records(output)) > 2 if (output / "metrics.jsonl").exists() else False, [process])
         launcher = psutil.Process(process.pid).children()[0]
         ranks = launcher.children()
@@ -91,7 +91,7 @@ def test_one_ranks_error_ends_the_job_and_is_the_last_line_everywhere(project, t
     assert codes(results) == [1, 1, 1]
     cause = "KeyError: 'broken on purpose'"
     assert "rank 2 on host" in last_line(output) and last_line(output).endswith(cause)
-    assert all(said.splitlines()[-1].endswith(cause) for _, said in results)
+    assert all(text.splitlines()[-1].endswith(cause) for _, text in results)
     assert "Traceback" in results[2][1]
 
 
@@ -103,14 +103,13 @@ def test_an_output_that_cannot_be_is_named_with_the_fix(tmp_path):
 
 @pytest.mark.slow
 def test_two_jobs_never_write_one_run(project, tmp_path):
-    """A job that is started again too early, or ranks that a launcher told nothing: the later one ends, untouched goes
-    the first."""
+    """A job that is started again too early, or ranks without a launcher's variables: the later one ends at once."""
     output = tmp_path / "run"
     processes = project.start_with(output, "--slow 0.2", "solver.epochs=1")
     wait_for((output / "metrics.jsonl").exists, processes)
     before = (output / "log.txt").read_text()
-    for code, said in finish(start(TRAIN, *project.arguments(output, "solver.epochs=1"), ranks=2)):
-        assert code == 1 and f"{output}: another job is writing this run (process " in said.splitlines()[-1]
+    for code, text in finish(start(TRAIN, *project.arguments(output, "solver.epochs=1"), ranks=2)):
+        assert code == 1 and f"{output}: another job is writing this run (process " in text.splitlines()[-1]
     assert (output / "log.txt").read_text().startswith(before)
     assert codes(finish(processes)) == [0, 0]
     assert list(losses(output)) == [*range(1, 8)] and "failed" not in (output / "log.txt").read_text()
@@ -126,9 +125,9 @@ def test_a_killed_rank_ends_the_others_within_seconds(project, tmp_path, victim)
     other = processes[1 - victim]
     other.wait(timeout=30)
     assert other.returncode == 1
-    said = finish(processes)[1 - victim][1].splitlines()[-1]
-    assert f"rank {victim}" in said and "ended without a word: killed, or out of memory" in said
-    assert last_line(output).endswith(said.removeprefix("train: error: "))
+    text = finish(processes)[1 - victim][1].splitlines()[-1]
+    assert f"rank {victim}" in text and "ended without a word: killed, or out of memory" in text
+    assert last_line(output).endswith(text.removeprefix("train: error: "))
 
 
 @pytest.mark.slow
@@ -179,14 +178,14 @@ def test_a_full_disk_is_noticed_before_and_leaves_the_last_checkpoint(project, t
         pytest.skip("mounting a small disk needs root")
     try:
         output = disk / "run"
-        code, said = finish(start(TRAIN, *project.arguments(output, "logging.keep_checkpoints=50")))[0]
-        assert code == 1 and "51 more checkpoints need" in said.splitlines()[-1] and "are free" in said.splitlines()[-1]
+        code, text = finish(start(TRAIN, *project.arguments(output, "logging.keep_checkpoints=50")))[0]
+        assert code == 1 and "51 more checkpoints need" in text.splitlines()[-1] and "are free" in text.splitlines()[-1]
         filler = disk / "other"
         processes = project.start_with(output, "--slow 0.2", "logging.save_steps=1", ranks=1)
         wait_for(lambda: len(list(output.glob("checkpoints/step-*"))) > 1, processes)
         filler.write_bytes(bytes(_free(disk) - (1 << 20)))
-        code, said = finish(processes)[0]
-        assert code == 1 and "are free; free some" in said.splitlines()[-1]
+        code, text = finish(processes)[0]
+        assert code == 1 and "are free; free some" in text.splitlines()[-1]
         filler.unlink()
         assert "resumed from" in run(TRAIN, *project.arguments(output))
     finally:

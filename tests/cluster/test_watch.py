@@ -1,4 +1,4 @@
-"""The watch over a job's ranks, with sockets in the place of ranks."""
+"""The watch over a job's ranks; sockets take the place of ranks."""
 
 import json
 import socket
@@ -75,7 +75,7 @@ def test_the_first_cause_stays(coordinator):
     assert verdict(coordinator) == "rank 1: no space"
 
 
-def test_strangers_are_shown_the_door(coordinator):
+def test_connections_without_the_secret_are_closed(coordinator):
     member, stranger = join(coordinator, 1), join(coordinator, 2, secret="guess")
     other = socket.create_connection(("127.0.0.1", coordinator.port))
     other.sendall(b"GET / HTTP/1.1\r\n\r\n")

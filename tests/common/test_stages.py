@@ -1,4 +1,4 @@
-"""Commands that are run once, and the two tools that are strings of them: several seeds, and the ablation."""
+"""Stages are run once; tools/repeat.py and tools/ablation.py run their trainings as stages."""
 
 import importlib.util
 import itertools
@@ -173,7 +173,7 @@ def test_the_table_of_the_ablation(ablation, tmp_path):
                 (folder / "report.json").write_text(json.dumps(report))
                 if classifier != "lda":
                     (folder / "unseen.json").write_text(json.dumps(report | {"top1": 20.0}))
-    text, rows = ablation.table(tmp_path)
+    text, rows = ablation.results(tmp_path)
     assert "| random | `None` | 52.0 ± 0.8 | 20.0 ± 0.0 |" in text.splitlines()
     assert "| lda | `Transf` | 72.0 ± 0.8 | - |" in text.splitlines()
     assert len(text.splitlines()) == 10 and len(rows) == 14

@@ -1,4 +1,4 @@
-"""Keys of earlier versions: recipes are told what to do, saved configurations are read without them."""
+"""Keys of earlier versions: errors with a fix in recipes, ignored in saved configurations."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from text4vis.config.loading import config_from_dict, load_config
 from text4vis.config.schema import Config, ConfigError
 
 
-def test_a_former_key_is_explained_in_a_recipe_and_passed_over_in_what_was_saved(tmp_path):
+def test_a_former_key_is_explained_in_a_recipe_and_ignored_in_a_saved_configuration(tmp_path):
     saved = Config().to_dict()
     saved["data"]["io_threads"] = 16
     assert config_from_dict(saved, "export.json") == Config()

@@ -1,4 +1,4 @@
-"""The list of videos that were passed over: what it holds, and that it survives restarts and damage."""
+"""The list of skipped videos: what it holds, and that it survives restarts and damage."""
 
 import json
 

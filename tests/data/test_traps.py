@@ -1,4 +1,4 @@
-"""Traps of a training run are said with figures and the key to set, and where there is none nothing is said."""
+"""Warnings of traps in the training data name figures and the key to set; without a trap there is no warning."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,7 +41,7 @@ def test_nothing_is_said_where_there_is_no_trap():
 
 
 @pytest.mark.parametrize(
-    ("names", "said", "fix"),
+    ("names", "message", "fix"),
     [
         (["turn left", "stop", "turn right"], "2 classes that say left or right, such as 'turn left' and 'turn right'",
          "data.flip: 0, or data.flip_swaps: [[0, 2]]"),
@@ -51,10 +51,10 @@ def test_nothing_is_said_where_there_is_no_trap():
         (["turn left", "stop"], "1 class that says left or right ('turn left'), while no class", "data.flip: 0"),
     ],
 )  # fmt: skip
-def test_a_flip_that_makes_labels_wrong(names, said, fix):
+def test_a_flip_that_makes_labels_wrong(names, message, fix):
     flipped = config("data.flip=0.5", "data.augmentation=released")
     (trap,) = traps.sided_classes(flipped, names)
-    assert trap.message.startswith("data.flip: 0.5 mirrors") and said in trap.message and fix in trap.fix
+    assert trap.message.startswith("data.flip: 0.5 mirrors") and message in trap.message and fix in trap.fix
 
 
 @pytest.mark.parametrize("override", ["data.flip=0", "data.augmentation=none", "data.flip_swaps=[[0,1]]"])
@@ -73,8 +73,8 @@ def test_a_flip_that_is_off_or_swaps_labels_is_none(override):
     ],
 )
 def test_names_that_are_nearly_the_same(names, found):
-    said = [trap.message for trap in traps.nearly_equal_names(config(), names)]
-    assert len(said) == bool(found) and all(found in line for line in said)
+    messages = [trap.message for trap in traps.nearly_equal_names(config(), names)]
+    assert len(messages) == bool(found) and all(found in message for message in messages)
     assert not list(traps.nearly_equal_names(config("network.classifier=orthogonal"), names))
 
 

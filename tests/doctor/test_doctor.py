@@ -111,7 +111,7 @@ print(json.dumps(answer))
 """
 
 
-def test_hosts_are_asked_and_compared(project, tmp_path, monkeypatch):
+def test_hosts_are_probed_and_compared(project, tmp_path, monkeypatch):
     other = HEALTHY | {"versions": HEALTHY["versions"] | {"torch": "2.8"}}
     answers = {
         "same": HEALTHY, "other": other, "small": HEALTHY | {"cuda": {"built_for": "13.0", "gpus": [{}]}},

@@ -1,4 +1,4 @@
-"""Probabilities that mean something: temperature, calibration error, "unsure", sets of classes."""
+"""Calibration: temperature, calibration error, "unsure", sets of classes."""
 
 import numpy as np
 import pytest

@@ -99,10 +99,10 @@ def test_figures_of_all_classes():
     aps = [average_precision_score(data.labels_N == c, scores[:, c]) for c in present]
     assert found["map"] == pytest.approx(100 * np.mean(aps))
     assert found["chance"] == 100 / 8
-    told = found["predictions"]
-    assert told["labels"] == data.labels_N.tolist() and told["predicted"] == scores.argmax(axis=1).tolist()
-    np.testing.assert_allclose(told["probability"], scores.max(axis=1), atol=1e-4)
-    np.testing.assert_allclose(told["label_probability"], scores[range(60), data.labels_N], atol=1e-4)
+    listed = found["predictions"]
+    assert listed["labels"] == data.labels_N.tolist() and listed["predicted"] == scores.argmax(axis=1).tolist()
+    np.testing.assert_allclose(listed["probability"], scores.max(axis=1), atol=1e-4)
+    np.testing.assert_allclose(listed["label_probability"], scores[range(60), data.labels_N], atol=1e-4)
     assert [sum(row) for row in found["confusion"]] == [row["videos"] for row in found["per_class"]]
     assert [row[c] for c, row in enumerate(found["confusion"])] == [row["correct"] for row in found["per_class"]]
 

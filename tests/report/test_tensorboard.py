@@ -233,7 +233,7 @@ def test_long_clips_and_captions_fit_on_a_sheet():
 
 
 @pytest.mark.slow
-def test_a_run_in_pieces_tells_its_story_once(project, tmp_path):
+def test_a_run_in_several_jobs_is_shown_without_repetition(project, tmp_path):
     """The first job breaks after steps that it has not saved, the second one draws no pictures."""
     output = tmp_path / "run"
     first, second, last = STEPS_PER_EPOCH, 2 * STEPS_PER_EPOCH - 1, 3 * STEPS_PER_EPOCH - 1

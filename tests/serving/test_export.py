@@ -274,7 +274,7 @@ def test_the_command_says_what_a_file_or_a_run_needs(tmp_path, monkeypatch, caps
     (tmp_path / "train.pt").touch()
     for words, message in (
         (["typo.pt", "--config", "c.yaml", "--labels", "l.csv"], "typo.pt: no such file or folder"),
-        (["train.pt"], "train.pt: a .pt file does not tell its recipe and classes; add --config and --labels"),
+        (["train.pt"], "train.pt: a .pt file does not hold its recipe and classes; add --config and --labels"),
         ([".", "--labels", "l.csv"], "a run has its own recipe and classes; leave --config and --labels out"),
     ):
         monkeypatch.setattr(sys, "argv", ["export.py", str(tmp_path / words[0]), "--output", "x", *words[1:]])

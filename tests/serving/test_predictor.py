@@ -175,7 +175,7 @@ def test_what_is_no_model_is_told_apart(tmp_path):
     (tmp_path / "folder").mkdir()
     for name, message in (
         ("gone", r"gone: not there; name the folder of an export"),
-        ("train.pt", r"train\.pt: a \.pt file does not tell its recipe and classes; export it first: tools/export\.py"),
+        ("train.pt", r"train\.pt: a \.pt file does not hold its recipe and classes; export it first: tools/export\.py"),
         ("folder", r"folder: neither an export nor a checkpoint nor a run"),
     ):
         with pytest.raises(CheckpointError, match=message):

@@ -289,7 +289,7 @@ def test_paths_have_one_spelling(tmp_path, root, text, expected):
         ("v.mp4 1.0", ["label is '1.0'"]),
     ],
 )
-def test_lists_of_other_kinds_get_the_words_they_deserve(tmp_path, root, text, words):
+def test_lists_of_other_kinds_are_understood_or_refused_with_the_fix(tmp_path, root, text, words):
     with pytest.raises(ShardError) as caught:
         parse(tmp_path, text.format(root=root), root=root)
     for word in words:

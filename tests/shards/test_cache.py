@@ -20,7 +20,7 @@ from shard_data import FlakyServer, make_dataset, read_everything, read_in_proce
 import shards.cache
 import shards.cached
 import shards.remote
-from shards.ahead import Plan
+from shards.ahead import UpcomingShards
 from shards.cache import CacheFullError, ShardCache, default_cache_dir, entry_name, fetch_once
 from shards.format import ShardError
 from shards.plan import Stream
@@ -352,7 +352,7 @@ def test_names_and_default_place(monkeypatch):
 
 
 def test_a_plan_knows_what_is_needed_next():
-    plan = Plan()
+    plan = UpcomingShards()
     for shards_of_batch in ([0, 1], [1, 2], *[[3]] * 300, [0]):
         plan.add(shards_of_batch)
     assert plan.in_order() == [0, 1, 2, 3]
@@ -365,7 +365,7 @@ def test_a_plan_knows_what_is_needed_next():
 
 def test_uses_of_a_plan_are_kept_apart_where_an_epoch_is_short():
     """On many ranks an epoch is a few batches for each."""
-    plan = Plan()
+    plan = UpcomingShards()
     for number in range(40):
         plan.add([number % 8])
     for _ in range(10):

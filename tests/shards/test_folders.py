@@ -94,7 +94,7 @@ def test_a_video_that_does_not_open_is_no_other_file(tmp_path):
     assert list(found.broken) == ["a/2.mp4", "a/3.ts", "a/4.webm"] and [v.path for v in found.videos] == ["a/1.mp4"]
 
 
-def test_a_folder_without_videos_is_no_class_and_said(tmp_path):
+def test_a_folder_without_videos_is_no_class_and_is_named(tmp_path):
     put(tmp_path, "a/1.mp4")
     put(tmp_path, "annotations/list.csv", content=b"path,label\n")
     found = scan_folders(tmp_path)
@@ -102,7 +102,7 @@ def test_a_folder_without_videos_is_no_class_and_said(tmp_path):
     assert found.notices == ["'annotations': no videos in there, so no class"]
 
 
-def test_folders_of_frames_are_refused_in_words(tmp_path):
+def test_folders_of_frames_are_refused_with_the_fix(tmp_path):
     put(tmp_path, *(f"a/clip/img_{number:05d}.jpg" for number in range(1, 4)), content=jpeg(0))
     with pytest.raises(ShardError, match=r"1 folder of pictures \(e.g. 'a/clip' with 3\) and no videos.*a/clip 3 0"):
         scan_folders(tmp_path)
@@ -133,7 +133,7 @@ def test_links_are_followed_once(tmp_path):
     }  # fmt: skip
 
 
-def test_one_file_in_two_classes_is_told(tmp_path):
+def test_one_file_in_two_classes_is_named(tmp_path):
     put(tmp_path, "walk/1.mp4")
     (tmp_path / "run").mkdir()
     os.link(tmp_path / "walk" / "1.mp4", tmp_path / "run" / "1.mp4")
@@ -170,15 +170,15 @@ def test_names_of_splits(name, split):
      (("TRAIN", "TEST"), ("train", "val"))],
 )  # fmt: skip
 @pytest.mark.parametrize("above", [True, False])
-def test_ready_splits_are_taken_and_said(tmp_path, folders, splits, above):
+def test_existing_splits_are_used_and_reported(tmp_path, folders, splits, above):
     for folder in folders:
         put(tmp_path, *(f"{folder}/{c}/1.mp4" if above else f"{c}/{folder}/1.mp4" for c in ("Run", "Walk")))
     found = scan_folders(tmp_path)
     videos = settle_splits(found.videos, found.notices)
     assert {(video.label, video.split) for video in videos} == {(c, s) for c in ("Run", "Walk") for s in splits}
     assert all(repr(folder) in found.notices[0] for folder in folders)
-    said = "there is no val: the 2 videos of test are taken for it"
-    assert (said in found.notices) == ("TEST" in folders)
+    notice = "there is no val: the 2 videos of test are taken for it"
+    assert (notice in found.notices) == ("TEST" in folders)
 
 
 def test_train_alone_is_split_later(tmp_path):
@@ -188,7 +188,7 @@ def test_train_alone_is_split_later(tmp_path):
     assert found.notices[-1] == "there is a train split alone: a share of it is drawn for val"
 
 
-def test_classes_that_a_split_lacks_are_said(tmp_path):
+def test_classes_that_a_split_lacks_are_named(tmp_path):
     put(tmp_path, "train/a/1.mp4", "train/b/1.mp4", "val/a/2.mp4", "val/c/1.mp4")
     found = scan_folders(tmp_path)
     settle_splits(found.videos, found.notices)

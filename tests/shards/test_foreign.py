@@ -1,4 +1,4 @@
-"""Tars that other programs wrote are indexed where they lie, and then read as our own are."""
+"""Tars that other programs wrote are indexed in place, and then read like our own."""
 
 import io
 import json

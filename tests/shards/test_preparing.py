@@ -37,7 +37,7 @@ def test_the_split_keeps_every_video_and_every_class(counts, share, seed):
         assert per_class[label, "val"] == min(max(1, round(share * count)), count - 1)
 
 
-def test_a_split_that_somebody_chose_stays():
+def test_a_chosen_split_stays():
     videos = [Video("a.mp4", "x", "val"), Video("b.mp4", "x", "train")]
     assert split_videos(videos, 0.5, 0) == videos
 
@@ -172,7 +172,7 @@ def test_the_command_makes_lists_and_shards_and_respects_edits(tmp_path):
     labels = tmp_path / "d" / "labels.csv"
     labels.write_text(labels.read_text().replace("ice skating", "figure skating"))
     second = prepare(tmp_path / "v", "--output", tmp_path / "d", "--short-side", 32)
-    assert second.returncode == 0 and "using the lists" in second.stdout, second.stderr
+    assert second.returncode == 0 and "using the existing lists" in second.stdout, second.stderr
     with open_dataset(str(tmp_path / "d/shards/train")) as train, open_dataset(str(tmp_path / "d/shards/val")) as val:
         assert train.classes == ["figure skating", "yoga"]
         names = [dataset.name(i) for dataset in (train, val) for i in range(len(dataset))]

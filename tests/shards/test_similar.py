@@ -9,7 +9,7 @@ import pytest
 
 from shards.annotations import parse_annotations
 from shards.checker import check_datasets
-from shards.similar import FRAMES, Looks, frame_hash, similar_pairs
+from shards.similar import FRAMES, VideoHashes, frame_hash, similar_pairs
 from shards.writer import build_shards
 
 
@@ -83,9 +83,9 @@ def test_a_missing_shard_is_a_problem_and_no_crash(folder, tmp_path):
     assert not check_datasets([tmp_path / "one", tmp_path / "two"], similar=True).sound
 
 
-def looks(rng: np.random.Generator, count: int) -> Looks:
+def looks(rng: np.random.Generator, count: int) -> VideoHashes:
     hashes = rng.integers(0, 2**64, (count, FRAMES), dtype=np.uint64)
-    return Looks(hashes, np.ones(hashes.shape, bool))
+    return VideoHashes(hashes, np.ones(hashes.shape, bool))
 
 
 def test_many_videos_with_a_common_title_take_seconds():

@@ -1,4 +1,4 @@
-"""A job that starts one engine after another and moves their state between them; prints what it found as JSON.
+"""Starts one engine after another and moves their state between them; prints the differences as JSON.
 
 A model of odd sizes with a frozen part and a parameter of one number takes two steps at each ZeRO stage. Its state must
 come out whole, go into every other stage unchanged, and give the same third step there. Then comes a step whose loss is

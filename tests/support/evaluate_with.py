@@ -1,4 +1,4 @@
-"""text4vis/evaluate.py as it is, with a model that takes its time.
+"""Runs text4vis/evaluate.py with a model that is slow or fails on purpose.
 
 Arguments before `--` are for this program, those after it for text4vis/evaluate.py:
 
@@ -43,12 +43,12 @@ def main() -> int:
         time.sleep(options.slow)
         return encode_video(self, frames)
 
-    def end_and_tell(*arguments):
+    def end_and_print(*arguments):
         print("threads left:", *sorted(thread.name for thread in threading.enumerate()), flush=True)
         end(*arguments)
 
     VideoClip.encode_video = watched
-    evaluate.end = end_and_tell
+    evaluate.end = end_and_print
     return evaluate.main()
 
 

@@ -1,11 +1,11 @@
-"""Feeds every parser damaged files: nothing but the errors that it documents may come out.
+"""Feeds every parser damaged files: it may raise only the errors that it documents.
 
     nice python tests/support/fuzz.py [--cases 100000] [--seed 0] [--guided] [target …]
 
 A case takes a valid file of the target and changes it: bytes flipped, cut, repeated or spliced, tokens of the format
-put in, JSON values replaced by others; every 20th case is bytes of no meaning. Case k of a target is the same in every
-run, and the file of the case at hand is kept until the next: a crash of the process leaves it. A case that takes more
-than 20 seconds, or 2 GiB more memory than the program, is a failure too. --guided: coverage decides what is changed
+put in, JSON values replaced by others; every 20th case is random bytes. Case k of a target is the same in every run.
+The file of a case is kept until the next one, so a crash of the process leaves it behind. A case that takes more than
+20 seconds, or 2 GiB more memory than the program, is a failure too. --guided: coverage decides which cases are changed
 further (atheris: pip install -e '.[fuzz]'; one target). pytest runs a few hundred cases of each (tests/test_fuzz.py).
 """
 
@@ -62,7 +62,7 @@ from text4vis.training.logs import _step_of
 
 CASE_SECONDS = 20
 CASE_BYTES = 2 << 30
-SENTENCE = 4000  # longest file of bytes without meaning
+MOST_RANDOM_BYTES = 4000
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Target:
 def mutated(target: Target, seeds: list[bytes], draw: random.Random) -> bytes:
     """One damaged file."""
     if draw.random() < 0.05:
-        return draw.randbytes(draw.randrange(SENTENCE))
+        return draw.randbytes(draw.randrange(MOST_RANDOM_BYTES))
     data = bytearray(draw.choice(seeds))
     if target.is_json and draw.random() < 0.6:
         data = bytearray(_mutated_json(bytes(data), draw))

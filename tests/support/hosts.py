@@ -99,14 +99,14 @@ class Hosts:
         self._sshd.append(subprocess.Popen(["ip", "netns", "exec", space, *unshare]))
 
     def start(self, command: list[object], **options) -> subprocess.Popen:
-        """A process on host1, as someone logged in there would start it."""
+        """Starts a process on host1, as a user who has logged in there would."""
         environment = os.environ | {"PATH": f"{self.base}/bin:{_path()}"}
         space = f"{self._tag}-{self.names[0]}"
         words = ["ip", "netns", "exec", space, "unshare", "--uts", "sh", "-c", 'hostname host1; exec "$@"', "sh"]
         return subprocess.Popen([*words, *map(str, command)], env=environment, text=True, **options)
 
     def cut_off(self, name: str) -> None:
-        """From now on nothing reaches the host or leaves it, and nobody is told."""
+        """Cuts the host's network silently: from now on no packet reaches it or leaves it."""
         self._switch("link", "set", name, "down")
 
     def _switch(self, *words: str) -> None:

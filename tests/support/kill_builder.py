@@ -3,8 +3,8 @@
     python tests/support/kill_builder.py [--kills 50] [--videos 400] [--seed 0]
 
 Shards, index and manifest must be equal to the last byte. Kills fall anywhere from the start of the program to the end
-of the build; a build that is done before all kills are is removed and begun again. pytest runs the same with fewer
-kills (tests/shards/test_writer.py).
+of the build; a build that ends before the last kill is removed and started again. pytest runs the same with fewer kills
+(tests/shards/test_writer.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Kills random ranks of a run at random moments, goes on each time, and compares with a run that was left alone.
+"""Kills random ranks of a run at random moments, resumes each time, and compares with a run that was left alone.
 
     python tests/support/kill_many.py [--kills 20] [--stages 0 1 2 3] [--ranks 2] [--seed 0]
 
@@ -22,16 +22,16 @@ from project import Project, last_line, ledger, losses, weights
 
 
 def kill_and_go_on(
-    project: Project, output: Path, book: Path, settings: tuple[str, ...], *, ranks: int, kills: int, seed: int
+    project: Project, output: Path, ledgers: Path, settings: tuple[str, ...], *, ranks: int, kills: int, seed: int
 ) -> int:
     """Trains to the end although random ranks are killed; returns how often. Every death must end the whole job."""
     draw = random.Random(seed)
     done = 0
     while True:
-        processes = project.start_with(output, f"--ledger {book} --slow 0.05", *settings, ranks=ranks)
+        processes = project.start_with(output, f"--ledger {ledgers} --slow 0.05", *settings, ranks=ranks)
         if done < kills:
             victim = processes[draw.randrange(ranks)]
-            _wait_for_steps(book, processes)
+            _wait_for_steps(ledgers, processes)
             time.sleep(draw.uniform(0, 3))
             if victim.poll() is None:
                 os.kill(victim.pid, signal.SIGKILL)
@@ -44,11 +44,11 @@ def kill_and_go_on(
         assert ranks == 1 or "ended without a word: killed, or out of memory" in last_line(output), results
 
 
-def _wait_for_steps(book: Path, processes: list) -> None:
-    """Until this job has begun a step."""
+def _wait_for_steps(ledgers: Path, processes: list) -> None:
+    """Waits until this job has begun a step."""
     started = time.time()
     while all(process.poll() is None for process in processes):
-        if any(path.stat().st_mtime > started for path in book.glob("*.jsonl")):
+        if any(path.stat().st_mtime > started for path in ledgers.glob("*.jsonl")):
             return
         time.sleep(0.05)
 
@@ -66,16 +66,16 @@ def main() -> int:
         for stage in arguments.stages:
             settings = (f"engine.zero_stage={stage}", "logging.save_steps=2", "solver.epochs=20")
             whole, killed = base / f"whole-{stage}", base / f"killed-{stage}"
-            project.train_with(whole, f"--ledger {base}/book-whole-{stage}", *settings, ranks=arguments.ranks)
+            project.train_with(whole, f"--ledger {base}/ledgers-whole-{stage}", *settings, ranks=arguments.ranks)
             kills = kill_and_go_on(
-                project, killed, base / f"book-killed-{stage}", settings,
+                project, killed, base / f"ledgers-killed-{stage}", settings,
                 ranks=arguments.ranks, kills=arguments.kills, seed=arguments.seed + stage,
             )  # fmt: skip
             ours, expected = weights(killed), weights(whole)
             same = {
                 "weights": all(ours[name].equal(expected[name]) for name in expected),
                 "losses": losses(killed) == losses(whole),
-                "samples": ledger(base / f"book-killed-{stage}") == ledger(base / f"book-whole-{stage}"),
+                "samples": ledger(base / f"ledgers-killed-{stage}") == ledger(base / f"ledgers-whole-{stage}"),
             }
             print(f"ZeRO {stage}: {kills} kills, {len(losses(whole))} steps, equal: {same}", flush=True)
             if not all(same.values()) or kills < arguments.kills:

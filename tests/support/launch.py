@@ -41,15 +41,15 @@ def free_port() -> int:
 class Rank:
     """A forked `python SCRIPT ARGUMENTS`, to be used as a subprocess.Popen whose output is text.
 
-    with_errors: standard error goes where standard output goes, as the lines come.
+    with_errors: standard error is written to the same file as standard output.
     """
 
     def __init__(
         self, script: Path, arguments: Sequence[str], environment: Mapping[str, str], *, with_errors: bool = True
     ) -> None:
-        self._said = _text_file()
-        self._complained = self._said if with_errors else _text_file()
-        names = self._said.name, self._complained.name
+        self._stdout = _text_file()
+        self._stderr = self._stdout if with_errors else _text_file()
+        names = self._stdout.name, self._stderr.name
         _start_server()
         self._process = _ranks.Process(target=_run, args=(str(script), list(arguments), dict(environment), *names))
         self._process.start()
@@ -65,14 +65,14 @@ class Rank:
     def wait(self, timeout: float | None = None) -> int:
         self._process.join(timeout)
         if self._process.exitcode is None:
-            raise subprocess.TimeoutExpired(self._said.name, timeout or 0)
+            raise subprocess.TimeoutExpired(self._stdout.name, timeout or 0)
         return self._process.exitcode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         self.wait(timeout)
-        for file in (self._said, self._complained):
+        for file in (self._stdout, self._stderr):
             file.seek(0)
-        return self._said.read(), self._complained.read()
+        return self._stdout.read(), self._stderr.read()
 
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)
@@ -83,7 +83,7 @@ class Rank:
 
 @functools.cache
 def _start_server() -> None:
-    """Starts the process that ranks are forked from. It sees no GPU: who has used CUDA cannot fork users of it."""
+    """Starts the process that ranks are forked from. It sees no GPU: after CUDA was used, forks cannot use it."""
     environment = dict(os.environ)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     try:
@@ -97,11 +97,11 @@ def _text_file() -> IO[str]:
     return tempfile.NamedTemporaryFile("r", prefix="rank-", encoding="utf-8", errors="replace")
 
 
-def _run(script: str, arguments: list[str], environment: dict[str, str], said: str, complained: str) -> None:
-    """In the forked process."""
+def _run(script: str, arguments: list[str], environment: dict[str, str], stdout: str, stderr: str) -> None:
+    """Runs the script in the forked process."""
     os.setpgid(0, 0)  # a terminal's Ctrl-C is for pytest alone, which then kills the ranks
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for stream, path in ((sys.stdout, said), (sys.stderr, complained)):
+    for stream, path in ((sys.stdout, stdout), (sys.stderr, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), stream.fileno())
         stream.reconfigure(line_buffering=True)
     os.environ.clear()
@@ -145,13 +145,13 @@ def run(script: str | Path, *arguments: object, ranks: int = 1) -> str:
 
 
 def program(script: str | Path, *arguments: object, timeout: float = 480) -> subprocess.CompletedProcess[str]:
-    """`python SCRIPT ARGUMENTS` to its end."""
+    """Runs `python SCRIPT ARGUMENTS` to its end."""
     process = Rank(ROOT / script, [str(argument) for argument in arguments], os.environ, with_errors=False)
     try:
-        said, complained = process.communicate(timeout)
+        stdout, stderr = process.communicate(timeout)
     finally:
         kill([process])
-    return subprocess.CompletedProcess([str(script), *map(str, arguments)], process.returncode, said, complained)
+    return subprocess.CompletedProcess([str(script), *map(str, arguments)], process.returncode, stdout, stderr)
 
 
 def kill(processes: Sequence[Rank | subprocess.Popen]) -> None:

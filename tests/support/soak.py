@@ -1,15 +1,15 @@
-"""Trains for long while everything fails around it: nothing may be lost, nothing may grow, nothing be learned less.
+"""Trains for a long time while everything around it fails: no sample may be lost, memory must not grow.
 
     python tests/support/soak.py --train demo/shards/train --val demo/shards/val --config configs/demo.yaml --minutes 60
 
-The shards are copied and frames of some videos damaged (`data.on_error: skip`), and served by a store that now and then
-answers with an error, half a body, silence or late. Jobs of one, two and four ranks in turn train from it; a rank of
-each is killed, or the job asked to stop, at a random moment. A run that is done is followed by one with the next seed.
+The shards are copied, frames of some videos are damaged (`data.on_error: skip`), and a store serves them that sometimes
+answers with an error, half a body, nothing or late. Jobs of one, two and four ranks in turn train from it; at a random
+moment a rank of the job is killed, or the job is asked to stop. When a run is done, one with the next seed follows.
 
-Said at the end, and an exit code of 1 if any of the first three is not as promised:
+Prints at the end, with exit code 1 if any of the first three is not as promised:
 
 - samples: every step's global batch, as it was trained on, against the plan of an undisturbed job;
-- memory and open files: the slope of each process that lived long enough, from a line through its figures;
+- memory and open files: the slope of each process that lived long enough, from a line through its samples;
 - skipped videos: those listed against those damaged;
 - accuracy of each run. Compare it with `make demo`.
 
@@ -43,7 +43,7 @@ from shards.reader import open_dataset
 from text4vis.config.loading import load_config
 from text4vis.data.loader import build_loader
 
-SECONDS_TO_WARM_UP = 150  # until buffers and the allocator's pools have the size they keep
+SECONDS_TO_WARM_UP = 150  # until buffers and the allocator's pools have reached their final size
 SECONDS_FOR_A_SLOPE = 120
 RESUME_ME = 75
 MOST_GROWTH = {"resident": ("MB", 5.0), "files": ("open files", 0.5)}  # a minute, in the median process
@@ -105,7 +105,7 @@ class Soak:
     def output(self, run: int) -> Path:
         return self.work / f"run-{run}"
 
-    def book(self, run: int) -> Path:
+    def ledger_folder(self, run: int) -> Path:
         return self.work / f"ledger-{run}"
 
     def run(self, minutes: float) -> int:
@@ -128,7 +128,7 @@ class Soak:
     def _job(self, run: int, store: FlakyServer) -> bool:
         """One job; True when the run is done."""
         ranks = self.draw.choice(self.ranks)
-        options = ["--ledger", self.book(run)]
+        options = ["--ledger", self.ledger_folder(run)]
         job = start("tests/support/train_with.py", *options, "--", *self.arguments(run, store.address), ranks=ranks)
         self.counts["jobs"] += 1
         watched = [Process() for _ in job]
@@ -139,15 +139,15 @@ class Soak:
         if codes == {0}:
             return True
         expected = {-signal.SIGKILL, 1, 0} if killed else {RESUME_ME}  # 0: killed when others had ended
-        assert codes <= expected, "\n".join([f"exit codes {codes}", *(said for _, said in results)])
+        assert codes <= expected, "\n".join([f"exit codes {codes}", *(output for _, output in results)])
         return False
 
     def _steps_of(self, run: int):
-        before = sum(path.stat().st_size for path in self.book(run).glob("*.jsonl"))
-        return lambda: sum(path.stat().st_size for path in self.book(run).glob("*.jsonl")) > before
+        before = sum(path.stat().st_size for path in self.ledger_folder(run).glob("*.jsonl"))
+        return lambda: sum(path.stat().st_size for path in self.ledger_folder(run).glob("*.jsonl")) > before
 
     def _watch(self, job: list[Rank], watched: list[Process], has_begun, seconds: float) -> bool:
-        """Takes figures until it is time to end the job, or it has ended. True if a rank was killed."""
+        """Samples memory and open files until it is time to end the job. True if a rank was killed."""
         while not has_begun():
             if job[0].poll() is not None:
                 return False
@@ -171,7 +171,7 @@ class Soak:
     def samples_as_planned(self, run: int) -> tuple[int, bool, bool]:
         """Steps taken, whether each one's global batch is that of an undisturbed single process, and whether the videos
         that were replaced in them are listed."""
-        seen = ledger(self.book(run))
+        seen = ledger(self.ledger_folder(run))
         text = (self.output(run) / "checkpoints").glob("step-*/state.json")
         global_batch = json.loads(next(iter(text)).read_text())["global_batch"]
         overrides = [str(word).removeprefix("--set=") for word in self.arguments(run, str(self.work / "store"))[4:]]

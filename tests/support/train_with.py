@@ -1,5 +1,5 @@
-"""text4vis/train.py as it is, with something going on beside it: a ledger of what was trained on, faults on purpose.
-At the end it names the threads that are left.
+"""Runs text4vis/train.py with a ledger of the videos that were trained on, and with faults on purpose. At the end it
+names the threads that are left.
 
 Arguments before `--` are for this program, those after it for text4vis/train.py:
 

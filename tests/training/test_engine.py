@@ -44,7 +44,7 @@ def test_each_launcher_places_the_ranks(launcher):
     assert distributed.ranks() == distributed.Ranks(0, 1, 0, 1)
     launcher(**SRUN)
     assert distributed.ranks() == distributed.Ranks(5, 11, 1, 4)
-    assert distributed._meeting_point(distributed.ranks())[0] == "gpu07"
+    assert distributed._master(distributed.ranks())[0] == "gpu07"
     launcher(SLURM_PROCID=0, SLURM_NTASKS=8)  # a batch script that has not called srun
     assert distributed.ranks().world_size == 1
     ranks = {"RANK": 3, "LOCAL_RANK": 1, "WORLD_SIZE": 4, "LOCAL_SIZE": 2}
@@ -54,7 +54,7 @@ def test_each_launcher_places_the_ranks(launcher):
                 {"RANK": 2, "SIZE": 4, "LOCAL_RANK": 0, "LOCAL_SIZE": 2}.items()})  # fmt: skip
     assert distributed.ranks() == distributed.Ranks(2, 4, 0, 2)
     with pytest.raises(OSError, match="MASTER_ADDR is not set; pass it: mpirun -x"):
-        distributed._meeting_point(distributed.ranks())
+        distributed._master(distributed.ranks())
 
 
 def test_a_rank_takes_its_own_gpu_of_those_it_sees():
@@ -62,7 +62,7 @@ def test_a_rank_takes_its_own_gpu_of_those_it_sees():
     tasks = [distributed.Ranks(rank, 8, rank % 4, 4) for rank in range(8)]
     assert [distributed._gpu_of(place, 4) for place in tasks] == [0, 1, 2, 3] * 2
     assert [distributed._gpu_of(place, 1) for place in tasks] == [0] * 8
-    with pytest.raises(OSError, match=r"rank 7 is number 3 of its host, but sees 2 GPUs; start at most one rank a GPU"):
+    with pytest.raises(OSError, match=r"rank 7 has local rank 3, but sees 2 GPUs; start at most one rank per GPU"):
         distributed._gpu_of(tasks[7], 2)
 
 
@@ -87,8 +87,8 @@ def job(project, output, variables: list[dict[str, object]], *settings: str) -> 
 )
 def test_the_state_moves_between_all_stages_and_a_wrong_step_changes_nothing(ranks, precision, optim):
     """See tests/support/engine_states.py. At one number of ranks all stages even compute the same, to a rounding."""
-    said = run("tests/support/engine_states.py", precision, optim, ranks=ranks)
-    results = json.loads([line for line in said.splitlines() if line.startswith("[{")][-1])
+    text = run("tests/support/engine_states.py", precision, optim, ranks=ranks)
+    results = json.loads([line for line in text.splitlines() if line.startswith("[{")][-1])
     single = [result for result in results if "kind" in result]
     moves = [result for result in results if "from" in result]
     assert len(single) == 6 and len(moves) == 36
@@ -153,20 +153,20 @@ def test_a_port_that_is_taken_is_named(project, tmp_path):
         other.listen()
         port = other.getsockname()[1]
         place = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        ((code, said),) = finish([start_rank(TRAIN, *project.arguments(tmp_path / "run"), variables=place)])
-    assert code == 1 and f"port {port} is in use" in said and "--master_port" in said and "Traceback" not in said
+        ((code, text),) = finish([start_rank(TRAIN, *project.arguments(tmp_path / "run"), variables=place)])
+    assert code == 1 and f"port {port} is in use" in text and "--master_port" in text and "Traceback" not in text
 
 
 @pytest.mark.slow
 def test_a_wrong_number_of_ranks_is_an_error_and_a_dry_run_leaves_nothing(project, tmp_path):
     output = tmp_path / "run"
-    code, said = finish(start(TRAIN, *project.arguments(tmp_path / "wrong", "engine.world_size=2")))[0]
-    assert code == 1 and "expected 2 ranks, the job has 1" in said and "--hostfile" in said.splitlines()[-1]
-    said = run(TRAIN, *project.arguments(output, "solver.grad_accumulation_steps=3"), "--dry-run", ranks=2)
+    code, text = finish(start(TRAIN, *project.arguments(tmp_path / "wrong", "engine.world_size=2")))[0]
+    assert code == 1 and "expected 2 ranks, the job has 1" in text and "--hostfile" in text.splitlines()[-1]
+    text = run(TRAIN, *project.arguments(output, "solver.grad_accumulation_steps=3"), "--dry-run", ranks=2)
     for row in ("global batch | 12 videos", "micro batch | 2 videos a rank", "accumulation | 3 x", "precision | bf16"):
         name, value = row.split(" | ")
-        assert any(name in line and value in line for line in said.splitlines()), row
-    assert "GB on the fullest rank" in said
+        assert any(name in line and value in line for line in text.splitlines()), row
+    assert "GB on the rank that used most" in text
     assert not output.exists()
 
 

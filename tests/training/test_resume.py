@@ -134,10 +134,10 @@ def test_a_flipped_bit_is_found_and_the_checkpoint_before_it_taken(project, tmp_
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
-        code, said = finish(start(TRAIN, *project.arguments(tmp_path / "other"), "--resume", path.parent))[0]
-        assert code == 1 and f"{path}: " in said.splitlines()[-1] and "delete" in said.splitlines()[-1]
-        said = run(TRAIN, *project.arguments(damaged))
-        assert f"{path}: " in said and "going back" in said and "resumed from" in said
+        code, text = finish(start(TRAIN, *project.arguments(tmp_path / "other"), "--resume", path.parent))[0]
+        assert code == 1 and f"{path}: " in text.splitlines()[-1] and "delete" in text.splitlines()[-1]
+        text = run(TRAIN, *project.arguments(damaged))
+        assert f"{path}: " in text and "going back" in text and "resumed from" in text
         assert equal(weights(damaged), final) and losses(damaged) == rates
 
 
@@ -145,6 +145,6 @@ def test_a_flipped_bit_is_found_and_the_checkpoint_before_it_taken(project, tmp_
 def test_a_number_of_ranks_that_cannot_share_the_batch_is_told_which_can(project, tmp_path):
     output = tmp_path / "run"
     project.train_with(output, f"--signal {STEPS_PER_EPOCH}:SIGTERM", ranks=1)
-    code, said = finish(start(TRAIN, *project.arguments(output), ranks=3))[0]
+    code, text = finish(start(TRAIN, *project.arguments(output), ranks=3))[0]
     assert code == 1
-    assert "2 videos cannot be shared equally by 3 ranks; 3 can, or start 2 ranks" in said.splitlines()[-1]
+    assert "2 videos cannot be shared equally by 3 ranks; 3 can, or start 2 ranks" in text.splitlines()[-1]

@@ -98,15 +98,15 @@ def test_other_weights_or_streams_are_another_run(project, sources, tmp_path):
         ((*given, f"data.train=[{sources[0]}, {sources[1]}]"), "data.train now has no weights"),
         ((*given, "data.streams=2"), "data.streams: 4 -> 2"),
     ):
-        ((code, said),) = on_hosts(project, output, "", change, hosts=1)
-        assert code == 1 and message in said.splitlines()[-1], said
+        ((code, text),) = on_hosts(project, output, "", change, hosts=1)
+        assert code == 1 and message in text.splitlines()[-1], text
 
 
 @pytest.mark.slow
 def test_hosts_that_cannot_share_the_streams_are_told_which_can(project, sources, tmp_path):
     results = on_hosts(project, tmp_path / "run", "", settings(sources), hosts=3)
-    said = "4 streams cannot be shared equally by 3 hosts (this one has 1 of 3 ranks); start 1 or 2 or 4 hosts"
-    assert [code for code, _ in results] == [1] * 3 and all(said in text for _, text in results), results
+    message = "4 streams cannot be shared equally by 3 hosts (this one has 1 of 3 ranks); start 1 or 2 or 4 hosts"
+    assert [code for code, _ in results] == [1] * 3 and all(message in text for _, text in results), results
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_hosts_that_cannot_share_the_streams_are_told_which_can(project, sources
         (2, 8, Ranks(3, 4, 0, 1), "2 streams cannot be shared equally by 4 hosts"),
     ],
 )  # fmt: skip
-def test_streams_that_do_not_fit_are_an_error_in_words(streams, batch, place, message):
+def test_streams_that_do_not_fit_are_an_error(streams, batch, place, message):
     with pytest.raises(ConfigError, match=f"data.streams: .*{message}"):
         check_streams(streams, batch, place)
 

@@ -1,8 +1,8 @@
-"""The classifier: frozen class embeddings of unit length, from text, chance, videos, another text encoder or a file.
+"""The classifier: frozen class embeddings of unit length, from text, random numbers, videos, sentences or a file.
 
 What takes long (`text`, `lda`, `sentence`) is kept in `data.cache_dir` under the hash of all that went in. A kept file
 and one of tools/build_classifier.py are the same format: safetensors with `class_embeddings` (C, D) float32 and the
-class names and the recipe as JSON in its metadata. Imports config and model.
+class names and the recipe as JSON in its metadata.
 
 C classes, D embedding width, L tokens, P prompts.
 """

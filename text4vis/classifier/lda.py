@@ -1,7 +1,7 @@
 """Class embeddings from videos: linear discriminants of CLIP's embeddings of a few training videos a class.
 
 Wu et al. (AAAI 2023) compare text with such a classifier and publish neither its file nor its code; this is theirs as
-far as the paper tells it: frozen CLIP, mean over frames, about 60 videos a class (a tenth of Kinetics-400).
+far as the paper describes it: frozen CLIP, mean over frames, about 60 videos a class (a tenth of Kinetics-400).
 
 N videos, T frames, C classes, D embedding width.
 """

@@ -1,8 +1,8 @@
 """Class embeddings from a sentence encoder: any text model in a local folder of Hugging Face's layout.
 
-The folder holds what `save_pretrained` writes (config.json, tokenizer, weights). A sentence-transformers folder says
-besides how a sentence follows from its tokens: their mean or the first one, which is obeyed; other models' sentences
-are the mean. Nothing is downloaded and no code of the folder is run.
+The folder holds what `save_pretrained` writes (config.json, tokenizer, weights). A sentence-transformers folder also
+says how tokens are pooled to a sentence (their mean, or the first one); for other models it is the mean. Nothing is
+downloaded and no code of the folder is run.
 
 C classes, P prompts, L tokens, S width of the encoder, D of CLIP.
 """
@@ -113,7 +113,7 @@ class SentenceEncoder:
 
 
 def _pooling(folder: Path) -> str:
-    """How a sentence follows from its tokens; sentence-transformers writes it down. Raises ConfigError."""
+    """How tokens are pooled to a sentence, as sentence-transformers records it. Raises ConfigError."""
     modules = _read_json(folder / "modules.json", [])
     kinds = [str(module.get("type", "")).rsplit(".", 1)[-1] for module in modules]
     others = [kind for kind in kinds if kind not in _KNOWN_MODULES]

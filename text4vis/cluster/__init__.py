@@ -1,4 +1,4 @@
-"""Ranks and devices of a job, collectives, the watch over its ranks, and requests to stop."""
+"""Ranks and devices of a job, collectives, the watch that ends a job when a rank fails, and requests to stop."""
 
 import lazy_loader
 

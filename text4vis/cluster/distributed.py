@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
-# Holds the group of messages between hosts, which must not wait for the GPUs' queues; empty where all groups are such.
+# The gloo group for exchanges that must not wait for GPU queues. Empty where the default group is gloo already.
 _control: list[Any] = []
 
 
@@ -33,7 +33,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which writes and speaks."""
+        """Whether this is rank 0, the one that writes files and prints."""
         return self.rank == 0
 
 
@@ -77,10 +77,10 @@ def _slurm_first_node(text: str) -> str:
     return prefix + re.split("[-,]", number)[0] + after.split(",")[0]
 
 
-def _meeting_point(place: Ranks) -> tuple[str, str]:
-    """MASTER_ADDR and MASTER_PORT, which only `deepspeed` and `torchrun` set: the host of rank 0, a port by the job.
+def _master(place: Ranks) -> tuple[str, str]:
+    """Rank 0's host and a port derived from the job's id, for launchers that don't set MASTER_ADDR and MASTER_PORT.
 
-    Raises OSError where the launcher does not tell the host.
+    Only `deepspeed` and `torchrun` set them. Raises OSError if the launcher does not name rank 0's host.
     """
     get = os.environ.get
     if place.world_size == place.local_world_size:
@@ -98,7 +98,7 @@ def _meeting_point(place: Ranks) -> tuple[str, str]:
 
 
 def cores_per_rank() -> int:
-    """Cores that this rank may count on: those it is bound to, or its share of the node's."""
+    """Number of cores for this rank: those that it is bound to, or its share of the node's cores."""
     available = len(os.sched_getaffinity(0))
     if available < (os.cpu_count() or 1):  # bound by the launcher or the scheduler
         return available
@@ -106,7 +106,7 @@ def cores_per_rank() -> int:
 
 
 def use_cores(num_threads: int) -> None:
-    """Sets torch's CPU threads (0: the cores that the rank owns), and the attention that suits a CPU.
+    """Sets torch's number of CPU threads (0: `cores_per_rank`), and disables flash attention where there is no GPU.
 
     torch's flash attention for CPUs is slow on short sequences: a bf16 step of the demo's model (49 tokens a frame, 16
     videos, one thread) took 0.95 CPU-seconds with it and 0.65 without; in fp32 there was no difference.
@@ -124,16 +124,16 @@ def device() -> torch.device:
 
 
 def _gpu_of(place: Ranks, visible: int) -> int:
-    """Which of the GPUs that this process sees is the rank's own.
+    """Number of the rank's own GPU among the `visible` ones.
 
-    A scheduler may show each task its own GPU alone, which is number 0 to every one of them.
+    A scheduler may show each task only its own GPU, which is then number 0 in every task.
     """
     if visible == 1:
         return 0
     if place.local_rank >= visible:
         raise OSError(
-            f"rank {place.rank} is number {place.local_rank} of its host, but sees {visible} GPUs; start at most one "
-            "rank a GPU, or look at CUDA_VISIBLE_DEVICES"
+            f"rank {place.rank} has local rank {place.local_rank}, but sees {visible} GPUs; start at most one rank per "
+            "GPU, or check CUDA_VISIBLE_DEVICES"
         )
     return place.local_rank
 
@@ -141,14 +141,14 @@ def _gpu_of(place: Ranks, visible: int) -> int:
 def start() -> Ranks:
     """Joins the process group (NCCL with GPUs, else gloo) and selects the device. Call once, before any collective.
 
-    Raises OSError where the ranks cannot meet or a rank has no GPU of its own.
+    Raises OSError if the ranks cannot connect or a rank has no GPU of its own.
     """
     import deepspeed
 
     place = ranks()
     gpu = device()
     if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
-        address, port = _meeting_point(place)
+        address, port = _master(place)
         os.environ.setdefault("MASTER_ADDR", address)
         os.environ.setdefault("MASTER_PORT", port)
     # DeepSpeed takes LOCAL_RANK for the number of the rank's GPU.
@@ -175,7 +175,7 @@ def start() -> Ranks:
 
 
 def is_consequence(error: Exception) -> bool:
-    """True for a collective operation that failed, most often because another rank has ended."""
+    """Whether the error comes from a failed collective, most often because another rank has ended."""
     return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in ("gloo", "nccl"))
 
 
@@ -187,7 +187,7 @@ def stop() -> None:
 
 
 def barrier() -> None:
-    """Waits until every rank is here."""
+    """Waits until every rank has called this."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
 
@@ -201,9 +201,9 @@ def sum_over_ranks(values: Sequence[float]) -> list[float]:
 
 
 def start_max(values: Sequence[int]) -> Callable[[], list[int]]:
-    """Starts an element-wise maximum over ranks that runs beside other work; call the result to wait for it.
+    """Starts an element-wise maximum over ranks in the background; call the result to wait for it.
 
-    The hosts exchange it in their own memory (gloo): neither the start nor the wait waits for what a GPU computes.
+    The exchange goes through host memory (gloo), so neither call waits for work that is queued on a GPU.
     """
     maxima = torch.tensor(list(values))
     if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -227,7 +227,7 @@ def gather_to_main(value: Any) -> list[Any] | None:
 
 
 def from_main(make: Callable[[], T]) -> T:
-    """What `make()` returns on rank 0, on every rank; what it raises there is raised on every rank. Collective.
+    """Calls `make` on rank 0, and returns its value or raises its error on every rank. Collective.
 
     The value or the error must be picklable.
     """

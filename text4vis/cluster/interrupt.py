@@ -1,7 +1,7 @@
-"""Ctrl-C for programs that have something to finish: the first is a request, a second one ends the process at once.
+"""Ctrl-C for programs that finish something first: the first one is a request, a second one ends the process at once.
 
-Python runs signal handlers in the main thread alone, which may wait for minutes in a collective of other ranks. So a
-thread reads the signals' numbers from the socket to which Python's C handler writes them at once.
+Python runs signal handlers only in the main thread, which may wait for minutes in a collective. So a thread reads the
+signal numbers from a socket, to which Python's C handler writes them at once.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import threading
 import time
 
 EXIT_CODE = 130  # 128 + SIGINT, as shells have it
-SAME_SECONDS = 1.0  # launchers pass a Ctrl-C on that the terminal has sent already
+SAME_SECONDS = 1.0  # launchers repeat a Ctrl-C that the terminal has already sent to all processes
 
 
 class Interrupts:
-    """Says `notice` on standard error at the first Ctrl-C and ends the process at a second one, from now on.
+    """From now on, prints `notice` to standard error at the first Ctrl-C and ends the process at a second one.
 
-    What the first does is the part of Python's handler for SIGINT. Made by the main thread. Empty notice: says nothing.
+    Python's handler for SIGINT decides what else the first one does. Create it in the main thread. An empty notice is
+    not printed.
     """
 
     def __init__(self, notice: str) -> None:

@@ -1,6 +1,6 @@
-"""Why a run ends early: signals, Ctrl-C, a limit of time, a launcher that is gone, numbers that are not finite.
+"""Reasons to end a run early: signals, Ctrl-C, a time limit, the end of its launcher, a loss that is not finite.
 
-Each rank collects its own requests; the trainer sees to it that all ranks stop after the same step.
+Each rank collects its own requests; the trainer makes all ranks stop after the same step.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ _POLL_SECONDS = 1.0
 
 
 class Stopped(Exception):  # noqa: N818
-    """The run was asked to stop; what it has done is saved. The message says why and at which step."""
+    """The run was asked to stop and has saved a checkpoint. The message says why and at which step."""
 
 
 class NonFiniteError(Exception):
-    """A loss or gradient was not finite, and the weights are those before it. The message names the videos."""
+    """A loss or gradient was not finite; the step was not applied to the weights. The message names the videos."""
 
 
 class StopRequest:
-    """Collects requests of this process from now on. `code` is 0 until there is one, then an index into REASONS.
+    """Collects requests to stop that reach this process. `code` is 0 until there is one, then an index into REASONS.
 
-    ctrl_c: whether Ctrl-C is a request, rather than a KeyboardInterrupt.
+    ctrl_c: treat Ctrl-C as a request instead of a KeyboardInterrupt.
     """
 
     REASONS = ("", "SIGTERM", "SIGUSR1", "engine.wall_minutes", "the end of its launcher", "Ctrl-C")
@@ -44,10 +44,10 @@ class StopRequest:
             threading.Thread(target=self._wait_for_end, args=(launchers,), name="launcher", daemon=True).start()
 
     def limit(self, wall_minutes: float | None) -> None:
-        """Sets the limit of time, which counts from the start of this process; None for no limit."""
+        """Sets the time limit, which counts from the start of this process; None for no limit."""
         if wall_minutes is not None:
             running = time.time() - psutil.Process().create_time()
-            self._deadline = time.monotonic() - running + 60 * wall_minutes  # a clock that is set moves no deadline
+            self._deadline = time.monotonic() - running + 60 * wall_minutes  # setting the clock does not move it
 
     @property
     def code(self) -> int:
@@ -69,10 +69,10 @@ class StopRequest:
 
 
 def _deepspeed_launchers() -> list[psutil.Process]:
-    """The `deepspeed` processes above this one.
+    """The `deepspeed` processes among this process's parents.
 
-    Their end does not reach their children by itself: the command does not pass SIGTERM on, and neither the command nor
-    its launcher passes on SIGUSR1 or SIGKILL.
+    Their children must watch them: the `deepspeed` command does not pass SIGTERM on, and neither the command nor its
+    launcher passes on SIGUSR1 or SIGKILL.
     """
     found = []
     for parent in psutil.Process(os.getpid()).parents():

@@ -1,4 +1,4 @@
-"""What all programs share: the screen, progress, and running other programs."""
+"""What all programs share: tables on the console, progress bars, and stages that run other programs."""
 
 import lazy_loader
 

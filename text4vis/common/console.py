@@ -1,4 +1,4 @@
-"""Tables and lines on standard output: the one way in which programs show their results."""
+"""Tables and lines on standard output. Every program shows its results with these."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-_WIDTH = 1000  # of a log or a pipe, where nothing may be cut or wrapped
+_WIDTH = 1000  # in a log or a pipe, where no line may be cut or wrapped
 
 
 def console() -> Console:
-    """Shows text as it is: what looks like rich's markup is text. In a log or a pipe no line is cut or wrapped."""
+    """A console that ignores rich's markup in text, and that neither cuts nor wraps lines in a log or a pipe."""
     return Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
 
 
 def table(left: Sequence[str], right: Sequence[str] = (), *, title: str | None = None) -> Table:
-    """A table to print on a `console`: columns of names, then columns of figures. In a log or a pipe it is Markdown.
+    """A table for a `console`: left-aligned columns of names, then right-aligned columns of numbers.
 
-    Without any title of a column the table has no head.
+    In a log or a pipe it is Markdown. If no column has a title, the table has no header.
     """
     drawn = Table(
         title=title,

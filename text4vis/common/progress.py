@@ -1,4 +1,4 @@
-"""How far long work has come: the one way in which programs say it. Plain Python but for tqdm."""
+"""Progress of long work. Every program shows it with these."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ LINE_SECONDS = 60.0  # between two lines in a log
 
 
 class Progress:
-    """On a terminal a bar on standard error with rate and remaining time; in a log a plain line a minute.
+    """Shows a bar with rate and remaining time on a terminal's standard error, or a plain line a minute in a log.
 
-    For a `with` block. what: names the work; total: how much there is to `update`, if that is known; keep: leave the
-    full bar behind; quiet: say nothing, as ranks other than 0 do.
+    Use it in a `with` block. what: name of the work; total: the sum of all updates, if it is known; keep: leave the
+    full bar on the screen; quiet: show nothing, as on ranks other than 0.
     """
 
     def __init__(
@@ -30,23 +30,23 @@ class Progress:
         self._bar: Any = tqdm(desc=what or None, total=total, unit=unit, leave=keep, disable=quiet or not is_terminal)
         self._in_lines = not quiet and not is_terminal
         self._count = 0
-        self._started = self._said = time.monotonic()
+        self._started = self._last_line = time.monotonic()
 
     def update(self, count: int = 1, note: str = "") -> None:
-        """So much more is done. note: shown behind the rate."""
+        """Advances by `count`. note: text to show after the rate."""
         self._bar.set_postfix_str(note, refresh=False)
         self._bar.update(count)
         self._count += count
         now = time.monotonic()
-        if self._in_lines and now - self._said >= LINE_SECONDS:
-            self._said = now
+        if self._in_lines and now - self._last_line >= LINE_SECONDS:
+            self._last_line = now
             line = self._bar.format_meter(
                 self._count, self._total, now - self._started, ncols=0, prefix=self._what, unit=self._unit, postfix=note
             )
             print(line, file=sys.stderr, flush=True)
 
     def aside(self) -> AbstractContextManager[None]:
-        """Within it, other lines can be printed without breaking the bar."""
+        """A context in which other lines can be printed without breaking the bar."""
         return tqdm.external_write_mode()
 
     def __enter__(self) -> Progress:
@@ -57,7 +57,7 @@ class Progress:
 
 
 def track(items: Iterable[Item], what: str = "", total: int | None = None, **options: Any) -> Iterator[Item]:
-    """The items, with their Progress. total: by default their number, if they know it."""
+    """Yields the items and shows their progress. total: by default `len(items)`, if they have a length."""
     if total is None and isinstance(items, Sized):
         total = len(items)
     with Progress(what, total, **options) as progress:

@@ -1,6 +1,6 @@
-"""Commands that are run once: what has been done before, with the same words, is skipped. Plain Python.
+"""Stages: commands that are skipped if the same commands have succeeded before.
 
-For the tools that string the project's own programs together.
+For the tools that run several of the project's programs one after the other.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class StageError(Exception):
 
 @dataclass(frozen=True)
 class Stage:
-    """Commands, lists of words, that are run one after the other and count as one.
+    """Commands (lists of words) that run one after the other.
 
-    settings: what they read from files, if another content is to run them again.
+    settings: the content of files that the commands read, if the stage shall run again when it changes.
     """
 
     name: str
@@ -44,13 +44,13 @@ class Stage:
 
 
 def perform(stage: Stage, folder: Path, show: Callable[[str], None] = print, *, log: Path | None = None) -> float:
-    """Runs a stage unless FOLDER/stages/NAME.json says that the same is done. Returns seconds spent on it.
+    """Runs a stage unless FOLDER/stages/NAME.json records that it is done. Returns the seconds that it took.
 
-    show: is told each command before it runs. log: file for what the commands print, which otherwise is passed on.
+    show: called with each command before it runs. log: file for the commands' output, which is otherwise passed on.
     Raises StageError.
     """
     done = folder / "stages" / f"{stage.name}.json"
-    # Not the words themselves: an address among them may hold a password.
+    # A digest, because an address in the commands may hold a password.
     digest = hashlib.sha256(json.dumps([stage.commands, stage.settings]).encode()).hexdigest()
     if done.exists():
         record = json.loads(done.read_text(encoding="utf-8"))
@@ -72,12 +72,12 @@ def perform(stage: Stage, folder: Path, show: Callable[[str], None] = print, *, 
 
 
 def with_set(settings: Sequence[str]) -> list[str]:
-    """Words of a command line that override keys."""
+    """Command-line words that override keys: `--set` before each setting."""
     return [word for setting in settings for word in ("--set", setting)]
 
 
 def _run(command: list[str], log: Path | None) -> int:
-    """Its exit code. SIGTERM to this process reaches the command and all that it has started, then ends this one."""
+    """Runs a command, returns its exit code. SIGTERM to this process ends the command, its children and itself."""
     with ExitStack() as stack:
         output: dict[str, Any] = {}
         if log is not None:

@@ -23,7 +23,7 @@ RETIRED = {
     "resume": "use --resume",
 }
 
-# Keys of earlier versions. A recipe that names one is told what to do; what was saved with one is read without it.
+# Keys of earlier versions. In a recipe they are errors that name the replacement; saved configurations ignore them.
 FORMER = {
     "data.io_threads": "delete it: data.requests_in_flight bounds what a far store is asked, folders need no more",
 }

@@ -1,4 +1,4 @@
-"""The videos that `data.on_error: skip` passed over: their list, and the limit to their number.
+"""The videos that `data.on_error: skip` has skipped: their list, and the limit on their number.
 
 A video is bad in an epoch if a frame that the epoch draws from it cannot be used. So a video with a single bad frame is
 bad in some epochs and not in others.

@@ -90,7 +90,7 @@ class GpuDecoder:
     """Decodes and resizes on a GPU. Its images are (H, W, 3) uint8 tensors on the device, of `geometry.decoded_size`.
 
     Stored frames and stored videos have a graph each; a batch may hold both. Videos that NVIDIA's decoder would show
-    otherwise than a player does are decoded and resized on the CPU, by `threads`. num_threads: DALI's. resize: "linear"
+    differently from a player are decoded and resized on the CPU, by `threads`. num_threads: DALI's. resize: "linear"
     or "cubic". max_frames, max_videos: the most frames and videos of a batch.
     """
 

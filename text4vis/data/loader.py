@@ -70,7 +70,7 @@ class Loader:
 
     A loader of `build_loader` owns its data set and closes it; one of `subset` does not. Attributes: `config`, `split`,
     `dataset`; `planner`, which decides what the batches hold; `device`, where frames are decoded; `bad`, the videos
-    that `data.on_error: skip` has passed over.
+    that `data.on_error: skip` has skipped.
     """
 
     def __init__(

@@ -114,7 +114,7 @@ class Planner:
                 "name this data set's pairs of labels, or [] if it has none"
             )
         if self.split == "train":
-            _ = self.order  # what it complains of is said before anything is read
+            _ = self.order  # raises its errors before anything is read
 
     @cached_property
     def few_shot(self) -> np.ndarray | None:

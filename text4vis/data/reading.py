@@ -37,8 +37,7 @@ class PlanReader:
 
     @property
     def batches_ahead(self) -> int:
-        """Batches to begin ahead of the one that is started: from a far store so many that all requests that may be in
-        flight are, and as many again wait for their turn."""
+        """Batches to begin ahead of the started one: with a far store, enough for twice its limit of requests."""
         if not self._dataset.is_remote:
             return 1
         stored_videos = self._dataset.content(0) == "video"

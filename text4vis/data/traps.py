@@ -24,7 +24,7 @@ _MIRRORED |= {after: before for before, after in _MIRRORED.items()}
 
 @dataclass(frozen=True)
 class Trap:
-    """message: what is the case, in figures; fix: what to do about it, with the key to set."""
+    """message: what was found, with figures; fix: what to do about it, with the key to set."""
 
     message: str
     fix: str
@@ -51,7 +51,7 @@ def log_traps(logger: logging.Logger, config: Config, names: Sequence[str], trai
 
 
 def sided_classes(config: Config, names: Sequence[str]) -> Iterator[Trap]:
-    """Classes that a horizontal flip turns into others, or into what their names no longer say."""
+    """Classes that a horizontal flip turns into others, or into something that their names do not describe."""
     if config.data.augmentation == "none" or not config.data.flip:
         return
     swapped = flip_swaps(config.data)

@@ -1,4 +1,4 @@
-"""Looks at a machine, a recipe, its data and the hosts of a job, and says what would go wrong."""
+"""Checks a machine, a recipe, its data and the hosts of a job, and says what would go wrong."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Looks at machine, libraries, hosts, configuration and data before a job does, and says what would go wrong.
+"""Checks machine, libraries, hosts, configuration and data before a job, and says what would go wrong.
 
 probe (here, and on each host by ssh) ──┐
 configuration ── data sets ── weights ──┼──> Finding: fine, a warning, or a problem with its fix
@@ -36,7 +36,7 @@ _GB = 1e9
 
 @dataclass(frozen=True)
 class Finding:
-    """level: FINE, WARNING or PROBLEM. fix: what to do about it; empty when it is fine."""
+    """level: FINE, WARNING or PROBLEM. fix: what to do about it; empty if the level is FINE."""
 
     subject: str
     level: str
@@ -45,7 +45,7 @@ class Finding:
 
 
 def diagnose(config: str | None, overrides: Sequence[str], hostfile: str | None, output: Path) -> Iterator[Finding]:
-    """Findings, one after the other as they are made. config: a recipe, or None for the machine alone."""
+    """Yields findings as they are made. config: a recipe, or None to check only the machine."""
     yield from _environment()
     here = probe([])
     yield from machine(here)
@@ -65,11 +65,11 @@ def diagnose(config: str | None, overrides: Sequence[str], hostfile: str | None,
 
 
 def _environment() -> Iterator[Finding]:
-    left = [name for name in LAUNCHERS_VARIABLES if name in os.environ]
-    if left:
+    set_here = [name for name in LAUNCHERS_VARIABLES if name in os.environ]
+    if set_here:
         yield Finding(
-            "environment", WARNING, f"{', '.join(left)} of some launcher set in this shell",
-            f"unset {' '.join(left)}: a program started here takes itself for a rank of that job",
+            "environment", WARNING, f"{', '.join(set_here)}: a launcher's variables are set in this shell",
+            f"unset {' '.join(set_here)}: a program that starts here would run as a rank of that job",
         )  # fmt: skip
     for path in (Path(".deepspeed_env"), Path.home() / ".deepspeed_env"):
         if not path.exists():
@@ -79,12 +79,12 @@ def _environment() -> Iterator[Finding]:
         if bad:
             yield Finding(
                 "environment", PROBLEM, f"{path}: line {bad[0]} is not NAME=value",
-                "one variable a line, no empty line: DeepSpeed's launcher fails on it",
+                "write one variable a line and no empty lines: DeepSpeed's launcher fails on others",
             )  # fmt: skip
 
 
 def machine(found: Mapping[str, Any]) -> Iterator[Finding]:
-    """What a probe tells of one machine."""
+    """Findings from the probe of one machine."""
     for name, reason in found["broken"].items():
         hint = "torchvision and torch must be of one release; " if name == "torchvision" else ""
         yield Finding("libraries", PROBLEM, f"{name} {found['versions'][name]}: {reason}", f"{hint}pip install -e .")
@@ -123,7 +123,7 @@ def _gpus(found: Mapping[str, Any]) -> Iterator[Finding]:
         reason = f"torch is built for CUDA {cuda['built_for']}" if cuda["built_for"] else "this torch is built for CPUs"
         yield Finding(
             "GPU", PROBLEM, f"an NVIDIA driver ({driver or 'nvidia-smi'}) is here, but torch sees no GPU: {reason}",
-            "install the torch build for this driver, and look at CUDA_VISIBLE_DEVICES and nvidia-smi",
+            "install the torch build for this driver, and check CUDA_VISIBLE_DEVICES and nvidia-smi",
         )  # fmt: skip
     else:
         yield Finding(
@@ -139,7 +139,7 @@ def _engine(config: Config, here: Mapping[str, Any]) -> Iterator[Finding]:
     if (engine.compile or engine.offload != "none") and not here["programs"]["g++"]:
         yield Finding("engine", PROBLEM, "engine.compile and engine.offload need g++", "install it: apt install g++")
     if config.data.decode == "gpu" and not has_gpu:
-        yield Finding("engine", PROBLEM, "data.decode: gpu, but there is none here", "data.decode: auto")
+        yield Finding("engine", PROBLEM, "data.decode: gpu, but this machine has no GPU", "data.decode: auto")
 
 
 def _data(config: Config) -> Iterator[Finding]:
@@ -165,7 +165,7 @@ def _data(config: Config) -> Iterator[Finding]:
                 subject,
                 PROBLEM,
                 str(error).removeprefix(f"{subject}: "),
-                "build it (docs/data-sets.md), correct the path or $DATA, or look into it with tools/check_shards.py",
+                "build it (docs/data-sets.md), correct the path or $DATA, or check it with tools/check_shards.py",
             )
             continue
         shape = "x".join(str(size) for size in batch.frames.shape)
@@ -185,14 +185,14 @@ def _data(config: Config) -> Iterator[Finding]:
 
 
 def _model_and_output(config: Config, output: Path) -> Iterator[Finding]:
-    """Builds the model, so that missing weights show, and looks for room for its checkpoints."""
+    """Builds the model, which reveals missing weights, and checks the disk's space for its checkpoints."""
     from text4vis.model.video_clip import build_model
     from text4vis.saved.checkpoint import CheckpointError, read_state
     from text4vis.saved.runs import find_start
     from text4vis.training.checkpointing import check_room
 
     parameters = 0
-    logging.disable()  # a download that is tried again and again says so line by line; what came of it is found below
+    logging.disable()  # a download logs each retry; its outcome becomes a finding below
     try:
         model = build_model(config.network, config.data.num_segments, image_size=config.data.input_size)
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -215,13 +215,13 @@ def _model_and_output(config: Config, output: Path) -> Iterator[Finding]:
     try:
         start = find_start(output, "auto")
         if start is not None:
-            yield Finding("output", FINE, f"{output} holds a run, which would go on from step {read_state(start).step}")
+            yield Finding("output", FINE, f"{output} holds a run, which would resume at step {read_state(start).step}")
     except CheckpointError as error:
         yield Finding("output", PROBLEM, str(error), "give another --output")
 
 
 def parse_hostfile(path: Path) -> dict[str, int]:
-    """Ranks by host. Raises ConfigError."""
+    """Number of ranks by host. Raises ConfigError."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -245,7 +245,7 @@ def parse_hostfile(path: Path) -> dict[str, int]:
 def hosts(
     path: Path, config: Config | None, here: Mapping[str, Any], config_path: str | None, output: Path
 ) -> Iterator[Finding]:
-    """Whether each host can be reached, has what this machine has, and sees the same files."""
+    """Checks whether each host can be reached, has this machine's library versions and sees the same files."""
     try:
         slots = parse_hostfile(path)
     except ConfigError as error:
@@ -262,7 +262,7 @@ def hosts(
         return
     paths = [] if config is None else [str(Path(name).absolute()) for name in _local_paths(config, config_path, output)]
     with ThreadPoolExecutor(min(32, len(slots))) as pool:
-        for host, (found, reason) in zip(slots, pool.map(lambda host: _ask(host, paths), slots), strict=True):
+        for host, (found, reason) in zip(slots, pool.map(lambda host: _probe(host, paths), slots), strict=True):
             yield from _host(host, found, reason, here, slots[host])
 
 
@@ -303,8 +303,8 @@ def _local_paths(config: Config, config_path: str | None, output: Path) -> Itera
             yield name
 
 
-def _ask(host: str, paths: Sequence[str]) -> tuple[dict[str, Any] | None, str]:
-    """The host's probe, or why there is none."""
+def _probe(host: str, paths: Sequence[str]) -> tuple[dict[str, Any] | None, str]:
+    """The probe of a host, over ssh, or None and the reason why there is none."""
     remote = (
         shlex.join(["cd", str(Path.cwd())])
         + " && "
@@ -328,7 +328,7 @@ def _host(
 ) -> Iterator[Finding]:
     subject = f"host {host}"
     if found is None:
-        fix = f"`ssh {host} true` must work without a password, and {sys.executable} be there"
+        fix = f"make `ssh {host} true` work without a password, and install the same {sys.executable} there"
         yield Finding(subject, PROBLEM, reason, fix)
         return
     sound = True

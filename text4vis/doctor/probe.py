@@ -1,7 +1,7 @@
-"""What this machine is and holds, as one line of JSON: `python -m text4vis.doctor.probe [PATH …]`.
+"""Describes this machine as one line of JSON: `python -m text4vis.doctor.probe [PATH …]`.
 
 tools/doctor.py runs it here and, over ssh, on every host of a hostfile, with the same interpreter. A library that
-cannot be imported is told, not raised.
+cannot be imported is reported, not raised.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MODULES = {
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 
-# Each module's name before it is imported, and what its import raised: a broken library may end the process.
+# Prints each module's name before its import, which may end the process, and again with what it raised.
 _IMPORTS = """
 import importlib, json, sys
 for name, module in json.loads(sys.argv[1]).items():
@@ -48,7 +48,7 @@ print(json.dumps({"built_for": torch.version.cuda, "gpus": [
 
 
 def probe(paths: list[str]) -> dict[str, Any]:
-    """paths: files and folders to look for; told under "paths". Sizes in bytes."""
+    """Facts about this machine. paths: files and folders to look for; see "paths" in the result. Sizes in bytes."""
     versions = _versions()
     cuda = _output(_CUDA)
     return {
@@ -68,7 +68,7 @@ def probe(paths: list[str]) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    """By distribution; "" for one that is not installed. DALI's other build is not missed."""
+    """Versions by distribution, "" for one that is not installed. Only one of DALI's two builds is expected."""
     found = {}
     for name in MODULES:
         try:
@@ -82,7 +82,7 @@ def _versions() -> dict[str, str]:
 
 
 def _broken(versions: dict[str, str]) -> dict[str, str]:
-    """By distribution, why it cannot be imported. One that ends the process hides those after it."""
+    """Why distributions cannot be imported, by name. One that ends the process hides those after it."""
     installed = {name: MODULES[name] for name, found in versions.items() if found}
     lines = _output(_IMPORTS, json.dumps(installed))  # libraries print lines of their own
     reasons = dict(json.loads(line[7:]) for line in lines if line.startswith("import:"))
@@ -91,7 +91,7 @@ def _broken(versions: dict[str, str]) -> dict[str, str]:
 
 
 def _output(program: str, *arguments: str) -> list[str]:
-    """Lines that a Python program printed."""
+    """Runs a Python program and returns the lines that it printed."""
     command = [sys.executable, "-c", program, *arguments]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300).stdout.splitlines()

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-MIN_VIDEOS = 40  # with fewer, halves say nothing
+MIN_VIDEOS = 40  # with fewer, the halves are too small to measure anything
 NUM_BINS = 15
 ACCURACIES = (80, 85, 90, 95, 97, 98, 99)
 COVERAGES = (80, 90, 95, 99)
@@ -69,7 +69,7 @@ def reliability(scores_NC: np.ndarray, labels_N: np.ndarray, num_bins: int = NUM
 def threshold_for_accuracy(scores_NC: np.ndarray, labels_N: np.ndarray, accuracy: float) -> float | None:
     """The least confidence t such that of the videos with confidence >= t at least `accuracy` per cent are right.
 
-    None where even the surest ones are not.
+    None if not even the most confident ones are.
     """
     confidence_N = scores_NC.max(axis=1)
     order_N = np.argsort(-confidence_N, kind="stable")
@@ -120,7 +120,7 @@ class _Halves:
 
 
 def calibration_figures(scores_NC: np.ndarray, labels_N: np.ndarray) -> dict[str, Any] | None:
-    """What a report says of a model's probabilities, ready for JSON; None for fewer than MIN_VIDEOS videos.
+    """The calibration of a model's probabilities, as a report holds it, ready for JSON; None below MIN_VIDEOS videos.
 
     scores_NC: finite probabilities at temperature 1. `temperature` and the thresholds are fitted on all videos. `ece`,
     `ece_calibrated`, `reliability`, and the shares beside the thresholds are measured on videos that they were not

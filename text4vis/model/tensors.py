@@ -1,7 +1,4 @@
-"""Named tensors from files, and their strict loading. Nothing but tensors, numbers and containers is ever rebuilt.
-
-Imports text4vis.config only.
-"""
+"""Named tensors from files, and their strict loading. Nothing but tensors, numbers and containers is ever rebuilt."""
 
 from __future__ import annotations
 
@@ -52,12 +49,12 @@ def read_weights(path: Path, key: str) -> State:
 
 
 def write_tensors(path: Path, state: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file that whoever may read other files here may read. Raises OSError, SafetensorError."""
+    """Writes safetensors with the folder's default permissions. Raises OSError, SafetensorError."""
     path.touch()
     mode = path.stat().st_mode
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path, metadata)
     with suppress(OSError):  # not every mount has modes
-        path.chmod(mode)  # the library gives it to its owner alone
+        path.chmod(mode)  # the library makes files owner-only
 
 
 def is_state(content: Any) -> bool:

@@ -5,7 +5,7 @@
     a model JSON + file   ──> the JSON's config ────────────────┼─ build, load ────┼──> resize to image_size ──> Towers
     a file in OpenAI's layout ──> config from tensor shapes ────┘                  ┘
 
-Imports config and tensors. C texts (class names), L tokens, D embedding width, P positions, W tower width.
+C texts (class names), L tokens, D embedding width, P positions, W tower width.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ RESNET_STRIDE = 32
 class TextTower:
     """A text encoder, frozen and on the CPU in fp32 unless its `module` is registered with a model that trains it.
 
-    It is no nn.Module itself: whoever holds it neither moves, trains nor saves it. `bpe_path` is the vocabulary file of
-    a custom tokenizer, None for CLIP's own.
+    It is not an nn.Module, so a model that holds it neither moves, trains nor saves it. `bpe_path` is the vocabulary
+    file of a custom tokenizer, None for CLIP's own.
     """
 
     def __init__(self, clip: Any, tokenizer: Tokenizer, bpe_path: Path | None) -> None:

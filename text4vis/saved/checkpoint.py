@@ -90,7 +90,7 @@ def latest(output: Path) -> Path | None:
 def latest_sound(output: Path, warn: Callable[[str], None]) -> Path | None:
     """The newest complete checkpoint whose bytes are those that were written, or None.
 
-    warn: is told what is wrong with each newer one.
+    warn: called with what is wrong with each newer one.
     """
     for folder in reversed(complete(output)):
         try:

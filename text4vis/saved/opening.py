@@ -5,7 +5,7 @@
                                     ├─> .load(config)                     a VideoClip
                                     └─> .trained()                        all of it together, for prediction and export
 
-Nobody else decides which of the four a path is. C classes, D embedding width.
+Only this module decides which of the four a path is. C classes, D embedding width.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class SavedModel(ABC):
 
 
 class SavedRun(SavedModel):
-    """A run, whose best checkpoint counts, or else its last one; or one of its checkpoints.
+    """A run, of which the best checkpoint is opened, or else the last; or one of its checkpoints.
 
     folder: of the checkpoint. run: of the run that the checkpoint belongs to.
     """
@@ -218,7 +218,7 @@ class OriginalFile(SavedModel):
 
     def _records_nothing(self) -> CheckpointError:
         return CheckpointError(
-            f"{self.path}: a .pt file does not tell its recipe and classes; export it first: tools/export.py "
+            f"{self.path}: a .pt file does not hold its recipe and classes; export it first: tools/export.py "
             f"{self.path} --config RECIPE --labels CSV --output FOLDER"
         )
 

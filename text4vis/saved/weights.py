@@ -1,4 +1,4 @@
-"""Model files: the parts of a saved model, the original project's checkpoints, exports. Imports config, model, tensors.
+"""Model files: the parts of a saved model, the original project's checkpoints, exports.
 
 An export is one folder from which a recogniser is built again without network access or the original weights:
 
@@ -78,7 +78,7 @@ def load_parts(model: VideoClip, parts: Parts, where: str, hint: str = "") -> No
 
 
 def start_from(model: VideoClip, parts: Parts, where: str) -> None:
-    """Starts a model from another one's weights, whatever that one's classes; says in the log what was taken.
+    """Starts a model from another one's weights, whatever that one's classes; logs what was taken.
 
     The visual tower and the logit scale must fit. A temporal head of another kind or shape is left as it is, and so
     are convolutions over time that the other tower lacks. The text tower is taken where it trains. Raises ConfigError.
@@ -132,7 +132,7 @@ def load_text4vis(
     return model
 
 
-# What the names of tensors tell, and the key that decides it.
+# What the names of tensors show, and the key that decides it.
 OPTIONAL_PARTS = {
     "fusion_model.": ("temporal head", "network.sim_header"),
     "visual.time_embedding": ("time embedding", "network.joint_st"),

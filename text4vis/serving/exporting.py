@@ -136,7 +136,7 @@ def _starting_weights(config: Config) -> str:
 
 
 def _training(trained: TrainedModel) -> dict[str, Any]:
-    """What a run records of its training; a .pt file records nothing, and its recipe is whoever exports it's."""
+    """What a run records of its training; a .pt file records nothing, its recipe comes from the user who exports it."""
     recorded = {key: value for key, value in trained.card.items() if key != "figures"}
     if "step" not in recorded:
         return recorded

@@ -50,9 +50,9 @@ class PredictionError(Exception):
 class Prediction:
     """top: (class name, probability), the likeliest first. indices: (T,) frame numbers; frames: (T, S, S, 3) uint8.
 
-    calibrated: whether the probabilities are those of a temperature that an evaluation fitted. sure: whether the answer
-    keeps the accuracy that was asked for; candidates: class names, likeliest first, of which one is right as often as
-    was asked for. Both are None where nothing was asked for.
+    calibrated: whether the probabilities use a temperature that an evaluation fitted. sure: whether the answer is
+    confident enough for the `accuracy` that was given. candidates: class names, likeliest first, one of which is right
+    as often as the `coverage` that was given. Both are None if nothing was given.
     """
 
     top: list[tuple[str, float]]
@@ -177,7 +177,7 @@ class Predictor:
         return answer
 
     def _threshold(self, kind: str, asked: float | None, labels: Sequence[str] | None) -> float | None:
-        """The probability that keeps the accuracy or the coverage that was asked for, None if nothing was."""
+        """The probability that reaches the given accuracy or coverage; None if none was given."""
         if asked is None:
             return None
         if labels is not None:

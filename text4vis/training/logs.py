@@ -1,4 +1,4 @@
-"""What a run says while it goes: log.txt, metrics.jsonl, TensorBoard, the table of settings. Only rank 0 writes."""
+"""The logs of a run: log.txt, metrics.jsonl, TensorBoard, the table of settings. Only rank 0 writes."""
 
 from __future__ import annotations
 
@@ -101,8 +101,10 @@ def log_to(output: Path | None) -> None:
 
 
 def end_log(output: Path, cause: str) -> None:
-    """Makes the cause of a failed job the last line of OUT/log.txt, once. Rank 0 writes it; the others wait whether it
-    does, and only write when it is gone. Does nothing where there is no log."""
+    """Makes the cause of a failed job the last line of OUT/log.txt, once. Does nothing where there is no log.
+
+    Rank 0 writes it; the others wait for that, and one of them writes it only if rank 0 is gone.
+    """
     path, place = output / "log.txt", distributed.ranks()
     deadline = time.monotonic() + (0 if place.is_main else GRACE_SECONDS + place.rank / place.world_size)
     while path.exists() and END_MARK not in path.read_text(encoding="utf-8", errors="replace").rstrip().split("\n")[-1]:

@@ -1,6 +1,6 @@
 """From a micro batch to its loss: mixing, cross entropy or contrastive loss, gathering over ranks.
 
-B videos of a rank's micro batch, T frames, N videos of all ranks together, C classes. Imports config and mixing.
+B videos of a rank's micro batch, T frames, N videos of all ranks together, C classes.
 """
 
 from __future__ import annotations

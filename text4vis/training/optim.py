@@ -1,4 +1,4 @@
-"""The learning-rate schedules, the optimisers and their parameter groups. Imports config only."""
+"""The learning-rate schedules, the optimisers and their parameter groups."""
 
 from __future__ import annotations
 

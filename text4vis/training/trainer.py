@@ -127,13 +127,13 @@ class Trainer:
         return self.state.figures
 
     def dry_run(self) -> None:
-        """One micro batch forward and backward; says what memory it took. Changes and writes nothing."""
+        """Runs one micro batch forward and backward and logs the memory that it took. Changes and writes nothing."""
         logger.info("%s", table("settings", self.settings()))
         if self.ranks.is_main:
             log_traps(logger, self.config, self.class_names, self.train_loader.dataset)
         self.backward(next(iter(self.train_loader)))
         (memory,) = distributed.start_max([int(memory_bytes())])()
-        logger.info("dry run: one micro batch took %.2f GB on the fullest rank", memory / 1e9)
+        logger.info("dry run: one micro batch took %.2f GB on the rank that used most", memory / 1e9)
 
     def train_step(self, batches: Iterator[Batch], meter: Meter) -> Requests:
         """One optimiser step: all micro batches of this rank's share of a global batch."""

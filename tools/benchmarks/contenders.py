@@ -1,8 +1,8 @@
-"""The loaders that are compared: ours, the limit of decoding, and the pipelines that people use instead.
+"""The loaders that are compared: ours, decoding alone as an upper limit, and common alternatives.
 
 Each is a context manager that gives an endless iterator of batches; the length of a batch is its number of videos. All
-alternatives get the frames, regions, flips and greys that our own plan draws, so that they do the same work on the same
-pixels; what differs is how they do it.
+alternatives get the frames, regions, flips and greys that our own plan draws, so they do the same work on the same
+pixels.
 
 B videos, V views, T frames, S side of the model's input.
 """
@@ -42,7 +42,7 @@ _WORKER_START = "fork"  # quick, and safe in a process without threads
 
 @dataclass(frozen=True)
 class Setup:
-    """What every contender gets: the data, the recipe, and as many threads or worker processes as there are cores."""
+    """What every contender gets: the data, the batch size, and the number of threads or worker processes."""
 
     workload: Workload
     batch_size: int
@@ -82,7 +82,7 @@ def ours_views(setup: Setup) -> Iterator[Batches]:
 
 @contextmanager
 def decode_only(setup: Setup) -> Iterator[Batches]:
-    """The limit: DALI decodes the regions of our plan from bytes that are in memory already, and nothing else."""
+    """The upper limit: DALI decodes the regions of our plan from bytes in memory, and does nothing else."""
     with build_loader(setup.train, "train") as loader:
         plans = list(itertools.islice(loader.plans(), _CEILING_BATCHES))
         read = [(plan, list(itertools.chain(*loader.dataset.read_many(plan.requests)))) for plan in plans]
@@ -111,7 +111,7 @@ class _Endless(Sampler[int]):
 
 @contextmanager
 def _data_loader(dataset: Dataset[torch.Tensor], batch_size: int, workers: int) -> Iterator[Batches]:
-    """A DataLoader as people use it."""
+    """An ordinary DataLoader with worker processes."""
     loader = DataLoader(
         dataset, batch_size, sampler=_Endless(), num_workers=workers, multiprocessing_context=_WORKER_START
     )
@@ -216,7 +216,7 @@ def tensor_train(setup: Setup) -> AbstractContextManager[Batches]:
 
 
 class OpenCvTrain:
-    """A WebDataset sample, the whole video's files, to (T, S, S, 3) uint8 with OpenCV."""
+    """Turns a WebDataset sample (all files of a video) into (T, S, S, 3) uint8 with OpenCV."""
 
     def __init__(self, config: Config) -> None:
         self.config = config

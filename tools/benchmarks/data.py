@@ -1,6 +1,6 @@
 """Data to measure on: frame folders and their shards, and an index as large as that of Kinetics-400.
 
-Everything is made once below a work folder and found again by later runs. The frames are what people store: short side
+Everything is made once below a work folder and reused by later runs. Frames are as they are usually stored: short side
 256, JPEG quality 90, about 20 KB each.
 """
 
@@ -45,8 +45,8 @@ from text4vis.data.augmentation import scaled_size
 SHORT_SIDE = 256
 QUALITY = 90
 TEMPLATE = "img_{:05d}.jpg"
-_WIDTH = 340  # of frames cut from photographs; that of most Kinetics videos
-_PHOTOGRAPHS = 8  # different clips made of them
+_WIDTH = 340  # of frames cut from photographs: the width of most Kinetics videos
+_PHOTOGRAPHS = 8  # different clips made from photographs
 _ZOOM = 2.0  # gives JPEGs of about 20 KB
 _SHARDS = 32  # so that every worker of a loader that splits by shard has some
 _INDEX_SHARD_BYTES = 10**9
@@ -79,7 +79,7 @@ class Workload:
 
 
 def open_workload(shards: Path, root: Path) -> Workload:
-    """A data set that exists. Raises ShardError if the folders are not those that it was built from."""
+    """Opens an existing data set. Raises ShardError if the folders are not those that it was built from."""
     with open_dataset(str(shards)) as dataset:
         counts, labels = dataset.num_frames.tolist(), dataset.labels.tolist()
         videos = [(dataset.name(sample), counts[sample], labels[sample]) for sample in range(len(dataset))]
@@ -95,9 +95,9 @@ def open_workload(shards: Path, root: Path) -> Workload:
 
 
 def make_workload(work: Path, *, num_videos: int, num_frames: int, clips: Path | None) -> Workload:
-    """Frame folders and shards below `work`: `num_videos` videos of `num_frames` frames each.
+    """Makes frame folders and shards below `work`: `num_videos` videos of `num_frames` frames each.
 
-    clips: a folder of video files to cut them from; without it they pan over scikit-learn's two photographs.
+    clips: a folder of video files to cut the frames from; without it they pan over scikit-learn's two photographs.
     Raises ShardError.
     """
     files = _clip_files(clips)
@@ -139,7 +139,7 @@ def _encode(image: Image.Image) -> bytes:
 
 
 def _photograph_frames(num_frames: int) -> Iterator[list[bytes]]:
-    """Clips that pan over a photograph under a little noise."""
+    """Clips that pan over a photograph, with a little noise."""
     try:
         from sklearn.datasets import load_sample_image
     except ImportError:
@@ -161,7 +161,7 @@ def _photograph_frames(num_frames: int) -> Iterator[list[bytes]]:
 
 
 def _write_folders(root: Path, base: Sequence[list[bytes]], num_videos: int, num_frames: int) -> list[Annotation]:
-    """Video v shows a part of clip v modulo the number of clips, each time another one."""
+    """Writes the videos. Video v shows clip v modulo the number of clips, from another start each time."""
     annotations = []
     for video in track(range(num_videos), "writing frames"):
         label, frames = video % len(base), base[video % len(base)]
@@ -175,10 +175,10 @@ def _write_folders(root: Path, base: Sequence[list[bytes]], num_videos: int, num
 
 
 def multiplied(shards: Path, work: Path, *, num_videos: int, num_frames: int) -> Path:
-    """A data set below `work` with an index of `num_videos` videos x `num_frames` frames. Its frames can be read.
+    """Writes a data set below `work` that indexes `num_videos` videos x `num_frames` frames, all of them readable.
 
-    Its tars, as many as at 1 GB each, are links to those of `shards` in turn, its videos their videos over and over,
-    and a video's frames run through the stored ones as often as needed.
+    Its tars, as many as shards of 1 GB would be, are links to the tars of `shards` in turn. Videos, and the frames of a
+    video, are the stored ones, repeated as often as needed.
     """
     manifest = read_local_manifest(shards)
     folder = work / f"index-{manifest.fingerprint[:8]}-{num_videos}x{num_frames}"
@@ -230,7 +230,7 @@ def multiplied(shards: Path, work: Path, *, num_videos: int, num_frames: int) ->
     large = Manifest(
         manifest.content, manifest.classes, num_videos, num_videos * num_frames, identity, infos, entries, {}
     )
-    os.sync()  # a gigabyte on its way to the disk would disturb what is measured next
+    os.sync()  # writing a gigabyte to the disk later would disturb the measurement
     (folder / MANIFEST).write_text(large.to_json(), encoding="utf-8")
     return folder
 

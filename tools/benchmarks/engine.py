@@ -1,6 +1,6 @@
-"""The training engine beside a bare loop, the memory that each ZeRO stage leaves on a rank, and the time to go on.
+"""Benchmarks of the training engine: a step against a bare loop, memory at each ZeRO stage, saving and resuming.
 
-The model has random weights and the frames are made up, so nothing is decoded. B videos, V views, T frames.
+The model has random weights and the frames are synthetic, so nothing is decoded. B videos, V views, T frames.
 """
 
 from __future__ import annotations
@@ -38,16 +38,17 @@ from text4vis.training.optim import build_optimizer
 from text4vis.training.trainer import Trainer
 
 STAGES = (0, 1, 2, 3)
-TURNS_A_ROUND = 2  # of single steps, so that contenders meet the same load
+TURNS_A_ROUND = 2  # a turn is a single step, so that all contenders meet the same load
 _WARM_UP_STEPS = 2
 _CLASSES = 400
 
 
 @dataclass(frozen=True)
 class EngineSetup:
-    """What is trained. shards: videos to plan with; their frames are never read. arch: as network.arch, a ViT.
+    """What is trained.
 
-    videos: in a step, of 8 frames. precision: as engine.precision.
+    shards: videos to plan with; their frames are never read. arch: a ViT, as in network.arch. videos: number in a step,
+    of 8 frames each. precision: as in engine.precision.
     """
 
     shards: Path
@@ -65,10 +66,10 @@ class EngineSetup:
 
 
 class BareLoop:
-    """The step in plain PyTorch: forward, backward, optimiser. A bf16 model has fp32 weights beside it.
+    """The step in plain PyTorch: forward, backward, optimiser. For a bf16 model the optimiser keeps fp32 weights.
 
-    twice: activations are checkpointed as the original does, always: each block of the visual tower, and within it its
-    attention and its MLP once more. Each of these then runs three times forward for once backward.
+    twice: checkpoint activations as the original always does: each block of the visual tower, and again the attention
+    and the MLP inside it. Each of these then runs forward three times for one backward pass.
     """
 
     def __init__(self, config: Config, batch: Batch, classes_CD: Tensor, *, twice: bool = False) -> None:
@@ -118,7 +119,7 @@ def _checkpoint_twice(model: VideoClip, arch: str) -> None:
 
 
 def step_seconds(setup: EngineSetup, rounds: int) -> dict[str, list[float]]:
-    """Seconds of single steps by contender, ours first. Run it fresh."""
+    """Seconds of single steps by contender, ours first. Call it in a fresh process."""
     distributed.start()
     trainers = [Trainer(setup.config(stage), Path("unused"), StopRequest(), "never") for stage in (1, 0)]
 
@@ -145,7 +146,7 @@ def step_seconds(setup: EngineSetup, rounds: int) -> dict[str, list[float]]:
 
 
 def step(setup: EngineSetup, rounds: int) -> list[Figure]:
-    """Our training step against the same in a bare loop, without and with activations checkpointed twice."""
+    """Our training step against the same step in a bare loop, without and with activations checkpointed twice."""
     values = run_fresh(step_seconds, setup, rounds * TURNS_A_ROUND)
     targets = {"bare PyTorch loop": "at most 1.03", "bare loop, activations checkpointed twice": "at most 0.50"}
     return compared("step", "s", values, targets)
@@ -160,10 +161,10 @@ def _seconds(function: Callable[[], object]) -> float:
 
 
 @dataclass(frozen=True)
-class Held:
-    """Bytes that a rank holds between the backward pass and the optimiser's step, of `num_parameters` parameters.
+class MemoryUse:
+    """Bytes on a rank between the backward pass and the optimiser's step, for a model of `num_parameters`.
 
-    optimiser: fp32 weights and two moments. rest: what else the engine has allocated, such as its buckets.
+    optimiser: fp32 weights and two moments. rest: other allocations of the engine, such as its buckets.
     """
 
     num_parameters: int
@@ -174,9 +175,11 @@ class Held:
 
 
 def formula(num_parameters: int, stage: int, world_size: int) -> dict[str, float]:
-    """Bytes of a rank in mixed precision with Adam, by kind: of each parameter 2 for itself, 2 for its gradient and 12
-    for the optimiser (fp32 weight and two moments), the last, the last two or all three of these shared by the ranks
-    at ZeRO stage 1, 2 and 3. Source: Rajbhandari et al., ZeRO (arXiv:1910.02054), sections 3.1 and 5.
+    """Expected bytes on a rank in mixed precision with Adam, by kind.
+
+    A parameter takes 2 bytes, its gradient 2 and its optimiser state 12 (fp32 weight and two moments). The ranks share
+    the optimiser state from ZeRO stage 1 on, gradients from stage 2 on and parameters at stage 3. Source: Rajbhandari
+    et al., ZeRO (arXiv:1910.02054), sections 3.1 and 5.
     """
 
     def shared_from(first_stage: int) -> float:
@@ -185,12 +188,12 @@ def formula(num_parameters: int, stage: int, world_size: int) -> dict[str, float
     return {"parameters": 2 * shared_from(3), "gradients": 2 * shared_from(2), "optimiser": 12 * shared_from(1)}
 
 
-def held_by_stage(arch: str, world_size: int) -> list[Held]:
-    """What this rank holds at each ZeRO stage in bf16, counted in the storages of its tensors. Collective."""
-    return [_held(arch, stage, world_size) for stage in STAGES]
+def memory_by_stage(arch: str, world_size: int) -> list[MemoryUse]:
+    """This rank's memory at each ZeRO stage in bf16, counted in the storages of its tensors. Collective."""
+    return [_memory_use(arch, stage, world_size) for stage in STAGES]
 
 
-def _held(arch: str, stage: int, world_size: int) -> Held:
+def _memory_use(arch: str, stage: int, world_size: int) -> MemoryUse:
     values = {
         "data": {"batch_size": 1, "num_segments": 1},
         "network": {"arch": arch, "init": False},
@@ -220,7 +223,7 @@ def _held(arch: str, stage: int, world_size: int) -> Held:
     foreign = before | _storages(model.text.module.state_dict().values()) | named
     rest = {place: size for place, size in _storages(_live_tensors()).items() if place not in foreign}
     engine.step()
-    return Held(num_parameters, *(sum(kind.values()) for kind in (*kinds, rest)))
+    return MemoryUse(num_parameters, *(sum(kind.values()) for kind in (*kinds, rest)))
 
 
 def _live_tensors() -> list[Tensor]:
@@ -229,20 +232,20 @@ def _live_tensors() -> list[Tensor]:
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Bytes of the storages by address: tensors that share one count once."""
+    """Bytes of the tensors' storages by address: a storage that several tensors share counts once."""
     storages = [tensor.untyped_storage() for tensor in tensors]
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
 def memory(arch: str, ranks: Iterable[int]) -> list[Figure]:
-    """Bytes of the fullest rank at each ZeRO stage, against `formula`."""
+    """Bytes on the rank that uses most at each ZeRO stage, against `formula`."""
     figures = []
     for world_size in ranks:
-        by_rank = run_ranks(world_size, held_by_stage, arch, world_size)
-        for stage, held in zip(STAGES, zip(*by_rank, strict=True), strict=True):
-            expected = formula(held[0].num_parameters, stage, world_size)
+        by_rank = run_ranks(world_size, memory_by_stage, arch, world_size)
+        for stage, uses in zip(STAGES, zip(*by_rank, strict=True), strict=True):
+            expected = formula(uses[0].num_parameters, stage, world_size)
             for kind in ("parameters", "gradients", "optimiser", "rest"):
-                megabytes = [max(getattr(rank, kind) for rank in held) / 1e6]
+                megabytes = [max(getattr(use, kind) for use in uses) / 1e6]
                 ratios = against(megabytes, [expected[kind] / 1e6]) if kind in expected else None
                 what = f"{world_size} ranks, ZeRO {stage}: {kind}" + (" / formula" if ratios else "")
                 figures.append(Figure("memory", what, "MB", megabytes, ratios))
@@ -250,7 +253,7 @@ def memory(arch: str, ranks: Iterable[int]) -> list[Figure]:
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """function(*arguments) on every rank of a job of new processes on this machine; its results in rank order."""
+    """Calls function(*arguments) in `world_size` new processes, the ranks of a job; returns results in rank order."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -274,8 +277,11 @@ def _run_rank(
 
 
 @dataclass(frozen=True)
-class Resuming:
-    """Seconds from the start of the process to its first step done, to save, and to check and load; bytes saved."""
+class ResumeTimes:
+    """Seconds from the start of the process to the end of its first step, to save, and to verify and load.
+
+    size: bytes of the checkpoint.
+    """
 
     first_step: float
     save: float
@@ -283,8 +289,11 @@ class Resuming:
     size: int
 
 
-def resuming(setup: EngineSetup, output: Path, started: float) -> Resuming:
-    """Goes on with the run in `output`, if there is one, for one step. started: monotonic time. Run it fresh."""
+def resume_times(setup: EngineSetup, output: Path, started: float) -> ResumeTimes:
+    """Trains one step of the run in `output`, resumed if it exists. Call it in a fresh process.
+
+    started: monotonic time at which that process was started.
+    """
     distributed.start()
     trainer = Trainer(setup.config(1), output, StopRequest(), "auto")
     _seconds(functools.partial(trainer.train_step, iter(trainer.train_loader), Meter.new(trainer.device)))
@@ -296,18 +305,18 @@ def resuming(setup: EngineSetup, output: Path, started: float) -> Resuming:
     size = sum(file.stat().st_size for file in folder.iterdir())
     trainer.close()
     distributed.stop()
-    return Resuming(first_step, save, load, size)
+    return ResumeTimes(first_step, save, load, size)
 
 
 def resume(setup: EngineSetup, work: Path, rounds: int) -> list[Figure]:
-    """Saving, loading, and starting again after a stop. Files come from the page cache."""
+    """Saving, loading, and starting again after a stop. Files are read from the page cache."""
     output = work / "resume"
     shutil.rmtree(output, ignore_errors=True)
 
-    def run() -> Resuming:
-        return run_fresh(resuming, setup, output, time.monotonic(), imported=False)
+    def run() -> ResumeTimes:
+        return run_fresh(resume_times, setup, output, time.monotonic(), imported=False)
 
-    run()  # the run that the others go on with
+    run()  # starts the run that the next calls resume
     taken = interleaved("resume", {"resume": run}, rounds)["resume"]
     shutil.rmtree(output)
     size = f"{taken[0].size / 1e6:,.0f} MB"

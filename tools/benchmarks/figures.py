@@ -1,4 +1,4 @@
-"""Figures and how they are taken: interleaved, in processes of their own, with a description of the machine."""
+"""Figures and how they are measured: in turns, in processes of their own, with a description of the machine."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _PACKAGES = (
 class Figure:
     """One line of the result.
 
-    values: one a round. ratios: the round's value against that of the other contender, see `against`; None where the
-    figure stands alone. target: what the project promises about it, empty for none.
+    values: one per round. ratios: each round's value divided by the other contender's, see `against`; None if there is
+    no other. target: what the project promises about the figure; may be empty.
     """
 
     benchmark: str
@@ -45,7 +45,7 @@ class Figure:
 
     @property
     def ratio(self) -> float | None:
-        """Median over the rounds, so that a machine that grows slower meanwhile does not shift it."""
+        """Median of the rounds' ratios: it does not shift when the machine becomes slower between rounds."""
         return None if self.ratios is None else statistics.median(self.ratios)
 
     def to_dict(self) -> dict[str, Any]:
@@ -64,14 +64,14 @@ class Figure:
 
 
 def against(ours: list[float], other: list[float]) -> list[float]:
-    """Ours divided by the other, round by round."""
+    """Our values divided by the other contender's, round by round."""
     return [mine / theirs for mine, theirs in zip(ours, other, strict=True)]
 
 
 def compared(
     benchmark: str, unit: str, values: Mapping[str, list[float]], targets: Mapping[str, str] | None = None
 ) -> list[Figure]:
-    """A figure for each contender, the first of which is ours; the others carry ours divided by theirs."""
+    """A figure for each contender. The first is ours; the ratios of the others are ours divided by theirs."""
     ours, *_ = values.values()
     return [
         Figure(
@@ -87,7 +87,7 @@ def compared(
 
 
 def interleaved(benchmark: str, contenders: Mapping[str, Callable[[], Value]], rounds: int) -> dict[str, list[Value]]:
-    """Runs A B C, A B C, …: what the machine does besides meets all of them alike."""
+    """Runs A B C, A B C, …, so that other load on the machine affects all contenders alike."""
     values: dict[str, list[Value]] = {name: [] for name in contenders}
     with Progress(benchmark, rounds * len(contenders), unit="run") as bar:
         for _ in range(rounds):
@@ -98,16 +98,16 @@ def interleaved(benchmark: str, contenders: Mapping[str, Callable[[], Value]], r
 
 
 class Processes:
-    """Helper processes by name, started when first used and kept. Use as a context manager.
+    """Helper processes by name, started when first used and kept. Use it as a context manager.
 
-    Loaders made of threads and loaders that fork run in different ones: forking a process that has threads is not safe.
+    Loaders with threads and loaders that fork need different processes: forking a process with threads is not safe.
     """
 
     def __init__(self) -> None:
         self._pools: dict[str, ProcessPoolExecutor] = {}
 
     def run(self, name: str, function: Callable[..., Value], *arguments: Any) -> Value:
-        """function(*arguments) in the process `name`."""
+        """Calls function(*arguments) in the process `name`."""
         if name not in self._pools:
             self._pools[name] = _process()
         return self._pools[name].submit(function, *arguments).result()
@@ -121,13 +121,13 @@ class Processes:
 
 
 def run_fresh(function: Callable[..., Value], *arguments: Any, imported: bool = True) -> Value:
-    """function(*arguments) in a new process; imported: one that begins with the libraries in memory."""
+    """Calls function(*arguments) in a new process. imported: the process starts with the libraries imported."""
     with _process(imported) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def forks() -> Any:
-    """Starts processes as forks of one that has imported the libraries and done nothing else: imports take seconds."""
+    """A context that forks processes from one that has only imported the libraries: imports take seconds."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.suites"])
     return context
@@ -138,7 +138,7 @@ def _process(imported: bool = True) -> ProcessPoolExecutor:
 
 
 def bytes_read_by_process() -> int:
-    """What this process has read with system calls so far, counted by the kernel. Mapped files do not count."""
+    """Bytes that this process has read with system calls so far, counted by the kernel. Mapped files do not count."""
     counters = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return int(counters["rchar"])
 

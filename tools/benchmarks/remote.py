@@ -1,4 +1,4 @@
-"""Training from a far store: ranges and whole shards, at several latencies, beside the same loader on local files."""
+"""Benchmarks of training from a far store, by ranges and by whole shards, at several latencies, against local files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from text4vis.data.prefetch import settled
 PAUSES_MS = (0, 30, 80)
 _S3_PAUSE_MS = 30
 _HTTP, _S3 = f"HTTP, {PAUSES_MS[0]} ms", f"S3, {_S3_PAUSE_MS} ms"
-# What each is compared with, and what is promised about it.
+# What each is compared with, and the ratio that is promised.
 _TARGETS = {
     _HTTP: ("local", "at least 0.65"),
     f"HTTP, {PAUSES_MS[1]} ms": (_HTTP, "at least 0.90"),
@@ -39,9 +39,10 @@ _WINDOW_BATCH = 8  # so that a batch takes far less than a stall
 class Run:
     """One measurement of a loader.
 
-    cpu_seconds: of the whole process. loop_seconds: of the thread that talks to the store, an upper bound of its time
-    under Python's lock. stall_seconds: in waits for a batch that took a tenth of a second more than the median one.
-    first_seconds: until the first batch, opening included. requests, sent_bytes: that the store answered meanwhile.
+    cpu_seconds: CPU time of the whole process. loop_seconds: CPU time of the thread that talks to the store, an upper
+    bound of its time under Python's lock. stall_seconds: sum of the waits for a batch that were a tenth of a second
+    longer than the median wait. first_seconds: time to the first batch, opening included. requests, sent_bytes: what
+    the store served during the measurement.
     """
 
     videos: int
@@ -77,7 +78,7 @@ def _wait_times(batches: Iterable[Batch], seconds: float | None, videos: int | N
 
 
 def measure(config: Config, store: FarStore, seconds: float | None, videos: int | None, endpoint: str | None) -> Run:
-    """Reads for `seconds` once the loader runs, or the first `videos` from nothing. endpoint: of an s3:// address."""
+    """Measures `seconds` after a warm-up, or the first `videos` with the opening. endpoint: of s3:// addresses."""
     served = store.counts()
     if endpoint is not None:
         os.environ |= {"AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
@@ -137,7 +138,7 @@ def _ranges(bench: _Bench, seconds: float) -> list[Figure]:
     with far_store(bucket.parent, bench.work / "s3-store", [_S3_PAUSE_MS]) as store:
         runs[_S3] = run(f"s3://{bucket.name}/{folder.name}", store, store.addresses[_S3_PAUSE_MS])
         for each in runs.values():
-            each()  # once: libraries, the index
+            each()  # warms up: imports libraries, fetches the index
         results = interleaved("remote", runs, bench.rounds)
     rates = {name: [one.rate for one in series] for name, series in results.items()}
     figures = [Figure("remote", "ranges, local", "videos/s", rates["local"])]
@@ -160,7 +161,7 @@ def _per_video(what: str, series: list[Run], of: Callable[[Run], float], unit: s
 
 
 def _windows(bench: _Bench) -> list[Figure]:
-    """One epoch from nothing, and the next one from the cache."""
+    """A cold epoch with an empty cache, then a warm one from the cache."""
     cache, num_videos = bench.work / "shard-cache", len(bench.setup.workload.videos)
 
     def epoch(pause_ms: int, *, is_cold: bool) -> Run:

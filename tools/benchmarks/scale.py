@@ -1,4 +1,4 @@
-"""The planner at sizes that no machine here could train on: the order of an epoch, and a rank's share of a batch."""
+"""Benchmarks of planning for very large data sets and jobs: the order of an epoch, and a rank's share of a batch."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ _FETCHED_VIDEOS, _FETCHING_HOSTS = 240_000, (2, 4, 16)
 
 @dataclass(frozen=True)
 class Planning:
-    """What planning took one rank. start: seconds from nothing to the first batch. megabytes: most memory meanwhile.
-    batch: microseconds for each further batch, one figure a world size."""
+    """The cost of planning on one rank.
+
+    start: seconds to the first planned batch. megabytes: peak memory until then. batch: microseconds for each further
+    batch, one value per world size.
+    """
 
     start: float
     megabytes: float
@@ -29,9 +32,10 @@ class Planning:
 
 
 def planning(num_videos: int, world_sizes: Sequence[int], batch_size: int, num_streams: int) -> Planning:
-    """Plans batches of `batch_size` videos a rank in the middle of the third epoch. Run it fresh.
+    """Plans batches of `batch_size` videos a rank in the middle of the third epoch. Call it in a fresh process.
 
-    num_streams: 0 for 'global', else 'shards:32' in so many streams. The shard numbers count as the data set's memory.
+    num_streams: 0 for 'global', else the number of streams of 'shards:32'. The memory of the shard numbers is not
+    counted: it belongs to the data set.
     """
     middle = num_videos * 5 // 2
     shard_of = shards_like(num_videos) if num_streams else None
@@ -48,7 +52,7 @@ def planning(num_videos: int, world_sizes: Sequence[int], batch_size: int, num_s
 
 
 def _batch_microseconds(stream: Stream, position: int, world_size: int, batch_size: int) -> float:
-    """Mean over ranks that are spread over the job. All lie in one epoch, so that no order is computed meanwhile."""
+    """Mean over ranks that are spread over the job. All positions lie in one epoch, so no further order is computed."""
     global_batch = world_size * batch_size
     position = min(position, (position // stream.num_samples + 1) * stream.num_samples - global_batch)
     ranks = range(0, world_size, max(1, world_size // _RANKS_TIMED))
@@ -59,27 +63,29 @@ def _batch_microseconds(stream: Stream, position: int, world_size: int, batch_si
 
 
 def shards_like(num_videos: int) -> np.ndarray:
-    """(N,) shard numbers of shards that hold unequal numbers of videos, as those of equal bytes do."""
+    """(N,) shard numbers. Shards hold unequal numbers of videos, as shards of equal bytes do."""
     sizes = np.random.default_rng(0).integers(150, 191, num_videos // 150 + 1)
     return np.repeat(np.arange(len(sizes)), sizes)[:num_videos]
 
 
 def shards_fetched(num_videos: int, num_hosts: int, num_streams: int) -> float:
-    """Shards that the hosts meet in an epoch, each host's counted for it, over the shards of the data set."""
+    """Sum over hosts of the shards that a host reads in an epoch, divided by the shards of the data set."""
     shard_of = shards_like(num_videos)
     stream = Stream(num_videos, 0, "shards:32", shard_of, num_streams=num_streams)
     global_batch = num_hosts * 16
-    met = []
+    shards_read = 0
     for host in range(num_hosts):
         batches = range(0, num_videos // global_batch * global_batch, global_batch)
         positions = [share_positions(start, global_batch, host, num_hosts, num_streams) for start in batches]
-        met.append(len(np.unique(shard_of[stream.at(np.concatenate(positions))[0]])))
-    return sum(met) / len(np.unique(shard_of))
+        shards_read += len(np.unique(shard_of[stream.at(np.concatenate(positions))[0]]))
+    return shards_read / len(np.unique(shard_of))
 
 
 def scale(counts: Sequence[int], world_sizes: Sequence[int], batch_size: int, rounds: int) -> list[Figure]:
-    """Planning for data sets of `counts` videos, and what hosts fetch. World sizes whose global batch is more than an
-    epoch are left out."""
+    """Planning for data sets of `counts` videos, and the shards that hosts fetch.
+
+    World sizes whose global batch is larger than an epoch are left out.
+    """
     orders = {"": 0, f", {_STREAMS} streams": _STREAMS}
     fitting = {
         (f"{count:,} videos{order}", count, num_streams): [size for size in world_sizes if size * batch_size <= count]

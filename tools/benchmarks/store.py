@@ -1,8 +1,8 @@
-"""A store on loopback that is as slow as a far one: a pause before the first byte, and a rate for each connection.
+"""A local store that is as slow as a far one: a pause before the first byte, and a limited rate for each connection.
 
-nginx with its Lua module where both are installed (Debian: nginx, libnginx-mod-http-lua), else a small server of ours;
-either way in a process of its own. It answers GET with ranges, which is all that reading by HTTP or S3 needs; the
-signatures of S3 requests are not looked at.
+It is nginx with its Lua module if both are installed (Debian: nginx, libnginx-mod-http-lua), else a small server of
+ours, in a process of its own. It answers GET requests with ranges, which is all that reading by HTTP or S3 needs, and
+does not check the signatures of S3 requests.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _NGINX_SERVER = """
 
 @dataclass(frozen=True)
 class FarStore:
-    """kind: what serves. addresses: of the served folder, for each pause in milliseconds."""
+    """kind: name of the server. addresses: address of the served folder, by pause in milliseconds."""
 
     kind: str
     addresses: dict[int, str]
@@ -66,7 +66,7 @@ class FarStore:
 
 @contextmanager
 def far_store(folder: Path, work: Path, pauses_ms: Sequence[int]) -> Iterator[FarStore]:
-    """Serves `folder` while the context lasts; `work` is for the server's files. Raises OSError if it can't start."""
+    """Serves `folder` inside the context. work: folder for the server's files. Raises OSError if it cannot start."""
     work.mkdir(parents=True, exist_ok=True)
     ports = {pause: _free_port() for pause in pauses_ms}
     nginx = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
@@ -92,7 +92,7 @@ def _write_nginx(folder: Path, work: Path, ports: dict[int, int]) -> Path:
     ]
     modules = "\n".join(f"load_module {_MODULES / module};" for module in _LUA_MODULES)
     config = work.resolve() / "nginx.conf"
-    user = "user root; " if os.getuid() == 0 else ""  # started by root it would read as nobody
+    user = "user root; " if os.getuid() == 0 else ""  # else a server started by root reads as `nobody`
     text = _NGINX.format(user=user, modules=modules, work=work.resolve(), servers="".join(servers))
     config.write_text(text, encoding="utf-8")
     return config
@@ -117,7 +117,7 @@ def _wait_for(port: int, process: subprocess.Popen[bytes], work: Path) -> None:
 
 
 class _OwnServer:
-    """What stands in for nginx: slower, and good enough to tell whether latency costs throughput."""
+    """Used where nginx is not installed: slower, but enough to tell whether latency costs throughput."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()
@@ -126,7 +126,7 @@ class _OwnServer:
     async def serve(self, ports: dict[int, int]) -> None:
         for pause, port in ports.items():
 
-            async def talk(
+            async def answer_requests(
                 reader: asyncio.StreamReader, writer: asyncio.StreamWriter, seconds: float = pause / 1000
             ) -> None:
                 try:
@@ -137,7 +137,7 @@ class _OwnServer:
                 finally:
                     writer.close()
 
-            await asyncio.start_server(talk, "127.0.0.1", port)
+            await asyncio.start_server(answer_requests, "127.0.0.1", port)
         await asyncio.Event().wait()
 
     async def _answer(self, request: str, writer: asyncio.StreamWriter, seconds: float) -> None:

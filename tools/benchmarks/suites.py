@@ -1,4 +1,4 @@
-"""The benchmarks by name. Each takes a `Plan` and returns its figures."""
+"""The benchmarks by name. Each takes a `Task` and returns its figures."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ from text4vis.data.loader import build_loader
 from text4vis.data.prefetch import settled
 from text4vis.training.logs import resident_bytes
 
-_WARM_UP_TURNS = 8  # until the loaders have taken all the memory that they need
+_WARM_UP_TURNS = 8  # after these the loaders have allocated all their memory
 
 
 @dataclass(frozen=True)
-class Plan:
+class Task:
     """What to measure, and for how long.
 
     find_workload: makes or opens the data, for the benchmarks that read it. batch_size, workers: of the loaders. work:
-    folder for what is made on the way. rounds: repetitions of each contender. seconds: least duration of one
-    measurement of throughput. index_videos, index_frames: size of the index of `open` and `position`. order_samples:
-    length of the permutation. model, step_videos, precision: see `EngineSetup`. ranks: numbers of ranks of `memory`.
-    scale_videos, world_sizes: sizes of data sets and jobs that `scale` plans.
+    folder for temporary data. rounds: repetitions of each contender. seconds: shortest duration of a throughput
+    measurement. index_videos, index_frames: size of the index for `open` and `position`. order_samples: length of the
+    permutation. model, step_videos, precision: see `EngineSetup`. ranks: numbers of ranks for `memory`. scale_videos,
+    world_sizes: sizes of data sets and jobs for `scale`.
     """
 
     find_workload: Callable[[], Workload]
@@ -86,10 +86,10 @@ class Plan:
 
 
 def throughput(contender: Contender, setup: Setup, seconds: float, producers: int) -> float:
-    """Videos a second of a loader that is just started, once it runs.
+    """Starts a loader and measures its videos per second after a warm-up.
 
-    Batches come in turns of one from each of its `producers`; whole turns are counted. Nothing waits between batches,
-    so queues are as empty in the beginning as in the end.
+    Counts whole turns, in which each of its `producers` gives one batch. Batches are taken without a pause, so the
+    loader's queues are as empty at the start of the measurement as at its end.
     """
     with contender(setup) as batches, settled():  # as training does
         for _ in range(_WARM_UP_TURNS * producers):
@@ -102,17 +102,17 @@ def throughput(contender: Contender, setup: Setup, seconds: float, producers: in
 
 
 def _throughputs(
-    plan: Plan, benchmark: str, by_threads: dict[str, Contender], by_processes: dict[str, Contender]
+    task: Task, benchmark: str, by_threads: dict[str, Contender], by_processes: dict[str, Contender]
 ) -> dict[str, list[float]]:
     def run(process: str, contender: Contender, producers: int) -> Callable[[], float]:
-        return lambda: plan.processes.run(process, throughput, contender, plan.setup, plan.seconds, producers)
+        return lambda: task.processes.run(process, throughput, contender, task.setup, task.seconds, producers)
 
     runs = {name: run("threads", contender, 1) for name, contender in by_threads.items()}
-    runs |= {name: run("workers", contender, plan.setup.workers) for name, contender in by_processes.items()}
-    return interleaved(benchmark, runs, plan.rounds)
+    runs |= {name: run("workers", contender, task.setup.workers) for name, contender in by_processes.items()}
+    return interleaved(benchmark, runs, task.rounds)
 
 
-def loader(plan: Plan) -> list[Figure]:
+def loader(task: Task) -> list[Figure]:
     """Training loaders, 8 x 224 px, the released recipe."""
     by_threads: dict[str, Contender] = {"ours": contenders.ours_train, "decode only (limit)": contenders.decode_only}
     by_processes: dict[str, Contender] = {
@@ -125,20 +125,20 @@ def loader(plan: Plan) -> list[Figure]:
         "original recipe": "at least 5",
         "WebDataset + OpenCV": "at least 1.3",
     }
-    return compared("loader", "videos/s", _throughputs(plan, "loader", by_threads, by_processes), targets)
+    return compared("loader", "videos/s", _throughputs(task, "loader", by_threads, by_processes), targets)
 
 
-def views(plan: Plan) -> list[Figure]:
+def views(task: Task) -> list[Figure]:
     """Evaluation loaders, 4 clips x 3 crops."""
     by_threads: dict[str, Contender] = {"ours, 12 views": contenders.ours_views}
     by_processes: dict[str, Contender] = {"original recipe, 12 views": contenders.original_views}
     targets = {"original recipe, 12 views": "at least 6"}
-    return compared("views", "videos/s", _throughputs(plan, "views", by_threads, by_processes), targets)
+    return compared("views", "videos/s", _throughputs(task, "views", by_threads, by_processes), targets)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Samples read in `seconds`, the bytes the process read for them, and those of the sampled frames."""
+    """Samples read in `seconds`, the bytes that the process read for them, and the bytes of the sampled frames."""
 
     samples: int
     seconds: float
@@ -161,7 +161,7 @@ def read_sampled_frames(config: Config, seconds: float) -> Reading:
 
 
 def read_whole_videos(config: Config, tars: list[str], seconds: float) -> Reading:
-    """Reads the tars from end to end as WebDataset does, and takes the frames of the training recipe."""
+    """Reads the tars from end to end as WebDataset does, and picks the frames that the training recipe samples."""
     samples = sampled = 0
     before, started = bytes_read_by_process(), time.perf_counter()
     for sample in wds.WebDataset(tars, shardshuffle=False).repeat():
@@ -175,16 +175,16 @@ def read_whole_videos(config: Config, tars: list[str], seconds: float) -> Readin
     return Reading(samples, elapsed, bytes_read_by_process() - before, sampled)
 
 
-def read(plan: Plan) -> list[Figure]:
+def read(task: Task) -> list[Figure]:
     """Bytes and samples of reading, without decoding."""
-    config, tars = plan.setup.train, plan.setup.workload.tars
+    config, tars = task.setup.train, task.setup.workload.tars
     runs: dict[str, Callable[[], Reading]] = {
-        "pread of the sampled frames": lambda: plan.processes.run("threads", read_sampled_frames, config, plan.seconds),
-        "WebDataset, whole videos": lambda: plan.processes.run(
-            "workers", read_whole_videos, config, tars, plan.seconds
+        "pread of the sampled frames": lambda: task.processes.run("threads", read_sampled_frames, config, task.seconds),
+        "WebDataset, whole videos": lambda: task.processes.run(
+            "workers", read_whole_videos, config, tars, task.seconds
         ),
     }
-    readings = interleaved("read", runs, plan.rounds)
+    readings = interleaved("read", runs, task.rounds)
     rates = {name: [r.samples / r.seconds for r in series] for name, series in readings.items()}
     figures = compared("read", "samples/s", rates)
     for (name, series), target in zip(readings.items(), ("at most 1.05", ""), strict=True):
@@ -197,7 +197,7 @@ def read(plan: Plan) -> list[Figure]:
 
 
 def build_seconds(workload: Workload, output: Path) -> float:
-    """Builds the shards of the workload's folders, on disk when it returns."""
+    """Seconds to build shards from the workload's folders until they are on disk."""
     labels = [f"class {label}" for label in range(1 + max(label for _, _, label in workload.videos))]
     started = time.perf_counter()
     build_shards(
@@ -207,7 +207,7 @@ def build_seconds(workload: Workload, output: Path) -> float:
 
 
 def tar_seconds(workload: Workload, output: Path, *, sync: bool) -> float:
-    """`tar cf` of the same folders; sync: until the archive is on disk."""
+    """Seconds of `tar cf` of the same folders. sync: include the time until the archive is on disk."""
     tar = shutil.which("tar")
     if tar is None:
         raise FileNotFoundError("tar: no such command; install it to compare with it")
@@ -222,9 +222,9 @@ def tar_seconds(workload: Workload, output: Path, *, sync: bool) -> float:
     return time.perf_counter() - started
 
 
-def build(plan: Plan) -> list[Figure]:
-    """Shards from frame folders against `tar cf` of them, warm cache, the same output folder."""
-    workload, output = plan.setup.workload, plan.work / "build"
+def build(task: Task) -> list[Figure]:
+    """Building shards from frame folders against `tar cf` of them: a warm page cache, the same output folder."""
+    workload, output = task.setup.workload, task.work / "build"
     frames = [workload.frame(video, f) for video, (_, count, _) in enumerate(workload.videos) for f in range(count)]
     megabytes = sum(len(path.read_bytes()) for path in frames) / 1e6
 
@@ -240,11 +240,11 @@ def build(plan: Plan) -> list[Figure]:
         "tar cf": partial(rate, partial(tar_seconds, sync=False)),
         "tar cf, then fsync as build_shards does": partial(rate, partial(tar_seconds, sync=True)),
     }
-    return compared("build", "MB/s", interleaved("build", runs, plan.rounds), {"tar cf": "at least 0.8"})
+    return compared("build", "MB/s", interleaved("build", runs, task.rounds), {"tar cf": "at least 0.8"})
 
 
 def opening(config: Config) -> tuple[float, float]:
-    """Seconds from nothing to the first planned batch, and the memory in MB that this takes at most. Run it fresh."""
+    """Seconds to open the data set and plan a batch, and the peak memory of it in MB. Call it in a fresh process."""
     forget_peak_memory()
     before, started = resident_bytes("VmRSS"), time.perf_counter()
     with build_loader(config, "train") as running:
@@ -253,12 +253,12 @@ def opening(config: Config) -> tuple[float, float]:
         return elapsed, (resident_bytes("VmHWM") - before) / 1e6
 
 
-def open_(plan: Plan) -> list[Figure]:
+def open_(task: Task) -> list[Figure]:
     """Opening a data set as large as Kinetics-400."""
-    config = plan.setup.config(train=str(plan.large_index))
+    config = task.setup.config(train=str(task.large_index))
     runs = {"opening": lambda: run_fresh(opening, config)}
-    seconds, megabytes = zip(*interleaved("open", runs, plan.rounds)["opening"], strict=True)
-    size = f"{plan.index_videos:,} videos x {plan.index_frames} frames"
+    seconds, megabytes = zip(*interleaved("open", runs, task.rounds)["opening"], strict=True)
+    size = f"{task.index_videos:,} videos x {task.index_frames} frames"
     return [
         Figure("open", f"{size}: to the first planned batch", "s", list(seconds), target="at most 2"),
         Figure("open", f"{size}: memory above import", "MB", list(megabytes), target="at most 300"),
@@ -279,36 +279,36 @@ def numpy_order_seconds(num_samples: int, epoch: int) -> float:
     return _seconds(lambda: np.random.default_rng(epoch).permutation(num_samples))
 
 
-def order(plan: Plan) -> list[Figure]:
+def order(task: Task) -> list[Figure]:
     """The permutation of an epoch."""
-    count, epochs = plan.order_samples, itertools.count()
+    count, epochs = task.order_samples, itertools.count()
     runs: dict[str, Callable[[], float]] = {
-        f"order of {count:,} samples": lambda: plan.processes.run("threads", our_order_seconds, count, next(epochs)),
-        "numpy's permutation": lambda: plan.processes.run("threads", numpy_order_seconds, count, next(epochs)),
+        f"order of {count:,} samples": lambda: task.processes.run("threads", our_order_seconds, count, next(epochs)),
+        "numpy's permutation": lambda: task.processes.run("threads", numpy_order_seconds, count, next(epochs)),
     }
-    first, other = compared("order", "s", interleaved("order", runs, plan.rounds))
+    first, other = compared("order", "s", interleaved("order", runs, task.rounds))
     return [Figure("order", first.what, "s", first.values, target="at most 1"), other]
 
 
 def first_batch_seconds(config: Config, consumed: int) -> float:
-    """From `build_loader` to the first batch, as a job that starts or resumes waits for it."""
+    """Seconds from `build_loader` to the first batch: what a job that starts or resumes waits for."""
     started = time.perf_counter()
     with build_loader(config, "train", consumed=consumed) as running:
         next(iter(running))
         return time.perf_counter() - started
 
 
-def position(plan: Plan) -> list[Figure]:
-    """The first batch in mid-epoch against that of position 0, on the index as large as Kinetics-400."""
-    config = plan.setup.config(train=str(plan.large_index))
-    middle = plan.index_videos * 5 // 2
+def position(task: Task) -> list[Figure]:
+    """The first batch from mid-epoch on against the first from position 0, on an index as large as Kinetics-400's."""
+    config = task.setup.config(train=str(task.large_index))
+    middle = task.index_videos * 5 // 2
 
     def run(consumed: int) -> Callable[[], float]:
-        return lambda: plan.processes.run("threads", first_batch_seconds, config, consumed)
+        return lambda: task.processes.run("threads", first_batch_seconds, config, consumed)
 
     run(0)()  # once per process: DALI's libraries
     names = ("first batch at position 0", f"first batch at position {middle:,}, mid-epoch")
-    values = interleaved("position", dict(zip(names, map(run, (0, middle)), strict=True)), plan.rounds)
+    values = interleaved("position", dict(zip(names, map(run, (0, middle)), strict=True)), task.rounds)
     start, mid = (values[name] for name in names)
     return [
         Figure("position", names[0], "s", start),
@@ -316,7 +316,7 @@ def position(plan: Plan) -> list[Figure]:
     ]
 
 
-SUITES: dict[str, Callable[[Plan], list[Figure]]] = {
+SUITES: dict[str, Callable[[Task], list[Figure]]] = {
     "loader": loader,
     "views": views,
     "read": read,
@@ -324,9 +324,9 @@ SUITES: dict[str, Callable[[Plan], list[Figure]]] = {
     "open": open_,
     "order": order,
     "position": position,
-    "remote": lambda plan: remote(plan.setup, plan.processes, plan.work, plan.rounds, plan.seconds),
-    "step": lambda plan: engine.step(plan.engine_setup, plan.rounds),
-    "memory": lambda plan: engine.memory(plan.model, plan.ranks),
-    "resume": lambda plan: engine.resume(plan.engine_setup, plan.work, plan.rounds),
-    "scale": lambda plan: scale(plan.scale_videos, plan.world_sizes, plan.batch_size, plan.rounds),
+    "remote": lambda task: remote(task.setup, task.processes, task.work, task.rounds, task.seconds),
+    "step": lambda task: engine.step(task.engine_setup, task.rounds),
+    "memory": lambda task: engine.memory(task.model, task.ranks),
+    "resume": lambda task: engine.resume(task.engine_setup, task.work, task.rounds),
+    "scale": lambda task: scale(task.scale_videos, task.world_sizes, task.batch_size, task.rounds),
 }

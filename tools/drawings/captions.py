@@ -1,11 +1,8 @@
-"""What a single frame of the demo data shows, in words: the captions the demo's small CLIP is pre-trained on.
+"""Captions of single frames of the demo data, on which tools/pretrain_demo_clip.py trains the demo's small CLIP.
 
-Used by `tools/pretrain_demo_clip.py` only. Imports numpy and the other demo modules.
-
-A caption names either the action of the clip that the frame was taken from, or what can be seen of the posture, often
-with the clothes or the place beside it. Only `ACTIONS` lend their names; frames are never rendered from
-`UNSEEN_ACTIONS`, and no caption contains one of their names. Postures are described freely: "the left arm up" occurs
-although "raising the left arm" is unseen.
+A caption either names the action of the clip that the frame was taken from or describes the posture, often with the
+clothes or the place. Only `ACTIONS` are rendered and named, never `UNSEEN_ACTIONS`. Postures are described freely: "the
+left arm up" occurs although "raising the left arm" is unseen.
 """
 
 from typing import NamedTuple
@@ -31,7 +28,7 @@ POSTURE_TEMPLATES: Wordings = ("a person {}", "a photo of a person {}", "someone
 
 
 class Facts(NamedTuple):
-    """What a frame shows. `posture` and `limbs` hold one tuple of equivalent wordings for each thing to be seen."""
+    """What a frame shows. `posture` and `limbs` hold a tuple of equivalent wordings for each visible fact."""
 
     action: str | None
     posture: list[Wordings]
@@ -100,7 +97,7 @@ def describe(pose: Pose, moment: int, action: str | None, shirt: str, place: str
 
 
 def sample_caption(rng: np.random.Generator, facts: Facts) -> str:
-    """One of the many captions that fit the facts; the action is named about two times in three where there is one."""
+    """A random caption that fits the facts. If there is an action, about two in three captions name it."""
 
     def pick(wordings: Wordings) -> str:
         return wordings[rng.integers(len(wordings))]
@@ -157,10 +154,10 @@ class Example(NamedTuple):
 
 
 def render_examples(rng: np.random.Generator) -> list[Example]:
-    """Four frames of one random scene: in three scenes of five somebody acts, the others show random postures.
+    """Four frames of one random scene: 60 % of the scenes show an action, the others random postures.
 
-    Like the photographs that people take and caption, the frames of an action lean towards its end: "sitting down" is
-    mostly a person who sits by now. This is what tells the two directions of an action apart in a single frame.
+    Frames late in an action are drawn more often, as in captioned photographs: "sitting down" mostly shows a person who
+    already sits. Only this tells the two directions of an action apart in a single frame.
     """
     if rng.random() < 0.6:
         action = ACTIONS[rng.integers(len(ACTIONS))]

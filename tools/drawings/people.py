@@ -1,7 +1,4 @@
-"""Little people, drawn limb by limb, acting: the actions, the drawing and the frames of the demo data.
-
-Used by `tools/make_demo_data.py` (videos), `tools/pretrain_demo_clip.py` (frames) and `tools/drawings/captions.py`, and
-by nothing in the product itself. Imports numpy and OpenCV only.
+"""The people of the demo data: their actions, their bodies, and how they are drawn limb by limb.
 
     time -> action -> pose (joint angles) -> skeleton (3-D joints) -> figure on a background -> camera -> frames
 
@@ -184,7 +181,7 @@ ACTIONS = (
     Action("straightening up", bow, reverse=True, turned=True),
 )
 
-# New combinations of known words, never shown in training.
+# New combinations of words that the training classes use; never shown in training.
 UNSEEN_ACTIONS = (
     Action("waving the right arm", partial(wave, sides=RIGHT)),
     Action("raising the left arm", partial(raise_arms, sides=LEFT)),
@@ -206,7 +203,7 @@ def sample_time(rng: np.random.Generator, action: Action, num_frames: int) -> Ti
 
 
 def sample_pose(rng: np.random.Generator, action: Action, time: Time) -> Pose:
-    """The whole pose (T,) per angle: a random way of standing and swaying, and the action on top of it."""
+    """The whole pose, (T,) per angle: a random way of standing and swaying, with the action added."""
     sway_period, sway_phase = rng.uniform(0.7, 1.6), rng.uniform(0, 1, 3)
     sway = [_wave(time.clock / sway_period + phase) for phase in sway_phase]
     yaw = rng.uniform(30, 60) * rng.choice([-1, 1]) if action.turned else rng.uniform(-22, 22)

@@ -96,7 +96,7 @@ def build_optimisers(named: list[tuple[str, torch.nn.Parameter]], lr: float) -> 
 
 @torch.no_grad()
 def initialise_positions(vision: VisionTransformer) -> None:
-    """Give the patches two-dimensional sine and cosine positions, as loud as the patches themselves."""
+    """Give the patches two-dimensional sine and cosine positions, of the same magnitude as the patches."""
     positions, side = vision.positional_embedding, vision.grid_size[0]
     row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     frequencies = math.pi / side * 2 ** torch.linspace(0, 2.5, positions.shape[1] // 4)
@@ -107,8 +107,8 @@ def initialise_positions(vision: VisionTransformer) -> None:
 def train(model: CLIP, tokenizer: SimpleTokenizer, pool: list[Example], args: argparse.Namespace) -> None:
     """Minimise the symmetric contrastive loss plus the joints' squared error; bf16 arithmetic, fp32 weights.
 
-    The joints are read off the image embedding before its normalisation by a linear layer that is thrown away. Without
-    them a vision transformer this small needs several times the steps to notice the limbs.
+    A linear layer, thrown away at the end, predicts the joints from the image embedding before its normalisation.
+    Without it a vision transformer this small needs several times the steps to learn the limbs.
     """
     joint_head = torch.nn.Linear(model.visual.output_dim, pool[0].joints.size)
     optimisers = build_optimisers([*model.named_parameters(), *joint_head.named_parameters()], args.lr)
@@ -145,8 +145,8 @@ def train(model: CLIP, tokenizer: SimpleTokenizer, pool: list[Example], args: ar
 def scale_to_unit_length(model: CLIP, pool: list[Example]) -> None:
     """Scale the image projection so that embeddings have length 1 on average.
 
-    CLIP's loss does not see this length, but a temporal head does: it adds frame positions of a standard deviation of
-    0.02 to the embeddings, and cannot hear them, nor the order of the frames, beside numbers thirty times as large.
+    CLIP's loss does not depend on this length, but a temporal head does: it adds frame positions with a standard
+    deviation of 0.02. Beside embeddings thirty times as large they, and so the order of the frames, would be lost.
     """
     rng = np.random.default_rng(0)
     images = [random_crop(rng, example, model.visual.image_size[0])[0] for example in pool[:512]]

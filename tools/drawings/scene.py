@@ -1,7 +1,6 @@
-"""The stage of the demo data: backgrounds, clothes, light and camera; from poses to frames.
+"""The scenes of the demo data (backgrounds, clothes, light and camera), and the frames rendered from poses in them.
 
-Used by `tools/make_demo_data.py`, `tools/pretrain_demo_clip.py` and `tools/drawings/captions.py`, and by nothing in the
-product itself. Imports numpy, OpenCV and `drawings.people` only. Images are BGR uint8 (height, width, 3).
+Images are BGR uint8 (height, width, 3).
 """
 
 from collections.abc import Callable, Iterator
@@ -186,7 +185,7 @@ def sample_body(rng: np.random.Generator, shirt: Colour, trousers: Colour) -> Bo
 
 
 def sample_scene(rng: np.random.Generator, stool: bool = False) -> Scene:
-    """A random scene; `stool` puts a stool where the person sits down, otherwise one may stand at the side."""
+    """A random scene. stool: put a stool where the person sits down; otherwise one may stand at the side."""
     width, height = SUPERSAMPLE * int(rng.choice(FRAME_WIDTHS)), SUPERSAMPLE * FRAME_HEIGHT
     ground_y = height * rng.uniform(0.86, 0.94)
     person = min(height * rng.uniform(0.60, 0.76), (ground_y - 0.04 * height) / 1.12)
