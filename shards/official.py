@@ -267,7 +267,7 @@ def read_official(name: str, folder: Path, class_lists: Path, split: int = 1) ->
         published = dataset.counts.get(part)
         if listed and published and listed != published[split - 1]:
             official.notices.append(
-                f"the {part} list has {listed:,} videos and not {published[split - 1]:,} as published: look whether the "
-                f"files in {folder} are complete"
+                f"the {part} list has {listed:,} videos and not {published[split - 1]:,} as published: look whether "
+                f"the files in {folder} are complete"
             )
     return official
