@@ -44,12 +44,20 @@ class VideoFiles:
             self._by_key[f"{place.parent.name.lower()}/{stem}"].append(path)
 
     def find(self, keys: tuple[str, ...], split: str) -> str | None:
-        """The file of the first key that has one; of several files, one in a folder that is named like the split."""
+        """The file of the first key that has one; of several files, the likeliest by the names of their folders."""
         for key in keys:
             if found := self._by_key.get(key.lower()):
-                named = (path for path in found if any(part.lower().startswith(split) for part in path.split("/")))
-                return next(named, found[0])
+                return min(found, key=lambda path: _rank(path, split))
         return None
+
+
+def _rank(path: str, split: str) -> int:
+    """Kinetics' replacements for broken files come first, then folders that are named like the split."""
+    folders = path.lower().split("/")[:-1]
+    for rank, prefix in enumerate(("replacement", split)):
+        if any(folder.startswith(prefix) for folder in folders):
+            return rank
+    return 2
 
 
 def match_videos(official: Official, files: VideoFiles) -> dict[str, Matched]:

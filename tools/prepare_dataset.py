@@ -21,7 +21,7 @@ from pathlib import Path
 
 from shards.annotations import format_annotation, parse_annotations
 from shards.files import require_folder, write_atomically
-from shards.format import ShardError
+from shards.format import MANIFEST, ShardError
 from shards.matching import VideoFiles, match_videos
 from shards.official import DATASETS, read_official
 from shards.preparing import format_labels
@@ -68,6 +68,7 @@ def write_lists(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
         lines = [f"{_line(path, video_labels)}\n" for path, video_labels in found.videos]
         if lines:
             contents[output / f"{split}.txt"] = "".join(lines).encode()
+            _refuse_finished(output, split, contents[output / f"{split}.txt"])
         contents[output / f"missing_{split}.txt"] = "".join(f"{name}\n" for name in found.missing).encode()
     require_folder(output)
     for path, content in contents.items():
@@ -79,6 +80,18 @@ def write_lists(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
         missing = f"; {len(found.missing)} are missing: missing_{split}.txt" if found.missing else ""
         print(f"{output / split}.txt: {len(found.videos)} of {total} videos of the official {split} list{missing}")
     return official.names, [split for split, found in matched.items() if found.videos]
+
+
+def _refuse_finished(output: Path, split: str, content: bytes) -> None:
+    """Raises ShardError if shards are finished of another list: it would no longer say what they hold."""
+    path = output / f"{split}.txt"
+    if (output / split / MANIFEST).exists() and path.exists() and (old := path.read_bytes()) != content:
+        changed = sorted(set(old.splitlines()) ^ set(content.splitlines()))
+        first = f", the first is {changed[0].decode()!r}" if changed else ""
+        raise ShardError(
+            f"{output / split}: these shards are finished, and {len(changed)} lines of {path.name} have changed since"
+            f"{first}; delete {output / split} to build it anew, or name another --output"
+        )
 
 
 def _line(path: str, labels: tuple[int, ...]) -> str:

@@ -1,6 +1,7 @@
 """Each data set in miniature, its annotations as they are distributed: the lists get the ids of our class lists."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -310,10 +311,12 @@ def test_no_video_at_all_is_an_error_with_an_example(tmp_path):
         read("kinetics400", tmp_path)
 
 
-def test_of_several_files_that_of_the_split_is_taken(tmp_path):
-    touch(tmp_path, "a/x.mp4", "val/x.mp4")
+def test_of_several_files_that_of_the_split_is_taken_and_a_replacement_before_it(tmp_path):
+    touch(tmp_path, "a/x.mp4", "a/val.mp4", "b/val.mp4", "val_256/x.mp4", "val_256/y.mp4", "replacement_k400/y.mp4")
     files = VideoFiles(tmp_path)
-    assert files.find(("y", "x"), "val") == "val/x.mp4" and files.find(("X",), "train") == "a/x.mp4"
+    assert files.find(("z", "x"), "val") == "val_256/x.mp4" and files.find(("X",), "train") == "a/x.mp4"
+    assert files.find(("y",), "val") == "replacement_k400/y.mp4" and files.find(("val",), "val") == "a/val.mp4"
+    assert files.find(("z",), "val") is None
 
 
 def test_the_command_makes_lists_and_shards_and_goes_on(tmp_path):
@@ -334,6 +337,14 @@ def test_the_command_makes_lists_and_shards_and_goes_on(tmp_path):
     assert len(parse_annotations(tmp_path / "d/train.txt", 400)) == 2
     with open_dataset(str(tmp_path / "d/train")) as train:
         assert train.classes == parse_labels(CLASSES / "kinetics_400.csv") and len(train) == 2
+    write_video(tmp_path / "v/late/gone_0_10.mp4", 200)
+    later = program("tools/prepare_dataset.py", *command)
+    assert later.returncode == 1 and "1 lines of train.txt have changed since, the first is 'late/gone" in later.stderr
+    assert len(parse_annotations(tmp_path / "d/train.txt", 400)) == 2
+    shutil.rmtree(tmp_path / "d/train")
+    assert program("tools/prepare_dataset.py", *command).returncode == 0
+    with open_dataset(str(tmp_path / "d/train")) as train:
+        assert len(train) == 3
     failed = program("tools/prepare_dataset.py", "ucf101", *command[1:])
     assert failed.returncode == 1 and "holds no classInd.txt" in failed.stderr
     refused = program("tools/prepare_dataset.py", *command, "--split", 2)
