@@ -169,7 +169,7 @@ def read_something(folder: Path, _labels: Path | None, _split: int) -> Official:
     official = Official(names_by_number(numbers, labels))
     label_of = label_finder(official.names)
     answers: dict[str, str] = {}
-    for path in annotation_files(folder, "test-answers.csv") if folder.is_dir() else ():
+    for path in annotation_files(folder, "test-answers.csv"):
         answers |= {video: template for video, _, template in (line.partition(";") for _, line in lines_of(path))}
     for split in ("train", "val", "test"):
         if split not in files:
