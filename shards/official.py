@@ -186,10 +186,7 @@ def read_something(folder: Path, _labels: Path | None, _split: int) -> Official:
 
 
 def read_charades(folder: Path, _labels: Path | None, _split: int) -> Official:
-    """All classes that a video shows, without their times. Its test videos are val.
-
-    Videos without an action are passed over: the official mAP ranks them behind all others, whatever their scores.
-    """
+    """All classes that a video shows, without their times; some videos show none. Its test videos are val."""
     classes = named_file(folder, "Charades_v1_classes.txt")
     numbers: dict[str, int] = {}
     for where, line in lines_of(classes):
@@ -199,18 +196,15 @@ def read_charades(folder: Path, _labels: Path | None, _split: int) -> Official:
         numbers[match[2]] = int(match[1])
     official = Official(names_by_number(numbers, classes))
     for split, name in (("train", "Charades_v1_train.csv"), ("val", "Charades_v1_test.csv")):
-        official.splits[split] = []
-        for where, row in csv_rows(named_file(folder, name), ("id", "actions")):
-            if row["actions"]:
-                labels = sorted(set(_charades_classes(row["actions"], len(numbers), where)))
-                official.splits[split].append(Entry((row["id"],), tuple(labels)))
-            else:
-                official.unlabelled[split] += 1
+        official.splits[split] = [
+            Entry((row["id"],), tuple(sorted(set(_charades_classes(row["actions"], len(numbers), where)))))
+            for where, row in csv_rows(named_file(folder, name), ("id", "actions"))
+        ]
     return official
 
 
 def _charades_classes(actions: str, num_classes: int, where: str) -> Iterator[int]:
-    for action in actions.split(";"):
+    for action in actions.split(";") if actions else ():
         match = re.fullmatch(r"\s*c(\d+)\s+[\d.]+\s+[\d.]+\s*", action)
         if match is None or int(match[1]) >= num_classes:
             raise ShardError(

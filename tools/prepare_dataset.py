@@ -95,7 +95,8 @@ def _refuse_finished(output: Path, split: str, content: bytes) -> None:
 
 
 def _line(path: str, labels: tuple[int, ...]) -> str:
-    return ",".join([format_annotation(path, None, labels[0]), *map(str, labels[1:])])
+    """`PATH 3`, `PATH 3,17` for several labels, `PATH -` for none."""
+    return format_annotation(path, None, 0).removesuffix("0") + (",".join(map(str, labels)) or "-")
 
 
 def _advance(bar: Progress) -> Callable[[int, int, int], None]:
