@@ -31,8 +31,8 @@ class Entry:
     """One video of an official list.
 
     keys: names that its file may have, without ending, the likeliest first. labels: ascending; where the data set
-    gives a video several classes, it may also be none. untimed: a last name to try, which does
-    not say which part of a longer recording the file holds; empty for none.
+    gives a video several classes, it may also be none. untimed: a last name to try, which does not say which part of
+    a longer recording the file holds; empty for no such name.
     """
 
     keys: tuple[str, ...]
