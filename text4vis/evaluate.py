@@ -44,7 +44,7 @@ from text4vis.cluster import distributed, interrupt
 from text4vis.cluster.interrupt import Interrupts
 from text4vis.cluster.watch import Watch
 from text4vis.common.console import console, table
-from text4vis.config.loading import load_config
+from text4vis.config.loading import resolve_config
 from text4vis.config.roles import Role
 from text4vis.config.schema import Config, ConfigError, classifier_keys, keys_of
 from text4vis.saved.checkpoint import CheckpointError
@@ -168,7 +168,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     interrupts = Interrupts("")
     try:
-        config = load_config(arguments.config, arguments.set)
+        config, origins = resolve_config(arguments.config, arguments.set)
         distributed.start()
     except (ConfigError, OSError) as error:
         return fail(str(error))
@@ -180,7 +180,7 @@ def main() -> int:
     except KeyboardInterrupt:
         watch.fail("stopped by Ctrl-C; no report was written")
     except (ConfigError, ShardError, CheckpointError, OSError) as error:
-        watch.fail(str(error))
+        watch.fail(origins.explain(error))
     except Exception as error:
         print(shown(traceback.format_exc()), file=sys.stderr)
         watch.fail(f"{type(error).__name__}: {error}", sure=not distributed.is_consequence(error))

@@ -34,7 +34,7 @@ from text4vis.cluster import distributed
 from text4vis.cluster.interrupt import Interrupts
 from text4vis.cluster.stop import EXIT_CODE, NonFiniteError, Stopped, StopRequest
 from text4vis.cluster.watch import Watch
-from text4vis.config.loading import load_config
+from text4vis.config.loading import resolve_config
 from text4vis.config.page import print_config
 from text4vis.config.schema import Config, ConfigError
 from text4vis.saved.checkpoint import CheckpointError
@@ -77,7 +77,7 @@ def main() -> int:
         notice = "train: Ctrl-C: saves after the next step and ends; once more ends at once"
         Interrupts(notice if distributed.ranks().is_main else "")
     try:
-        config = load_config(arguments.config, arguments.set)
+        config, origins = resolve_config(arguments.config, arguments.set)
         if arguments.print_config:
             print(print_config(arguments.config, arguments.set), end="")
             return 0
@@ -95,7 +95,7 @@ def main() -> int:
         logging.getLogger("text4vis").info("%s", reason)
         code = EXIT_CODE
     except (ConfigError, ShardError, CheckpointError, NonFiniteError, OSError) as error:
-        watch.fail(str(error))
+        watch.fail(origins.explain(error))
     except Exception as error:
         print(shown(traceback.format_exc()), file=sys.stderr)
         watch.fail(f"{type(error).__name__}: {error}", sure=not distributed.is_consequence(error))

@@ -24,7 +24,7 @@ from shards.format import ShardError
 from shards.text import shown
 from text4vis.classifier.embeddings import Pair, build_classifier, confusable_pairs, save_classifier
 from text4vis.common.console import console, table
-from text4vis.config.loading import load_config
+from text4vis.config.loading import Origins, resolve_config
 from text4vis.config.schema import Config, ConfigError
 from text4vis.config.templates import prompts
 from text4vis.data.datasets import open_split
@@ -71,8 +71,7 @@ def write_pairs(path: Path, pairs: list[Pair]) -> None:
             writer.writerows(rows)
 
 
-def run(arguments: argparse.Namespace) -> None:
-    config = load_config(arguments.config, arguments.set)
+def run(arguments: argparse.Namespace, config: Config) -> None:
     for option in ("output", "pairs"):
         if path := getattr(arguments, option):
             require_file(path, f"--{option}")
@@ -95,10 +94,12 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main() -> int:
     arguments = parse_arguments()
+    origins = Origins({})
     try:
-        run(arguments)
+        config, origins = resolve_config(arguments.config, arguments.set)
+        run(arguments, config)
     except (ConfigError, ShardError, OSError) as error:
-        print(f"build_classifier: error: {shown(error)}", file=sys.stderr)
+        print(f"build_classifier: error: {shown(origins.explain(error))}", file=sys.stderr)
         return 1
     return 0
 
