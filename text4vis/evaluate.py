@@ -26,7 +26,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -81,15 +81,21 @@ def run(arguments: argparse.Namespace, config: Config) -> None:
     if arguments.report:
         distributed.from_main(lambda: require_file(arguments.report, "--report"))
     with build_loader(config, "val", rank=ranks.rank, world_size=ranks.world_size) as loader:
-        names = class_names(config, loader.dataset)
-        splits = class_splits(config, names, loader.dataset.labels)
         saved = open_saved(arguments.model)
-        differing = saved.config and differences(saved.config, config, is_export=saved.kind == "export")
+        is_its_list = saved.config is not None and saved.config.data.label_list == config.data.label_list
+        names = class_names(config, loader.dataset, recorded=saved.class_names if is_its_list else None)
+        splits = class_splits(config, names, loader.dataset.labels)
+        differing = {} if saved.config is None else differences(saved.config, config, saved.settled)
         if differing and ranks.is_main:
             print(f"evaluate: warning: {warning(arguments.model, differing)}", file=sys.stderr)
         model = saved.load(config)
         model.check_frames(config.data)
-        classes_CD = build_classifier(config, model, names)
+        # The recorded classes need nothing that they were made from; other names or settings give others.
+        decisive = {"network.classifier", *classifier_keys(config.network.classifier)}
+        is_recorded = names == saved.class_names and decisive.isdisjoint(differing) and model.classifier is None
+        classes_CD = saved.class_embeddings_CD if is_recorded else None
+        if classes_CD is None:
+            classes_CD = build_classifier(config, model, names)
         weights = weights_fingerprint(model.state_dict()) if ranks.is_main else ""
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.engine.precision]
         report = evaluate(
@@ -108,10 +114,13 @@ def run(arguments: argparse.Namespace, config: Config) -> None:
         write_report(arguments.report, {"model": str(arguments.model), **report})
 
 
-def differences(trained: Config, given: Config, *, is_export: bool) -> dict[str, tuple[Any, Any]]:
-    """(value in training, value given) of each key that differs and on which the figures depend."""
+def differences(trained: Config, given: Config, settled: Collection[str]) -> dict[str, tuple[Any, Any]]:
+    """(value in training, value given) of each key that differs and on which the figures depend.
+
+    settled: keys whose values the model brings itself.
+    """
     network = trained.network
-    keys = keys_of(Role.FRAMES) + (() if is_export else keys_of(Role.MODEL))  # an export brings its own network
+    keys = keys_of(Role.FRAMES) + tuple(key for key in keys_of(Role.MODEL) if key not in settled)
     if not network.classifier_trainable:  # else the model has the classes' embeddings
         keys += ("network.classifier",)
         if network.classifier == given.network.classifier:

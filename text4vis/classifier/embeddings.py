@@ -27,7 +27,7 @@ from torch.nn.functional import normalize
 from shards.cache import default_cache_dir
 from shards.files import write_atomically
 from text4vis.cluster import distributed
-from text4vis.config.schema import Config, ConfigError, NetworkConfig
+from text4vis.config.schema import Config, ConfigError
 from text4vis.config.templates import prompts
 from text4vis.model.tensors import fingerprint, is_plain, read_torch_file
 from text4vis.model.video_clip import Classes, ClassRows, ClassTokens, VideoClip
@@ -164,20 +164,6 @@ def file_classifier(path: Path, class_names: Sequence[str], width: int) -> Tenso
         index = int(bad.nonzero()[0])
         raise ConfigError(f"{key}: {path}: the row of class {index} ({class_names[index]!r}) is not finite or all zero")
     return normalize(rows.double(), dim=-1).float()
-
-
-def file_digest(network: NetworkConfig) -> str:
-    """SHA-256 of the bytes of `network.classifier_file`; empty if the classifier does not come from a file.
-
-    Raises ConfigError where it cannot be read.
-    """
-    if network.classifier != "file" or network.classifier_file is None:
-        return ""
-    try:
-        return hashlib.sha256(Path(network.classifier_file).read_bytes()).hexdigest()
-    except OSError as error:
-        reason = error.strerror or error
-        raise ConfigError(f"network.classifier_file: {network.classifier_file} is not readable ({reason})") from None
 
 
 def rows_of(class_names: Sequence[str], known: Sequence[str], where: str) -> list[int]:

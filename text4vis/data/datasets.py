@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from shards.annotations import parse_labels
 from shards.format import ShardError
 from shards.reader import ShardDataset, open_dataset
@@ -30,14 +32,16 @@ def open_split(config: Config, split: str) -> ShardDataset:
         raise ShardError(f"data.{split}: {error}") from error
 
 
-def class_names(config: Config, dataset: ShardDataset) -> list[str]:
+def class_names(config: Config, dataset: ShardDataset, recorded: list[str] | None = None) -> list[str]:
     """The class names by label: those of `data.label_list`, or those that the shards hold.
 
+    recorded: names that were read from `data.label_list` before; they count where it is gone.
     Raises ConfigError if `data.label_list` has fewer names than the data set has labels.
     """
     if config.data.label_list is None:
         return list(dataset.classes)
-    names = parse_labels(config.data.label_list)
+    is_gone = recorded is not None and not Path(config.data.label_list).exists()
+    names = list(recorded or ()) if is_gone else parse_labels(config.data.label_list)
     if len(dataset) and int(dataset.labels.max()) >= len(names):
         raise ConfigError(
             f"data.label_list: {config.data.label_list} names {len(names)} classes, but the shards hold label "
