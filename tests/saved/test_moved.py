@@ -28,13 +28,16 @@ CLASSIFIERS = ("text", "file")
 FRAMES = np.random.default_rng(0).integers(0, 256, (9, 40, 48, 3), np.uint8)
 
 
+def rows(count):
+    """Class embeddings (count, 64)."""
+    return random_frames(1, 1, 32).float().reshape(-1, 64)[:count]
+
+
 def write_recipe(folder, project, classifier):
     """A recipe with all that it needs beside it, but for the shards."""
     write_clip(folder / "models")
     (folder / "names.csv").write_text("id,name\n" + "".join(f"{n},{name}\n" for n, name in enumerate(NAMES)))
-    save_classifier(
-        folder / "rows.safetensors", random_frames(1, 3, 8, seed=1).float().reshape(3, -1)[:, :64], NAMES, {}
-    )
+    save_classifier(folder / "rows.safetensors", rows(3), NAMES, {})
     recipe = yaml.safe_load(project.config.read_text())
     recipe["data"]["label_list"] = "names.csv"
     recipe["network"] = {"arch": "models/tiny.json", "classifier": classifier, "classifier_file": "rows.safetensors"}
@@ -61,11 +64,16 @@ def moved(request, project, tmp_path_factory):
 
 def elsewhere(folder, script, *words):
     """The output of a program that is started in a folder, and must succeed."""
-    done = subprocess.run(
-        [sys.executable, ROOT / script, *words], cwd=folder, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    code, said = attempt(folder, script, *words)
+    assert code == 0, said
+    return said
+
+
+def attempt(folder, script, *words):
+    """(exit code, output) of a program that is started in a folder."""
+    command = [sys.executable, ROOT / script, *words]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    return done.returncode, done.stdout + done.stderr
 
 
 @pytest.mark.slow
@@ -105,13 +113,10 @@ def test_they_are_evaluated_with_the_run_s_configuration(moved, model):
 def test_the_run_goes_on_with_the_same_recipe_in_another_folder(moved):
     folder, _ = moved
     said = elsewhere(folder, TRAIN, "--config", "elsewhere/recipe.yaml", "--output", "moved/run")
-    assert "all 7 steps of this run are done" in said
+    assert "steps of this run are done" in said
     (folder / "elsewhere" / "names.csv").write_text("id,name\n0,walking\n1,running\n2,sitting\n")
-    refused = subprocess.run(
-        [sys.executable, ROOT / TRAIN, "--config", "elsewhere/recipe.yaml", "--output", "moved/run"],
-        cwd=folder, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert refused.returncode == 1 and "the configuration differs (data.label_list: " in refused.stderr
+    code, said = attempt(folder, TRAIN, "--config", "elsewhere/recipe.yaml", "--output", "moved/run")
+    assert code == 1 and "the configuration differs (data.label_list: " in said
 
 
 def test_a_run_is_the_same_wherever_its_files_lie_and_another_when_they_change(tmp_path):
@@ -121,7 +126,8 @@ def test_a_run_is_the_same_wherever_its_files_lie_and_another_when_they_change(t
             (tmp_path / folder / name).write_text(name)
         (tmp_path / folder / "start").mkdir()
         (tmp_path / folder / "r.yaml").write_text(
-            "pretrain: start\ndata: {label_list: names.csv}\nnetwork: {classifier_file: rows.npy, pretrained: gone.pt}\n"
+            "pretrain: start\ndata: {label_list: names.csv}\n"
+            "network: {classifier_file: rows.npy, pretrained: gone.pt}\n"
         )
         return load_config(tmp_path / folder / "r.yaml")
 
@@ -148,7 +154,7 @@ def test_a_run_of_version_0_1_is_compared_by_the_paths_from_the_working_folder(t
 def test_what_trains_is_not_kept_and_an_older_copy_goes(tmp_path):
     network = tiny_network(tmp_path / "clip")
     model = build_model(network, 4)
-    RunInputs.keep(tmp_path, model, random_frames(1, 1).float().reshape(-1, 64)[:3])
+    RunInputs.keep(tmp_path, model, rows(3))
     files = {path.name for path in (tmp_path / "inputs").iterdir()}
     assert files == {"clip.json", "bpe.txt.gz", "text.safetensors", "classes.safetensors"}
     RunInputs.keep(tmp_path, build_model(replace(network, fix_text=False), 4), None)
@@ -159,7 +165,7 @@ def test_a_damaged_copy_is_named(tmp_path):
     from text4vis.config.schema import ConfigError
 
     network = tiny_network(tmp_path / "clip")
-    RunInputs.keep(tmp_path, build_model(network, 4), random_frames(1, 1).float().reshape(-1, 64)[:3])
+    RunInputs.keep(tmp_path, build_model(network, 4), rows(3))
     inputs = RunInputs.find(tmp_path)
     with pytest.raises(ConfigError, match=r"inputs/classes\.safetensors: does not match the 2 class names"):
         inputs.classes(["a", "b"])
