@@ -24,9 +24,9 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from shards.cache import default_cache_dir
 from shards.files import write_atomically
 from text4vis.cluster import distributed
+from text4vis.common.cache import cache_dir
 from text4vis.config.schema import Config, ConfigError
 from text4vis.config.templates import prompts
 from text4vis.model.tensors import fingerprint, is_plain, read_torch_file
@@ -241,8 +241,7 @@ def confusable_pairs(classes_CD: Tensor, class_names: Sequence[str], count: int)
 
 def cache_folder(config: Config) -> Path:
     """Where classifiers are kept: beside what else the node caches."""
-    base = config.data.cache_dir
-    return (default_cache_dir() if base is None else Path(base).expanduser().absolute()) / "classifiers"
+    return cache_dir(config) / "classifiers"
 
 
 def cached(folder: Path, class_names: Sequence[str], recipe: Mapping[str, Any], make: Callable[[], Tensor]) -> Tensor:

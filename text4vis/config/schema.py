@@ -159,7 +159,12 @@ class DataConfig:
     max_bad_share: Rate = key(
         0.01, Role.EXECUTION, "data.on_error skip: largest share of the videos that a job may skip before it fails"
     )
-    cache_dir: OptionalStr = key(None, Role.EXECUTION, "node-wide folder for remote indexes and shards", path="path")
+    cache_dir: OptionalStr = key(
+        None,
+        Role.EXECUTION,
+        "node-wide folder for remote indexes, shards and class embeddings; default: ~/.cache/text4vis",
+        path="path",
+    )
     cache_bytes: Natural = key(
         0, Role.EXECUTION, "keep whole remote shards in cache_dir up to this many bytes; 0: range requests only"
     )

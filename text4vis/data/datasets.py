@@ -7,6 +7,7 @@ from pathlib import Path
 from shards.annotations import parse_labels
 from shards.format import ShardError
 from shards.reader import ShardDataset, open_dataset
+from text4vis.common.cache import cache_dir
 from text4vis.config.schema import Config, ConfigError
 from text4vis.config.sources import addresses
 
@@ -24,7 +25,7 @@ def open_split(config: Config, split: str) -> ShardDataset:
             addresses(sources),
             requests_in_flight=config.data.requests_in_flight,
             bytes_in_flight=config.data.bytes_in_flight,
-            cache_dir=config.data.cache_dir,
+            cache_dir=cache_dir(config),
             cache_bytes=config.data.cache_bytes or None,
             verify=config.data.verify,
         )

@@ -58,7 +58,8 @@ def diagnose(config: str | None, overrides: Sequence[str], hostfile: str | None,
             yield Finding("configuration", PROBLEM, str(error), "change the key that is named")
     if settings is not None:
         for finding in chain(_engine(settings, here), _data(settings), _model_and_output(settings, output)):
-            yield replace(finding, message=origins.explain(finding.message))
+            is_problem = finding.level == PROBLEM
+            yield replace(finding, message=origins.explain(finding.message)) if is_problem else finding
     if hostfile is not None:
         yield from hosts(Path(hostfile), settings, here, config, output)
 
@@ -70,7 +71,7 @@ def _environment() -> Iterator[Finding]:
             "environment", WARNING, f"{', '.join(left)} of some launcher set in this shell",
             f"unset {' '.join(left)}: a program started here takes itself for a rank of that job",
         )  # fmt: skip
-    for path in (Path(".deepspeed_env"), Path.home() / ".deepspeed_env"):
+    for path in (Path(".deepspeed_env"), Path(os.path.expanduser("~/.deepspeed_env"))):  # noqa: PTH111 (no home: as it is)
         if not path.exists():
             continue
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
