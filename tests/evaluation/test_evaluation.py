@@ -17,7 +17,8 @@ from shards.annotations import parse_annotations, parse_labels
 from shards.writer import build_shards
 from text4vis.classifier.embeddings import build_classifier
 from text4vis.config.loading import config_from_dict
-from text4vis.config.schema import Config, ConfigError, DataConfig, EngineConfig
+from text4vis.config.roles import Role
+from text4vis.config.schema import Config, ConfigError, DataConfig, EngineConfig, keys_of
 from text4vis.data.augmentation import eval_geometry
 from text4vis.data.loader import build_loader
 from text4vis.data.sampling import test_indices as clip_indices
@@ -401,9 +402,9 @@ DIFFERENCES = {
 def test_settings_are_compared_with_those_of_the_training(case):
     network, given, expected = DIFFERENCES[case]
     trained, given = config_from_dict({"network": network}, "test"), config_from_dict(given, "test")
-    assert list(differences(trained, given, is_export=False)) == expected
+    assert list(differences(trained, given, ())) == expected
     of_export = [key for key in expected if key != "network.sim_header"]  # an export brings its own head
-    assert list(differences(trained, given, is_export=True)) == of_export
+    assert list(differences(trained, given, keys_of(Role.MODEL))) == of_export
 
 
 @pytest.mark.parametrize("changes", [{"tm": "tokenshift"}, {"joint_st": True, "sim_header": "None"},
