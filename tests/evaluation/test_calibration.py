@@ -87,9 +87,11 @@ def test_the_threshold_keeps_the_accuracy_and_no_lower_one_does():
     assert threshold_for_accuracy(np.array([[0.9, 0.1]]), np.array([1]), 50) is None
     scores = np.array([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]])
     assert threshold_for_accuracy(scores, np.array([0, 0, 1, 0]), 75) == 0.6
-    assert threshold_for_accuracy(scores, np.array([0, 0, 1, 0]), 76) == 0.8
+    assert threshold_for_accuracy(scores, np.array([0, 0, 1, 0]), 75.5) == 0.8
     # Equal confidences are answered all or none.
     assert threshold_for_accuracy(np.full((2, 2), 0.5), np.array([0, 1]), 60) is None
+    scores[2] = scores[1]
+    assert threshold_for_accuracy(scores, np.array([0, 0, 1, 1]), 100) == 0.9
 
 
 @given(st.integers(1, 60), st.sampled_from([80, 90, 95]), st.integers(0, 99))
@@ -124,6 +126,7 @@ def test_figures_are_measured_on_videos_that_they_were_not_fitted_on():
     assert row["right_of_answered"] == pytest.approx(80, abs=5) and 0 < row["answered"] < 100
     assert [row["covered"] for row in found["sets"]] == pytest.approx([80, 90, 95, 99], abs=3)
     kept = Calibration.of(found)
+    assert Calibration.of(found | {"temperature": 0.5}).temperature == 0.5
     assert kept.temperature == found["temperature"] and kept.sets[90] == found["sets"][1]["threshold"]
     # Labels that mean nothing: what was fitted on one half does not hold on the other, and the figures say so.
     rng = np.random.default_rng(1)

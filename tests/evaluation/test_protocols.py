@@ -166,6 +166,10 @@ def test_protocols_within_a_pass_score_their_views_alone():
     assert len({row["top1"] for row in found["by_views"]}) > 1
 
 
+def test_an_evaluation_has_one_view_unless_it_says_otherwise():
+    assert list(Views().subsets()) == [(1, 1, [0], "")]
+
+
 def test_the_calibration_is_that_of_one_view_without_videos_that_have_no_scores():
     data = Embedded(videos=60)
     centre_N1D = data.embeddings_NVD[:, 2:3].copy()
@@ -183,12 +187,12 @@ def test_probabilities_have_four_decimals():
 
 def test_a_report_is_json_whatever_its_tables_hold(tmp_path):
     """One line for each key; a table has one for each row, and its rows are lists or objects."""
-    report = {"name": "Zürich", "none": [], "numbers": [1, 2], "matrix": [[1], [2]], "rows": [{"a": 1}, {"a": 2}]}
+    report = {"name": "Zürich", "none": [], "numbers": [1, 2], "matrix": [[1], [2]], "rows": [{"a": 1}, {"é": 2}]}
     write_report(tmp_path / "a" / "b" / "report.json", report)
     write_report(tmp_path / "a" / "b" / "report.json", report)
     text = (tmp_path / "a" / "b" / "report.json").read_text(encoding="utf-8")
     assert json.loads(text) == report and "Zürich" in text
     assert text.splitlines() == [
         "{", ' "name": "Zürich",', ' "none": [],', ' "numbers": [1, 2],', ' "matrix": [', "  [1],", "  [2]", " ],",
-        ' "rows": [', '  {"a": 1},', '  {"a": 2}', " ]", "}",
+        ' "rows": [', '  {"a": 1},', '  {"é": 2}', " ]", "}",
     ]  # fmt: skip

@@ -59,10 +59,8 @@ MODULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("data/test_plan.py", "data/test_fewshot.py", "data/test_loader.py", "data/test_repair.py"),
     ),
     "reader": (("shards/reader.py",), ("shards/test_reader.py", "shards/test_remote.py")),
-    "index": (
-        ("shards/index.py", "shards/format.py"),
-        ("shards/test_index.py", "shards/test_reader.py", "shards/test_checker.py", "shards/test_writer.py"),
-    ),
+    "index": (("shards/index.py",), ("shards/test_index.py", "shards/test_reader.py")),
+    "format": (("shards/format.py",), ("shards/test_format.py", "shards/test_reader.py")),
     "cache": (("shards/cache.py",), ("shards/test_cache.py",)),
     "remote": (("shards/remote.py",), ("shards/test_remote.py", "shards/test_cache.py")),
     "checkpoint": (("text4vis/saved/checkpoint.py",), ("training/test_resume.py", "test_hostile.py")),
