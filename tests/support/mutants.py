@@ -4,6 +4,7 @@ Examples:
     python tests/support/mutants.py                          # a sample of each module of the table below
     python tests/support/mutants.py sampling metrics --all   # every mutant of two modules
     python tests/support/mutants.py order --sample 100 --seed 7 --json order.json
+    python tests/support/mutants.py order --again order.json # those that survived there, after a test was added
 
 Works on copies of the tree in a temporary folder; the checkout stays as it is. Each mutant runs its module's tests in a
 process that is forked after the libraries were imported: first the tests that call the changed function, quick ones
@@ -387,7 +388,11 @@ def try_module(name: str, arguments: argparse.Namespace, equivalent: dict[str, s
     for gone in [key for key in equivalent if key.split(" ")[0] in paths and key not in names]:
         print(f"{EQUIVALENT.name}: no such mutant any more: {gone}")
     changing = [mutant for mutant in every if mutant.name not in equivalent]
-    size = len(changing) if arguments.all else min(arguments.sample, len(changing))
+    if arguments.again:
+        results = json.loads(arguments.again.read_text(encoding="utf-8"))
+        survived = {mutant["name"] for result in results for mutant in result["survivors"]}
+        changing = [mutant for mutant in changing if mutant.name in survived]
+    size = len(changing) if arguments.all or arguments.again else min(arguments.sample, len(changing))
     chosen = sorted(
         random.Random(arguments.seed).sample(changing, size), key=lambda mutant: (mutant.path, mutant.start)
     )
@@ -403,7 +408,7 @@ def try_module(name: str, arguments: argparse.Namespace, equivalent: dict[str, s
                 change = f"{mutant.path}:{mutant.line}: {mutant.name.partition(' ')[2]}"
                 print(change + (f" ({TIMEOUT})" if test else ""), flush=True)
     score = 100 * (1 - len(survivors) / max(1, len(chosen)))
-    excused = len(every) - len(changing)
+    excused = sum(mutant.name in equivalent for mutant in every)
     print(
         f"{name}: {len(chosen) - len(survivors)} of {len(chosen)} noticed, {score:.1f} % "
         f"({len(every)} mutants in all, {excused} of them equivalent)",
@@ -420,6 +425,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("modules", nargs="*", metavar="MODULE", help=f"default: all of {', '.join(MODULES)}")
     parser.add_argument("--sample", type=int, default=60, help="mutants of each module (default: %(default)s)")
     parser.add_argument("--all", action="store_true", help="try every mutant")
+    parser.add_argument("--again", type=Path, metavar="FILE", help="only those that survived, of a file of --json")
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="at a time (default: cores)")
     parser.add_argument("--least", type=float, default=97.0, help="per cent to be noticed (default: %(default)s)")
