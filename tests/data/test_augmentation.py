@@ -157,6 +157,13 @@ def test_randaugment_draws_each_operation_with_the_published_magnitude():
     assert places.min() >= 0 and places.max() < 1 and (np.abs(places.mean(0) - 0.5) < 0.06).all()
 
 
+def test_frames_are_decoded_in_their_final_size_unless_operations_see_them_first():
+    plain = train_geometry(draw(DataConfig(), 10, generator(1, 0, 0)), 240, 320, 224)
+    assert plain.decoded_size == (224, 224) and plain.region[2:] != (240, 320)
+    paper = train_geometry(draw(DataConfig(augmentation="paper"), 10, generator(1, 0, 0)), 240, 320, 224)
+    assert paper.decoded_size == (240, 320) and paper.part == plain.region
+
+
 def test_blur_and_solarisation_come_as_often_as_asked():
     data = DataConfig(blur=0.3, solarize=0.1)
     drawn = [draw(data, 10, generator(2, 0, sample)) for sample in range(4000)]

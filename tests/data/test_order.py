@@ -130,4 +130,6 @@ def test_more_streams_than_shards_are_refused(shards):
     with pytest.raises(ConfigError, match=r"data.streams: 3 streams cannot share 2 shards"):
         order_of([str(shards)], videos=few, shuffle="shards:1", streams=3)
     one = np.flatnonzero(shard_of == 1)
+    with pytest.raises(ConfigError, match=r"data.streams: 2 streams cannot share 1 shards"):
+        order_of([str(shards)], videos=one, shuffle="shards:1", streams=2)
     assert sorted(order_of([str(shards)], videos=one).share(0, len(one), 0, 1)[0].tolist()) == one.tolist()
