@@ -52,7 +52,7 @@ MODULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("text4vis/saved/checkpoint.py", "text4vis/training/checkpointing.py", "text4vis/training/joining.py"),
         ("training/test_joining.py", "training/test_checkpointing.py", "saved/test_checkpoint.py"),
     ),
-    "engine": (("text4vis/training/engine.py",), ("training/test_engine.py", "training/test_resume.py")),
+    "engine": (("text4vis/training/engine.py",), ("training/test_engine_state.py",)),
     "trainer": (
         ("text4vis/training/trainer.py",),
         ("training/test_training.py", "training/test_training_options.py", "training/test_resume.py"),
