@@ -3,12 +3,13 @@
 Examples:
     python tools/export.py runs/demo --output exported
     python tools/export.py runs/demo --output exported --onnx       # and a graph that runs without torch
+    python tools/export.py exported --onnx                          # adds the graph to an export
 
 text4vis.load and tools/predict.py open the folder; docs/deployment.md tells what is in it. The model card quotes the
 run's last evaluation, or the --report of text4vis/evaluate.py that is given.
 
-CHECKPOINT: a run's folder (its best weights) or one of its checkpoints. A .pt file of the original project needs
---config and --labels beside it. Exit codes: 0 done, 1 failed, 2 wrong usage.
+CHECKPOINT: a run's folder (its best weights), one of its checkpoints, or an export. A .pt file of the original project
+needs --config and --labels beside it. Exit codes: 0 done, 1 failed, 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ from text4vis.config.loading import load_config
 from text4vis.config.schema import ConfigError
 from text4vis.saved.checkpoint import CheckpointError
 from text4vis.saved.opening import SavedModel, TrainedModel, open_saved
-from text4vis.serving.exporting import export, last_report
+from text4vis.serving.exporting import add_to_export, export, last_report
 from text4vis.serving.onnx_graph import require_packages
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "checkpoint", type=Path, metavar="CHECKPOINT", help="run, checkpoint, or the original's .pt file"
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="run, checkpoint, export, or the original's .pt file"
     )
-    parser.add_argument("--output", required=True, type=Path, help="folder to write")
+    parser.add_argument("--output", type=Path, help="folder to write; default: the export that is added to")
     parser.add_argument("--config", type=Path, help="recipe of a .pt file")
     parser.add_argument("--labels", type=Path, help="class names (CSV `id,name`) of a .pt file")
     parser.add_argument("--report", type=Path, help="evaluation for the model card; default: the run's last one")
@@ -64,9 +65,18 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.onnx:
         require_packages()
     saved = open_saved(arguments.checkpoint)
+    if arguments.output is None and saved.kind != "export":
+        raise ConfigError(f"--output: name the folder to write; only an export, which {saved.path} is not, is added to")
+    if arguments.output is None and not (arguments.onnx or arguments.report):
+        raise ConfigError(f"{saved.path}: is an export already; add to it with --onnx or --report, or name an --output")
     trained = trained_model(saved, arguments)
-    graph = export(arguments.output, trained, report=arguments.report or last_report(saved), onnx=arguments.onnx)
-    print(f"exported {len(trained.class_names)} classes to {arguments.output}")
+    output = arguments.output or saved.path
+    if saved.kind == "export" and output.resolve() == saved.path.resolve():
+        graph = add_to_export(output, trained, report=arguments.report, onnx=arguments.onnx)
+        print(f"added to {output}")
+    else:
+        graph = export(output, trained, report=arguments.report or last_report(saved), onnx=arguments.onnx)
+        print(f"exported {len(trained.class_names)} classes to {output}")
     if graph is not None:
         compared = "not compared with PyTorch: onnxruntime is not installed"
         if graph.difference is not None:

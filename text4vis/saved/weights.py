@@ -228,6 +228,11 @@ def export_model(  # noqa: PLR0917
     _write_json(folder / EXPORT_FILE, content)
 
 
+def write_card(folder: Path, card: Mapping[str, Any]) -> None:
+    """Gives an export another card, in one step; all else stays. Raises ConfigError, OSError."""
+    _write_json(folder / EXPORT_FILE, read_index(folder) | {"card": dict(card)})
+
+
 def load_export(folder: str | Path) -> Export:
     """What `export_model` wrote, in fp32 on the CPU. Raises ConfigError naming the file that does not fit."""
     folder = Path(folder)
