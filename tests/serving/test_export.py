@@ -200,6 +200,40 @@ def test_a_folder_of_other_files_is_left_alone(exported, tmp_path):
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
+def command(monkeypatch, *words) -> int:
+    """Exit code of tools/export.py."""
+    monkeypatch.syspath_prepend("tools")
+    import export as program
+
+    monkeypatch.setattr(sys, "argv", ["export.py", *map(str, words)])
+    return program.main()
+
+
+def test_a_graph_and_an_evaluation_are_added_to_an_export(exported, tmp_path, monkeypatch, capsys):
+    """Its weights stay untouched; what is not asked for stays, in the folder and in a copy."""
+    trained, complete = exported
+    folder, copy = tmp_path / "export", tmp_path / "copy"
+    export(folder, trained)
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert command(monkeypatch, folder, "--onnx") == 0
+    weights = [name for name in before if name.endswith(".safetensors")]
+    assert len(weights) == 3 and all((folder / name).stat().st_mtime_ns == before[name] for name in weights)
+    assert command(monkeypatch, folder, "--output", folder, "--report", complete.parent / "report.json") == 0
+    assert command(monkeypatch, folder, "--output", copy) == 0
+    found, copied, expected = (json.loads((place / "export.json").read_text()) for place in (folder, copy, complete))
+    assert found["card"]["onnx"].keys() == expected["card"].pop("onnx").keys() and copied["card"].pop("onnx") is None
+    del found["card"]["onnx"]  # how far a graph is from PyTorch differs from time to time
+    assert found == expected == copied
+    pages = [re.sub(r"\| (bytes|largest) .*", "", (place / "README.md").read_text()) for place in (folder, complete)]
+    assert pages[0] == pages[1]
+    frames = random_frames(2, T, S)[:, None].numpy()
+    own, others = (session(place / "model.onnx").run(["logits"], {"frames": frames})[0] for place in (folder, complete))
+    np.testing.assert_allclose(own, others, atol=CLOSE)
+    assert {path.name for path in folder.iterdir()} == {path.name for path in complete.iterdir()}
+    capsys.readouterr()
+    assert command(monkeypatch, folder) == 1 and "add to it with --onnx or --report" in capsys.readouterr().err
+
+
 def test_an_export_that_was_killed_is_written_again(exported, tmp_path, monkeypatch):
     with monkeypatch.context() as killed:
         killed.setattr("text4vis.serving.exporting.model_card", lambda *_, **__: 1 / 0)
