@@ -65,6 +65,7 @@ def _cells(statistics: dict[str, Any]) -> dict[str, str]:
         "shorter side, pixels": spread("short_side"),
         "classes (empty)": f"{statistics['classes']} ({statistics['empty_classes']})",
         "videos a class": spread("videos_per_class"),
+        **({"labels a video": spread("labels_per_video")} if "labels_per_video" in statistics else {}),
         "skipped when built": f"{statistics['skipped']:,}",
         f"ranks fed well (>= {VIDEOS_PER_RANK} videos a rank an epoch)": f"{statistics['well_fed_ranks']:,}",
         "ranks of a reader that splits by shard": f"at most {statistics['shards']:,}",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from shards.annotations import parse_labels
 from shards.format import ShardError
 from shards.reader import ShardDataset, open_dataset
@@ -38,9 +41,20 @@ def class_names(config: Config, dataset: ShardDataset) -> list[str]:
     if config.data.label_list is None:
         return list(dataset.classes)
     names = parse_labels(config.data.label_list)
-    if len(dataset) and int(dataset.labels.max()) >= len(names):
+    largest = len(dataset.class_counts()) - 1
+    if largest >= len(names):
         raise ConfigError(
             f"data.label_list: {config.data.label_list} names {len(names)} classes, but the shards hold label "
-            f"{int(dataset.labels.max())}; give the list that the shards were built with"
+            f"{largest}; give the list that the shards were built with"
         )
     return names
+
+
+def multi_hot(labels: Tensor, num_classes: int) -> Tensor:
+    """Which of C = `num_classes` classes videos have, (B, C) bool.
+
+    labels: of a batch, (B,) int64, or (B, C') bool with the shards' number of classes; all labels are below C.
+    """
+    if labels.dtype != torch.bool:
+        return labels[:, None] == torch.arange(num_classes, device=labels.device)
+    return torch.nn.functional.pad(labels, (0, num_classes - labels.shape[1]))
