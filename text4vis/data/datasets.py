@@ -50,6 +50,11 @@ def class_names(config: Config, dataset: ShardDataset) -> list[str]:
     return names
 
 
+def positive_share(dataset: ShardDataset, num_classes: int) -> float:
+    """The share of all (video, class) pairs that belong together, 0 to 1."""
+    return float(dataset.class_counts().sum() / (len(dataset) * num_classes))
+
+
 def multi_hot(labels: Tensor, num_classes: int) -> Tensor:
     """Which of C = `num_classes` classes videos have, (B, C) bool.
 
