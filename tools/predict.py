@@ -7,9 +7,10 @@ Examples:
     python tools/predict.py match.mp4 --model exported --window 4 --picture timeline.png
 
 A folder of images is one video, frame by frame; one with video files in it stands for these and those below. With
---window a video is scanned in windows of so many seconds, a new one every half. A video that cannot be read is named
-and left out, and the exit code is 1. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped
-by hand: --json and --csv then hold what was done.
+--window a video is scanned in windows of so many seconds, a new one every half. Of a model of several labels a video
+every class above its threshold is shown, instead of the --top likeliest. A video that cannot be read is named and left
+out, and the exit code is 1. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by hand: --json and --csv then
+hold what was done.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ from text4vis.saved.checkpoint import CheckpointError
 from text4vis.serving.pictures import save_prediction, save_timeline
 from text4vis.serving.predictor import FRAME_SUFFIXES, PredictionError, Predictor, Timeline
 
-# {"video", "top": [{"class", "probability"}], "calibrated"}, on demand with "sure" and "candidates"; of a window
-# {"video", "start", "end", "top"}; or {"video", "error"}.
+# {"video", "top": [{"class", "probability"}], "calibrated"}, on demand with "sure" and "candidates", for models of
+# several labels a video with "present", like "top"; of a window {"video", "start", "end", "top"}; {"video", "error"}.
 Row = dict[str, Any]
 
 
@@ -169,6 +170,8 @@ def recognise(recogniser: Predictor, videos: list[str], arguments: argparse.Name
                 row["sure"] = result.sure
             if result.candidates is not None:
                 row["candidates"] = result.candidates
+            if result.present is not None:
+                row["present"] = named(result.present)
             yield [row]
 
 
@@ -185,11 +188,13 @@ def show(rows: list[Row], screen: Console) -> None:
             drawn.add_row(seconds, best["class"], f"{100 * best['probability']:.1f}")
     else:
         drawn = table(("class",), ("%",))
-        for entry in rows[0]["top"]:
+        for entry in rows[0].get("present") or rows[0]["top"]:
             drawn.add_row(entry["class"], f"{100 * entry['probability']:.1f}")
     screen.print(rows[0]["video"], style="bold")
     if rows[0].get("sure") is False:
         screen.print("unsure", style="yellow")
+    if rows[0].get("present") == []:
+        screen.print("none of the classes; the likeliest are", style="yellow")
     screen.print(drawn)
     if (candidates := rows[0].get("candidates")) is not None:
         screen.print(f"one of: {', '.join(candidates) or 'none of the classes'}")
@@ -201,7 +206,7 @@ def write_csv(path: Path, rows: list[Row]) -> None:
         writer.writerow(["video", "start", "end", "rank", "class", "probability", "error"])
         for row in rows:
             head = [row["video"], row.get("start", ""), row.get("end", "")]
-            for rank, entry in enumerate(row.get("top", []), start=1):
+            for rank, entry in enumerate(row["present"] if "present" in row else row.get("top", []), start=1):
                 writer.writerow([*head, rank, entry["class"], entry["probability"], ""])
             if "error" in row:
                 writer.writerow([*head, "", "", "", row["error"]])

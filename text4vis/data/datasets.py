@@ -50,6 +50,15 @@ def class_names(config: Config, dataset: ShardDataset) -> list[str]:
     return names
 
 
+def check_labels(config: Config, split: str, dataset: ShardDataset) -> None:
+    """Training's loss can take as many labels a video as the split has. Raises ConfigError."""
+    if dataset.multi_label and not config.solver.multi_label:
+        raise ConfigError(
+            f"solver.loss_type: {config.solver.loss_type} takes one label a video, but videos of data.{split} "
+            f"({', '.join(dataset.places)}) have several, or none; set solver.loss_type to BCE or ASL"
+        )
+
+
 def positive_share(dataset: ShardDataset, num_classes: int) -> float:
     """The share of all (video, class) pairs that belong together, 0 to 1."""
     return float(dataset.class_counts().sum() / (len(dataset) * num_classes))

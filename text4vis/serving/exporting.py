@@ -9,6 +9,7 @@ predict_onnx_video.py, which decides what a video shows
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,12 @@ from shards.files import require_folder
 from text4vis.config.schema import DENSE_WINDOW, Config, ConfigError, schema
 from text4vis.evaluation.comparison import read_report
 from text4vis.evaluation.embedding import versions, weights_fingerprint
+from text4vis.evaluation.multi_label import Decision
+from text4vis.evaluation.protocols import is_multi_label
 from text4vis.model.towers import CLIP_NAMES
 from text4vis.saved.opening import SavedModel, SavedRun, TrainedModel
 from text4vis.saved.weights import EXPORT_FILE, Parts, export_model
+from text4vis.serving.fitted import fitted_of
 from text4vis.serving.model_card import file_name, model_card
 from text4vis.serving.onnx_graph import OPSET, OnnxFile, remove_onnx, require_packages, write_onnx
 from text4vis.serving.predictor import takes_labels
@@ -54,7 +58,10 @@ def export(folder: Path, trained: TrainedModel, *, report: Path | None = None, o
     graph, graph_facts = None, None
     if onnx:
         require_packages()
+        fitted = fitted_of({**trained.card, "evaluation": evaluation}, config, folder)
         facts = {"class_names": list(names), "preprocessing": rule}
+        if isinstance(fitted, Decision):
+            facts["decision"] = asdict(fitted)
         graph = write_onnx(folder / ONNX_FILE, model.eval(), trained.class_embeddings_CD, facts)
         _write_program(folder)
         difference = "not compared: onnxruntime is not installed" if graph.difference is None else graph.difference
@@ -72,6 +79,7 @@ def export(folder: Path, trained: TrainedModel, *, report: Path | None = None, o
         evaluation=evaluation,
         onnx=graph_facts,
         takes_labels=takes_labels(config),
+        several=config.solver.multi_label or bool(evaluation and is_multi_label(evaluation)),
     )
     (folder / CARD_FILE).write_text(page, encoding="utf-8")
     (folder / UNFINISHED).unlink()
@@ -106,7 +114,7 @@ def quote_report(path: Path, trained: TrainedModel) -> dict[str, Any]:
     quoted["model"] = file_name(report.get("model"))
     names = [row["class"] for row in report.get("per_class", [])]
     if not same or names != list(trained.class_names):
-        quoted["calibration"] = None  # of other weights or other classes
+        quoted |= {"calibration": None, "decision": None}  # of other weights or other classes
     return {"of these weights": same, "of the training data": trained_on, **quoted}
 
 

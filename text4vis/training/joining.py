@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-from shards.reader import ShardDataset
 from text4vis.cluster.distributed import Ranks
 from text4vis.config.schema import Config, ConfigError
 from text4vis.data.loader import Loader
@@ -20,16 +19,6 @@ def check_same_classes(config: Config, train: list[str], val: list[str]) -> None
             f"data.val: its shards name {len(val)} classes that are not the {len(train)} of data.train in their order; "
             "build both with one --labels file, name data.label_list, or evaluate other classes with evaluate.py"
         )
-
-
-def check_labels(config: Config, train: ShardDataset, val: ShardDataset) -> None:
-    """The loss can take as many labels a video as there are. Raises ConfigError."""
-    for split, dataset in (("train", train), ("val", val)):
-        if dataset.multi_label and not config.solver.multi_label:
-            raise ConfigError(
-                f"solver.loss_type: {config.solver.loss_type} takes one label a video, but videos of data.{split} "
-                f"({', '.join(dataset.places)}) have several, or none; set solver.loss_type to BCE or ASL"
-            )
 
 
 def check_world_size(config: Config, world_size: int) -> None:

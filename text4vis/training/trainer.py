@@ -24,7 +24,7 @@ from text4vis.cluster import distributed
 from text4vis.cluster.stop import NonFiniteError, Stopped, StopRequest
 from text4vis.config.batches import BatchSizes
 from text4vis.config.schema import Config
-from text4vis.data.datasets import class_names, positive_share
+from text4vis.data.datasets import check_labels, class_names, positive_share
 from text4vis.data.loader import Batch, Loader, build_loader
 from text4vis.data.traps import log_traps
 from text4vis.evaluation.embedding import evaluate, join_bad_videos, weights_fingerprint
@@ -36,7 +36,7 @@ from text4vis.saved.opening import load_pretrained
 from text4vis.saved.runs import find_start
 from text4vis.training import checkpointing
 from text4vis.training.engine import Engine
-from text4vis.training.joining import check_joins, check_labels, check_same_classes, check_streams, check_world_size
+from text4vis.training.joining import check_joins, check_same_classes, check_streams, check_world_size
 from text4vis.training.logs import Meter, gpu_utilisation, memory_bytes, table
 from text4vis.training.losses import Objective
 from text4vis.training.optim import scheduled_rate
@@ -87,7 +87,8 @@ class Trainer:
             self.train_loader = opened.enter_context(self._loader("train", start.consumed if start else 0))
             self.class_names = class_names(config, self.train_loader.dataset)
             check_same_classes(config, self.train_loader.dataset.classes, self.val_loader.dataset.classes)
-            check_labels(config, self.train_loader.dataset, self.val_loader.dataset)
+            for loader in (self.train_loader, self.val_loader):
+                check_labels(config, loader.split, loader.dataset)
             samples = config.solver.epochs * self.train_loader.epoch_samples
             self.num_steps = math.ceil(samples / self.sizes.global_batch)
             self.state = self._first_state() if start is None else self._joined_state(start)
