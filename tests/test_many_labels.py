@@ -13,11 +13,13 @@ import yaml
 from launch import finish, run, start
 from PIL import Image
 from project import EVALUATE, TRAIN
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import write_clip
 
 import text4vis
 from shards.reader import open_dataset
 from text4vis.config.schema import ConfigError
+from text4vis.doctor import checks as doctor
 
 COLOURS = ["red", "green", "blue"]
 SUBSETS = [[c for c in range(3) if chosen[c]] for chosen in product((False, True), repeat=3)]
@@ -76,12 +78,17 @@ def trained(tmp_path_factory):
 def test_the_run_learns_the_colours_and_says_so(trained):
     base, said = trained
     report = json.loads((base / "report.json").read_text())
-    assert report["map"] > 95 > 2 * report["chance"] and report["f1"] > 80
+    assert report["map"] > 95 > 30 + report["chance"] and report["f1"] > 80
     assert (report["videos"], report["unlabelled"]) == (42, 6)
     assert len(report["by_views"]) == 2
     assert re.search(r"mAP \d+\.\d+ %  F1 \d+\.\d+ %  top-1 .* of 42 videos", said["train"])
     assert "6 videos without a label count for F1 alone; F1 at each class's threshold" in said["evaluate"]
     assert "labels a video" in said["check"]
+    board = EventAccumulator(str(base / "run/tensorboard"))
+    board.Reload()
+    shown = {tag.removesuffix("/text_summary") for tag in board.Tags()["tensors"]} | set(board.Tags()["images"])
+    assert {"val/classes", "val/average_precision"} <= shown | set(board.Tags()["histograms"])
+    assert "train/clips" in shown and "val/confusion" not in shown
     records = [json.loads(line) for line in (base / "run/metrics.jsonl").read_text().splitlines()]
     assert {"map", "f1"} <= next(record for record in records if record["kind"] == "val").keys()
 
@@ -144,7 +151,8 @@ def test_a_killed_run_goes_on_with_the_bias_that_it_began_with(trained, tmp_path
     assert state["logit_bias"] == whole["logit_bias"] < 0
     run(TRAIN, *arguments)
     ends = [json.loads((folder / "report.json").read_text()) for folder in (base / "run", tmp_path / "run")]
-    assert ends[0]["map"] == ends[1]["map"] and ends[0]["decision"] == pytest.approx(ends[1]["decision"])
+    assert ends[0]["map"] == ends[1]["map"]
+    assert ends[0]["decision"]["thresholds"] == pytest.approx(ends[1]["decision"]["thresholds"])
 
 
 @pytest.mark.slow
@@ -161,6 +169,17 @@ def test_what_needs_one_label_is_refused(trained, tmp_path, settings, words):
     options = ["--config", base / "recipe.yaml", "--output", tmp_path / "run"]
     ((code, said),) = finish(start(TRAIN, *options, *(f"--set={setting}" for setting in settings)))
     assert code == 1 and re.search(words, " ".join(said.split()))
+
+
+@pytest.mark.slow
+def test_the_doctor_names_a_loss_of_one_label(trained, tmp_path):
+    base, _ = trained
+    problems = [
+        finding.message
+        for finding in doctor.diagnose(str(base / "recipe.yaml"), ["solver.loss_type=CE"], None, tmp_path / "run")
+        if finding.level == doctor.PROBLEM
+    ]
+    assert sum("CE takes one label a video" in problem for problem in problems) == 2
 
 
 @pytest.mark.slow

@@ -20,8 +20,7 @@ from shards.video import FrameReader, VideoError, probe_video
 
 
 def load(path: str) -> tuple[Any, dict[str, Any]]:
-    """Returns the session and the graph's metadata: `class_names`, `preprocessing`, and `decision` where videos may show
-    several classes."""
+    """Returns the session and the graph's metadata: `class_names`, `preprocessing`, for several labels `decision`."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # it warns that the input `classes` has a default
     session = onnxruntime.InferenceSession(path, options, providers=onnxruntime.get_available_providers())
