@@ -3,6 +3,7 @@
     videos/surfing/a.mp4, videos/ice_skating/b/c.mov …     the folder below the root is the class
     videos/train/surfing/a.mp4, videos/test/surfing/…      existing splits, of any usual name, above or below classes
     path,label[,split]                                     or a CSV with these columns
+    path,labels[,split]                                    several classes in a cell, joined by |, or none
 
 A file's content says whether it is a video, whatever its name.
 """
@@ -36,17 +37,27 @@ _UNFINISHED = (".part", ".crdownload", ".ytdl", ".aria2", ".download", ".tmp", "
 _PICTURE_HEADS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 _AMBIGUOUS = (".ts", ".mod", ".rm")  # texts have these names as well: TypeScript, modules, …
 _TABLE_COLUMNS = ("path", "label", "split")
+_SEVERAL = "labels"  # the column in place of "label" whose cells name several classes
+_JOINT = "|"
 _SHOWN = 3
 
 
 @dataclass(frozen=True)
 class Video:
-    """A video file below the root, its class as found, its split if one was chosen, and its line in a table."""
+    """A video file below the root, its class as found, its split if one was chosen, and its line in a table.
+
+    label: a tuple of classes, sorted, in a table that names several a video.
+    """
 
     path: str
-    label: str
+    label: str | tuple[str, ...]
     split: str | None = None
     line: int | None = field(default=None, compare=False)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """All classes of the video."""
+        return self.label if isinstance(self.label, tuple) else (self.label,)
 
 
 @dataclass
@@ -252,6 +263,11 @@ def _said(notices: list[str], place: str, names: dict[str, str | None], videos: 
     return videos
 
 
+def classes_of(videos: Iterable[Video]) -> set[str]:
+    """The classes that occur."""
+    return {label for video in videos for label in video.labels}
+
+
 def settle_splits(videos: Sequence[Video], notices: list[str]) -> list[Video]:
     """Completes existing splits: without val, test becomes val, or a share of train is drawn for it later.
 
@@ -272,7 +288,7 @@ def settle_splits(videos: Sequence[Video], notices: list[str]) -> list[Video]:
     elif not counts["val"]:
         notices.append("there is a train split alone: a share of it is drawn for val")
         return [replace(video, split=None) for video in videos]
-    labels = {split: {video.label for video in videos if video.split == split} for split in SPLITS}
+    labels = {split: classes_of(video for video in videos if video.split == split) for split in SPLITS}
     everywhere = set().union(*labels.values())
     for split, own in labels.items():
         if own and (lacking := sorted(everywhere - own)):
@@ -286,6 +302,7 @@ def settle_splits(videos: Sequence[Video], notices: list[str]) -> list[Video]:
 def read_table(path: str | Path, root: str | Path | None = None) -> list[Video]:
     """The videos of a CSV (UTF-8; commas, semicolons or tabs) with the columns path, label and, if wanted, split.
 
+    With the column `labels` in place of `label` a cell names several classes, joined by |, or none.
     Raises ShardError, one line of `file:line`, the value and the fix.
     """
     path, root = Path(path), None if root is None else Path(root)
@@ -296,10 +313,11 @@ def read_table(path: str | Path, root: str | Path | None = None) -> list[Video]:
     videos: dict[str, Video] = {}
     try:
         header = [column.strip().lower() for column in next(reader, [])]
-        if sorted(header) not in (sorted(_TABLE_COLUMNS), sorted(_TABLE_COLUMNS[:2])):
+        named = sorted("label" if column == _SEVERAL else column for column in header)
+        if named not in (sorted(_TABLE_COLUMNS), sorted(_TABLE_COLUMNS[:2])):
             raise ShardError(
                 f"{path}:1: the header is {','.join(header)!r}; the first line must be `path,label` or "
-                "`path,label,split`"
+                "`path,label,split`, with `labels` in place of `label` for several a video"
             )
         for row in reader:
             if row:
@@ -307,7 +325,7 @@ def read_table(path: str | Path, root: str | Path | None = None) -> list[Video]:
                 if video.path in videos:
                     raise ShardError(
                         f"{path}:{video.line}: {video.path!r} is there twice, first on line {videos[video.path].line}; "
-                        "remove one of the two"
+                        f"remove one of the two, or name the column `labels` and join a video's classes by {_JOINT}"
                     )
                 videos[video.path] = video
     except csv.Error as error:
@@ -332,15 +350,25 @@ def _read_row(row: list[str], header: list[str], path: Path, line: int, root: Pa
         raise ShardError(f"{where}: {len(row)} columns in {','.join(row)!r}; expected `{','.join(header)}`")
     values = dict(zip(header, (cell.strip() for cell in row), strict=True))
     for column in ("path", "label"):
-        if not values[column]:
+        if not values.get(column, _SEVERAL in values):
             raise ShardError(f"{where}: no {column}; expected e.g. `surfing/clip.mp4,surfing`")
     split = values.get("split") or None
     if split is not None and split_name(split) is None:
         raise ShardError(f"{where}: split is {split!r}; expected train, val, test or nothing")
+    label = values["label"] if _SEVERAL not in values else _several(values[_SEVERAL], where)
     try:
-        return Video(path_below(values["path"], root), values["label"], split and split_name(split), line)
+        return Video(path_below(values["path"], root), label, split and split_name(split), line)
     except ValueError as error:
         raise ShardError(f"{where}: {error}") from None
+
+
+def _several(cell: str, where: str) -> tuple[str, ...]:
+    names = sorted(name.strip() for name in cell.split(_JOINT)) if cell else []
+    for name, count in Counter(names).items():
+        if not name or count > 1:
+            what = f"{name!r} twice" if name else "an empty name"
+            raise ShardError(f"{where}: {what} in {cell!r}; join the classes of a video by {_JOINT}, each once")
+    return tuple(names)
 
 
 def _plural(count: int, one: str, many: str) -> str:

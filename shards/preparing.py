@@ -16,9 +16,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from shards.annotations import Annotation, format_annotation, parse_annotations, parse_labels
+from shards.annotations import Annotation, Label, format_annotation, parse_annotations, parse_labels
 from shards.files import require_folder, write_atomically
-from shards.folders import SPLITS, Found, Video, check_videos, read_table, scan_folders, settle_splits
+from shards.folders import SPLITS, Found, Video, check_videos, classes_of, read_table, scan_folders, settle_splits
 from shards.format import MANIFEST, ShardError
 from shards.plan import epoch_order
 from shards.walk import describe
@@ -135,6 +135,7 @@ def split_videos(
 ) -> list[Video]:
     """The same videos, each with a split: `val_share` of every class validates, drawn by `seed`.
 
+    Of videos with several classes `val_share` of all validates: no draw gives every class its share.
     A class keeps at least one video to train on, and gives at least one to val where it has two. Splits that somebody
     chose stay. kept: paths to the splits that they have already. closed: splits that take no more videos; a video
     that would go there gets None. Raises ValueError.
@@ -143,8 +144,9 @@ def split_videos(
         raise ValueError(f"val share: expected a number between 0 and 1, got {val_share}")
     kept = kept or {}
     splits: dict[str, str | None] = {video.path: video.split for video in videos}
-    for number, label in enumerate(sorted({video.label for video in videos})):
-        own = [video.path for video in videos if video.label == label and video.split is None]
+    group = {video.path: video.label if isinstance(video.label, str) else "" for video in videos}
+    for number, label in enumerate(sorted(set(group.values()))):
+        own = [video.path for video in videos if group[video.path] == label and video.split is None]
         if not own:
             continue
         wanted = min(max(1, round(val_share * len(own))), len(own) - 1)
@@ -174,7 +176,7 @@ def readable(label: str) -> str:
 
 def readable_names(videos: Sequence[Video]) -> list[str]:
     """Class names by label, in the order of the classes. Raises ShardError when two would read the same."""
-    labels = sorted({video.label for video in videos})
+    labels = sorted(classes_of(videos))
     names = [readable(label) for label in labels]
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
@@ -192,7 +194,7 @@ def write_lists(videos: Sequence[Video], output: str | Path, *, finished: Collec
     """
     output = Path(output)
     names = readable_names(videos)
-    numbers = {label: number for number, label in enumerate(sorted({video.label for video in videos}))}
+    numbers = {label: number for number, label in enumerate(sorted(classes_of(videos)))}
     counts = {split: sum(video.split == split for video in videos) for split in SPLITS}
     for split in SPLITS[:2]:
         if not counts[split]:
@@ -201,7 +203,7 @@ def write_lists(videos: Sequence[Video], output: str | Path, *, finished: Collec
     try:
         for split in SPLITS:
             own = [video for video in videos if video.split == split]
-            lines = [f"{format_annotation(video.path, None, numbers[video.label])}\n" for video in own]
+            lines = [f"{format_annotation(video.path, None, _label(video, numbers))}\n" for video in own]
             if lines and split not in finished:
                 lists[list_file(split)] = "".join(lines).encode()
     except ValueError as error:
@@ -213,6 +215,11 @@ def write_lists(videos: Sequence[Video], output: str | Path, *, finished: Collec
     if not counts["test"] and "test" not in finished:
         (output / list_file("test")).unlink(missing_ok=True)
     return {split: count for split, count in counts.items() if count}
+
+
+def _label(video: Video, numbers: Mapping[str, int]) -> Label:
+    labels = tuple(numbers[label] for label in video.labels)
+    return labels[0] if len(labels) == 1 else labels
 
 
 def format_labels(names: Sequence[str]) -> bytes:

@@ -24,12 +24,17 @@ class Videos(SimpleNamespace):
     def __len__(self) -> int:
         return len(self.labels)
 
+    def class_counts(self, num_classes):
+        return np.bincount(self.labels, minlength=num_classes)
+
     def frame_sizes(self, _sample, numbers):
         return [(self.side, self.side + 84)] * len(numbers)
 
 
-def videos(labels, num_frames=30, side=112):
-    return Videos(labels=np.array(labels), num_frames=np.full(len(labels), num_frames), side=side)
+def videos(labels, num_frames=30, side=112, multi_label=False):
+    return Videos(
+        labels=np.array(labels), num_frames=np.full(len(labels), num_frames), side=side, multi_label=multi_label
+    )
 
 
 NAMES = ["surfing", "ice skating"]

@@ -4,7 +4,7 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ import text4vis
 from text4vis.classifier.embeddings import build_classifier
 from text4vis.config.schema import Config, ConfigError, DataConfig, NetworkConfig
 from text4vis.evaluation.embedding import weights_fingerprint
+from text4vis.evaluation.multi_label import Decision
 from text4vis.evaluation.protocols import class_scores
 from text4vis.model import heads
 from text4vis.model.video_clip import build_model
@@ -120,6 +121,19 @@ def test_the_program_beside_it_predicts_without_torch(exported, tmp_path):
     top = text4vis.load(folder).predict(tmp_path / "clip.mp4").top
     assert [name for name, _ in found] == [name for name, _ in top]
     np.testing.assert_allclose([float(share) for _, share in found], [share for _, share in top], atol=CLOSE)
+
+
+def test_the_program_names_the_classes_that_reach_their_thresholds():
+    from text4vis.serving.standalone import answers
+
+    decision = Decision(0.5, -10.0, (0.2, 0.9, 0.5, 0.1))
+    logits_C = np.array([19.0, 22.0, 23.0, 10.0], np.float32)
+    scores_C = decision.probabilities(logits_C)
+    assert decision.shown(scores_C).tolist() == [True, False, True, False]
+    expected = [(2, pytest.approx(scores_C[2])), (0, pytest.approx(scores_C[0]))]
+    assert answers(logits_C, json.loads(json.dumps(asdict(decision)))) == expected
+    assert answers(logits_C - 50, asdict(decision)) == []
+    assert [label for label, _ in answers(logits_C, None)] == [2, 1, 0, 3]
 
 
 @pytest.mark.parametrize("dense", [False, True])

@@ -32,13 +32,13 @@ class Trap:
 
 def find_traps(config: Config, names: Sequence[str], train: ShardDataset) -> list[Trap]:
     """The traps of a training run on this data set; names: class names by label. Reads no frame."""
-    counts_C = np.bincount(train.labels, minlength=len(names))
+    counts_C = train.class_counts(len(names))
     videos = np.unique(np.linspace(0, len(train) - 1, _SIZED_VIDEOS).round().astype(np.int64)).tolist()
     sides = [min(train.frame_sizes(video, np.zeros(1, np.int64))[0]) for video in videos]
     return [
         *sided_classes(config, names),
         *nearly_equal_names(config, names),
-        *rare_classes(config, names, counts_C),
+        *rare_classes(config, names, counts_C, multi_label=train.multi_label),
         *short_videos(config, train.num_frames),
         *large_frames(config, sides),
     ]
@@ -104,7 +104,9 @@ def nearly_equal_names(config: Config, names: Sequence[str]) -> Iterator[Trap]:
         )
 
 
-def rare_classes(config: Config, names: Sequence[str], counts_C: np.ndarray) -> Iterator[Trap]:
+def rare_classes(
+    config: Config, names: Sequence[str], counts_C: np.ndarray, *, multi_label: bool = False
+) -> Iterator[Trap]:
     """Classes with very few videos to train on, unless few-shot training was asked for."""
     none = [names[label] for label in np.flatnonzero(counts_C == 0).tolist()]
     if none:
@@ -118,7 +120,9 @@ def rare_classes(config: Config, names: Sequence[str], counts_C: np.ndarray) -> 
         yield Trap(
             f"{_count(len(few), 'class has', 'classes have')} fewer than {FEW_VIDEOS} videos to train on "
             f"({shown}{_more(few)})",
-            "add videos, or give all classes the same weight: data.shot: "
+            "add videos of them"
+            if multi_label
+            else "add videos, or give all classes the same weight: data.shot: "
             f"{int(counts_C[counts_C > 0].min())} trains on so many videos of each",
         )
 

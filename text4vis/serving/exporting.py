@@ -9,6 +9,7 @@ predict_onnx_video.py, which decides what a video shows
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,12 @@ from shards.files import require_folder, write_atomically
 from text4vis.config.schema import DENSE_WINDOW, Config, ConfigError, schema
 from text4vis.evaluation.comparison import read_report
 from text4vis.evaluation.embedding import versions, weights_fingerprint
+from text4vis.evaluation.multi_label import Decision
+from text4vis.evaluation.protocols import is_multi_label
 from text4vis.model.towers import CLIP_NAMES
 from text4vis.saved.opening import SavedModel, SavedRun, TrainedModel
 from text4vis.saved.weights import EXPORT_FILE, Parts, export_model, write_card
+from text4vis.serving.fitted import fitted_of
 from text4vis.serving.model_card import file_name, model_card
 from text4vis.serving.onnx_graph import OPSET, OnnxFile, remove_onnx, require_packages, write_onnx
 from text4vis.serving.predictor import takes_labels
@@ -50,7 +54,7 @@ def export(folder: Path, trained: TrainedModel, *, report: Path | None = None, o
     remove_onnx(folder / ONNX_FILE)
     for name in (ONNX_PROGRAM, ONNX_VIDEO):
         (folder / name).unlink(missing_ok=True)
-    graph = _write_graph(folder, trained) if onnx else None
+    graph = _write_graph(folder, trained, evaluation) if onnx else None
     config, names = trained.config, trained.class_names
     card = _card(trained, evaluation, None if graph is None else _graph_facts(graph))
     export_model(folder, trained.model, config.network, config.to_dict(), names, trained.class_embeddings_CD, card)
@@ -66,7 +70,7 @@ def add_to_export(
     are. Returns what `onnx` wrote. Raises ConfigError, OSError."""
     evaluation = _evaluation(trained, report)
     require_folder(folder)
-    graph = _write_graph(folder, trained) if onnx else None
+    graph = _write_graph(folder, trained, evaluation) if onnx else None
     card = _card(trained, evaluation, trained.card.get("onnx") if graph is None else _graph_facts(graph))
     write_card(folder, card)
     write_atomically(folder / CARD_FILE, _page(trained, card).encode())
@@ -77,9 +81,15 @@ def _evaluation(trained: TrainedModel, report: Path | None) -> dict[str, Any] | 
     return trained.card.get("evaluation") if report is None else quote_report(report, trained)
 
 
-def _write_graph(folder: Path, trained: TrainedModel) -> OnnxFile:
+def _write_graph(folder: Path, trained: TrainedModel, evaluation: dict[str, Any] | None) -> OnnxFile:
     require_packages()
-    facts = {"class_names": list(trained.class_names), "preprocessing": preprocessing(trained.config)}
+    facts: dict[str, Any] = {
+        "class_names": list(trained.class_names),
+        "preprocessing": preprocessing(trained.config),
+    }
+    fitted = fitted_of({**trained.card, "evaluation": evaluation}, trained.config, folder)
+    if isinstance(fitted, Decision):
+        facts["decision"] = asdict(fitted)
     graph = write_onnx(folder / ONNX_FILE, trained.model.eval(), trained.class_embeddings_CD, facts)
     _write_program(folder)
     return graph
@@ -116,6 +126,7 @@ def _page(trained: TrainedModel, card: dict[str, Any]) -> str:
         evaluation=card["evaluation"],
         onnx=card["onnx"],
         takes_labels=takes_labels(config),
+        several=config.solver.multi_label or bool(card["evaluation"] and is_multi_label(card["evaluation"])),
     )
 
 
@@ -147,7 +158,7 @@ def quote_report(path: Path, trained: TrainedModel) -> dict[str, Any]:
     quoted["model"] = file_name(report.get("model"))
     names = [row["class"] for row in report.get("per_class", [])]
     if not same or names != list(trained.class_names):
-        quoted["calibration"] = None  # of other weights or other classes
+        quoted |= {"calibration": None, "decision": None}  # of other weights or other classes
     return {"of these weights": same, "of the training data": trained_on, **quoted}
 
 
