@@ -13,6 +13,7 @@ import csv
 import io
 import os
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,17 +24,26 @@ from pathlib import Path, PurePosixPath
 from shards.format import ShardError
 from shards.list_lines import is_video_file, path_below
 from shards.video import VideoError, iter_frames
-from shards.walk import list_files
+from shards.walk import Listing, list_files
 
 SPLITS = ("train", "val", "test")
 _SPLIT_NAMES = {
-    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("train", "training", "trainval"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "validate", "dev"), "val"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-_PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".heic", ".ppm", ".pgm", ".npy", ".exr")
+_SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(_SPLIT_NAMES)})(?:set|split|data|videos?|clips?|list)?(?![a-z])")
+_NEUTRAL_WORDS = re.compile(r"(?<![a-z])(?:set|split|part|data|videos?|clips?|list)(?![a-z])|[\W\d_]+")
+_PICTURES = (
+    ".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".ppm", ".pgm", ".npy",
+    ".exr",
+)  # fmt: skip
+# What cameras write beside a video: the same recording once more, small.
+_CAMERA_COPIES = (".lrv", ".lrf", ".thm")
 _UNFINISHED = (".part", ".crdownload", ".ytdl", ".aria2", ".download", ".tmp", ".!ut")
-_PICTURE_HEADS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*")
+_PICTURE_HEADS = re.compile(
+    rb"\xff\xd8\xff|\x89PNG|GIF8|BM|II\*\0|MM\0\*|RIFF....WEBP|....ftyp(?:avif|mif1|heic|heix|heim|heis)", re.DOTALL
+)
 _AMBIGUOUS = (".ts", ".mod", ".rm")  # texts have these names as well: TypeScript, modules, …
 _TABLE_COLUMNS = ("path", "label", "split")
 _SHOWN = 3
@@ -74,15 +84,18 @@ def scan_folders(
     root = Path(root)
     if not root.is_dir():
         raise ShardError(f"{root}: no such folder; give the folder that holds a sub-folder of videos for each class")
-    found, paths, files = _look_at_all(root, known, workers, progress)
+    found, paths, listing = _look_at_all(root, known, workers, progress)
     if not paths:
         raise ShardError(f"{root}: {_no_videos(root, found)}")
     videos = _classify(root, paths, found.notices)
     found.videos = [video for video in videos if video.path not in found.broken]
     empty = sorted(
-        {PurePosixPath(path).parts[0] for path in files if "/" in path}
+        {PurePosixPath(path).parts[0] for path in listing.files if "/" in path}
         - {PurePosixPath(path).parts[0] for path in paths}
     )
+    if listing.empty_folders:
+        count = len(listing.empty_folders)
+        found.notices.append(f"{count} empty {_plural(count, 'folder', 'folders')}: {_some(listing.empty_folders)}")
     if empty:
         pictures = {PurePosixPath(path).parts[0] for path in found.left_out.get("picture", ())}
         what = "pictures and no videos" if pictures.issuperset(empty) else "no videos"
@@ -98,8 +111,8 @@ def find_videos(root: str | Path) -> tuple[list[str], dict[str, list[str]]]:
 
 def _look_at_all(
     root: Path, known: Collection[str], workers: int | None, progress: Callable[[int], object] | None
-) -> tuple[Found, list[str], list[str]]:
-    """What was found without classes, the paths of all videos, broken ones too, and of all files."""
+) -> tuple[Found, list[str], Listing]:
+    """What was found without classes, the paths of all videos, broken ones too, and everything that lies there."""
     listing = list_files(root)
     found = Found([], listing.left_out)
     kinds = {path: _kind_by_name(root, path) for path in listing.files if path not in known}
@@ -108,7 +121,7 @@ def _look_at_all(
     for path, kind in kinds.items():
         if kind:
             found.left_out[kind].append(path)
-    return found, [path for path in listing.files if not kinds.get(path)], listing.files
+    return found, [path for path in listing.files if not kinds.get(path)], listing
 
 
 def check_videos(root: Path, videos: Sequence[Video], where: str, workers: int | None = None) -> Found:
@@ -139,6 +152,8 @@ def _kind_by_name(root: Path, path: str) -> str | None:
     name = path.lower()
     if name.endswith(_PICTURES):
         return "picture"
+    if name.endswith(_CAMERA_COPIES):
+        return "a camera's small copy"
     if name.endswith(_UNFINISHED):
         return "unfinished download"
     return "empty" if (root / path).stat().st_size == 0 else None
@@ -168,7 +183,7 @@ def _kinds_by_content(
 def _why_no_video(path: Path) -> str:
     """Empty for a file that opens as a video with a frame. What begins as a picture does, needs two of them."""
     try:
-        wanted = 2 if _head(path).startswith(_PICTURE_HEADS) else 1
+        wanted = 2 if _PICTURE_HEADS.match(_head(path)) else 1
         frames = sum(1 for _ in islice(iter_frames(path), wanted))
     except VideoError as error:
         return str(error)
@@ -180,7 +195,7 @@ def _why_no_video(path: Path) -> str:
 def _may_be_other(path: Path) -> bool:
     """Whether a file that is no video is something else, though its name is one of videos: a picture or a text."""
     head = _head(path)
-    return head.startswith(_PICTURE_HEADS) or (path.name.lower().endswith(_AMBIGUOUS) and b"\0" not in head)
+    return bool(_PICTURE_HEADS.match(head)) or (path.name.lower().endswith(_AMBIGUOUS) and b"\0" not in head)
 
 
 def _head(path: Path) -> bytes:
@@ -203,8 +218,26 @@ def _no_videos(root: Path, found: Found) -> str:
 
 def split_name(name: str) -> str | None:
     """train, val or test for a name of that split, such as `Train`, `validation`, `test_set` or `val_256`."""
-    match = re.fullmatch(r"([a-z]+?)(?:[-_ ]?(?:set|split|data|videos?|\d+))?", name.lower())
-    return _SPLIT_NAMES.get(match[1]) if match else None
+    split, rest = _split_and_rest(name)
+    return None if rest else split
+
+
+def _split_and_rest(name: str) -> tuple[str | None, str]:
+    """The split that a name tells, and the words that say something else: `val`, `ucf` of `UCF101_val_videos`."""
+    lower = name.lower()
+    words = _SPLIT_WORD.findall(lower)
+    split = _SPLIT_NAMES[words[0]] if len(words) == 1 else None
+    return split, _NEUTRAL_WORDS.sub(" ", _SPLIT_WORD.sub(" ", lower)).strip()
+
+
+def _ready_splits(names: Collection[str]) -> dict[str, str] | None:
+    """Name to split where names differ in the split alone: `train` and `val`, or `ucf_train` and `ucf_test`."""
+    told = {name: _split_and_rest(name) for name in names}
+    splits = {name: split for name, (split, _) in told.items() if split}
+    rests = {rest for _, rest in told.values()}
+    if len(splits) < len(told) or len(rests) > 1 or (rests != {""} and len(set(splits.values())) == 1):
+        return None
+    return splits
 
 
 def _classify(root: Path, paths: Sequence[str], notices: list[str]) -> list[Video]:
@@ -213,41 +246,68 @@ def _classify(root: Path, paths: Sequence[str], notices: list[str]) -> list[Vide
     for path in paths:
         if len(parts[path]) == 1:
             raise ShardError(f"{root / path}: lies in no class folder; move it into one, or name its class in a CSV")
-    top = {part[0]: split_name(part[0]) for part in parts.values()}
-    splits = {split for split in top.values() if split}
-    others = [name for name, split in top.items() if not split]
-    if splits and not others:
+    tops = {part[0] for part in parts.values()}
+    if above := _ready_splits(tops):
         for path in paths:
             if len(parts[path]) == 2:
                 raise ShardError(
                     f"{root / path}: lies in the split {parts[path][0]!r} and in no class folder; expected "
                     f"{parts[path][0]}/CLASS/{parts[path][1]}, or a CSV that names classes and splits"
                 )
-        return _said(notices, "above", top, [Video(path, parts[path][1], top[parts[path][0]]) for path in paths])
-    if splits - {"train"}:
-        named = _some(name for name, split in top.items() if split)
+        if all(split_name(part[1]) for part in parts.values()):
+            raise ShardError(
+                f"{root / paths[0]}: lies in a split within a split, {'/'.join(parts[paths[0]][:2])!r}; move the class "
+                "folders up, so that they lie in the first"
+            )
+        return _said(
+            notices, "above", above, [Video(path, _label(parts[path][1]), above[parts[path][0]]) for path in paths]
+        )
+    _refuse_half_splits(root, parts.values(), notices)
+    second = {path: parts[path][1] if len(parts[path]) > 2 else "" for path in paths}
+    if (below := _ready_splits(set(second.values()))) and len(set(below.values())) > 1:
+        return _said(
+            notices, "below", below, [Video(path, _label(parts[path][0]), below[second[path]]) for path in paths]
+        )
+    inside = {path: split_name(second[path]) for path in paths}
+    if len(set(inside.values()) - {None}) > 1:
+        one, other = (next(path for path in paths if bool(inside[path]) is split) for split in (True, False))
+        notices.append(
+            f"no splits are taken from folders: {one!r} lies in one named like a split, but {other!r} in none"
+        )
+    return [Video(path, _label(parts[path][0])) for path in paths]
+
+
+def _label(name: str) -> str:
+    """One spelling of a class: macOS writes letters and their accents apart."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _refuse_half_splits(root: Path, parts: Collection[tuple[str, ...]], notices: list[str]) -> None:
+    """Raises ShardError where some folders are named like splits and others not, unless these are classes."""
+    tops = sorted({part[0] for part in parts})
+    splits = [top for top in tops if split_name(top)]
+    others = [top for top in tops if top not in splits]
+    owners = defaultdict(set)
+    for part in parts:
+        if len(part) > 2:
+            owners[part[1]].add(part[0])
+    shared = sorted(name for name, tops_of in owners.items() if len(tops_of) > 1)
+    if {split_name(top) for top in splits} - {"train"} or (splits and shared):
         raise ShardError(
-            f"{root}: named like a split: {named}; beside them, not named like one: {_some(others)}; move one kind "
-            "elsewhere, or name classes and splits in a CSV"
+            f"{root}: named like a split: {_some(splits)}; beside them, not named like one: {_some(others)}; rename "
+            "these `train`, `val` or `test`, move them elsewhere, or name classes and splits in a CSV"
         )
     if splits:
+        notices.append(f"{_some(splits)} is taken for a class, for {_some(others)} is no split")
+    if shared and not all(map(split_name, shared)):
         notices.append(
-            f"{_some(name for name in top if top[name])} is taken for a class, for {_some(others)} is no split"
+            f"{_some(sorted(owners[shared[0]]))} are taken for classes; if these are splits, for {_some(shared)} "
+            f"{_plural(len(shared), 'is', 'are')} in several of them, rename them `train`, `val` or `test`"
         )
-    second = {path: split_name(parts[path][1]) if len(parts[path]) > 2 else None for path in paths}
-    if all(second.values()) and len(set(second.values())) > 1:
-        names = {parts[path][1]: second[path] for path in paths}
-        return _said(notices, "below", names, [Video(path, parts[path][0], second[path]) for path in paths])
-    if len(set(second.values()) - {None}) > 1:
-        inside, outside = (next(path for path in paths if bool(second[path]) is split) for split in (True, False))
-        notices.append(
-            f"no splits are taken from folders: {inside!r} lies in one named like a split, but {outside!r} in none"
-        )
-    return [Video(path, parts[path][0]) for path in paths]
 
 
-def _said(notices: list[str], place: str, names: dict[str, str | None], videos: list[Video]) -> list[Video]:
-    shown = ", ".join(f"{name!r} as {split}" for name, split in names.items())
+def _said(notices: list[str], place: str, names: dict[str, str], videos: list[Video]) -> list[Video]:
+    shown = ", ".join(f"{name!r} as {split}" for name, split in sorted(names.items()))
     notices.append(f"ready splits {place} the class folders are taken: {shown}")
     return videos
 
@@ -337,7 +397,7 @@ def _read_row(row: list[str], header: list[str], path: Path, line: int, root: Pa
     if split is not None and split_name(split) is None:
         raise ShardError(f"{where}: split is {split!r}; expected train, val, test or nothing")
     try:
-        return Video(path_below(values["path"], root), values["label"], split and split_name(split), line)
+        return Video(path_below(values["path"], root), _label(values["label"]), split and split_name(split), line)
     except ValueError as error:
         raise ShardError(f"{where}: {error}") from None
 

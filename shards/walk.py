@@ -26,10 +26,14 @@ _SHOWN = 3
 
 @dataclass
 class Listing:
-    """files: paths below the root, sorted, every real file once. left_out: reason to paths."""
+    """files: paths below the root, sorted, every real file once. left_out: reason to paths.
+
+    empty_folders: those that hold nothing, or nothing but what is hidden.
+    """
 
     files: list[str]
     left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    empty_folders: list[str] = field(default_factory=list)
 
 
 def is_hidden(name: str) -> bool:
@@ -47,7 +51,7 @@ def list_files(root: str | Path) -> Listing:
     walk.visit("")
     while walk.links:
         walk.follow(walk.links.popleft())
-    return Listing(sorted(walk.files.values()), walk.left_out)
+    return Listing(sorted(walk.files.values()), walk.left_out, sorted(walk.empty_folders))
 
 
 class _Walk:
@@ -60,6 +64,7 @@ class _Walk:
         self.files: dict[tuple[int, int], str] = {}
         self.links: deque[str] = deque()
         self.left_out: dict[str, list[str]] = defaultdict(list)
+        self.empty_folders: list[str] = []
 
     def visit(self, start: str) -> None:
         """The real folders and files below `start`; what links lead to comes later."""
@@ -67,7 +72,10 @@ class _Walk:
         while waiting:
             place = waiting.pop()
             inner: list[str] = []
-            for entry in _entries(self.root / place):
+            entries = _entries(self.root / place)
+            if place and all(is_hidden(entry.name) for entry in entries):
+                self.empty_folders.append(place)
+            for entry in entries:
                 path = f"{place}/{entry.name}" if place else entry.name
                 is_folder = entry.is_dir(follow_symlinks=False)
                 if is_hidden(entry.name):
