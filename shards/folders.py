@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from shards.format import ShardError
 from shards.list_lines import is_video_file, path_below
 from shards.video import VideoError, iter_frames
-from shards.walk import Listing, list_files
+from shards.walk import Listing, file_identity, list_files
 
 SPLITS = ("train", "val", "test")
 _SPLIT_NAMES = {
@@ -132,6 +132,7 @@ def check_videos(root: Path, videos: Sequence[Video], where: str, workers: int |
             f"{where}:{missing[0].line}: {len(missing)} of {len(videos)} videos are not in {root}: "
             f"{_some(video.path for video in missing)}; correct the paths, or put the files there"
         )
+    _refuse_one_file_twice(root, videos, where)
     found = Found([])
     kinds = {video.path: _kind_by_name(root, video.path) for video in videos}
     unknown = [path for path, kind in kinds.items() if kind is None]
@@ -145,6 +146,18 @@ def check_videos(root: Path, videos: Sequence[Video], where: str, workers: int |
         if video.path not in found.broken:
             found.videos.append(video)
     return found
+
+
+def _refuse_one_file_twice(root: Path, videos: Sequence[Video], where: str) -> None:
+    """Raises ShardError where links make two paths of one file."""
+    first: dict[tuple[int, int], Video] = {}
+    for video in videos:
+        twin = first.setdefault(file_identity(root / video.path), video)
+        if twin is not video:
+            raise ShardError(
+                f"{where}:{video.line}: {video.path!r} is the file of line {twin.line}, {twin.path!r}; remove one of "
+                "the two"
+            )
 
 
 def _kind_by_name(root: Path, path: str) -> str | None:
@@ -351,7 +364,7 @@ def read_table(path: str | Path, root: str | Path | None = None) -> list[Video]:
     text = _read_text(path)
     first = text.split("\n", 1)[0]
     delimiter = next((mark for mark in ";\t" if mark in first and "," not in first), ",")
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter, skipinitialspace=True)
     videos: dict[str, Video] = {}
     try:
         header = [column.strip().lower() for column in next(reader, [])]

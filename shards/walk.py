@@ -59,8 +59,8 @@ class _Walk:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.above = {_identity(path) for path in root.resolve().parents}
-        self.folders = {_identity(root)}
+        self.above = {file_identity(path) for path in root.resolve().parents}
+        self.folders = {file_identity(root)}
         self.files: dict[tuple[int, int], str] = {}
         self.links: deque[str] = deque()
         self.left_out: dict[str, list[str]] = defaultdict(list)
@@ -94,7 +94,7 @@ class _Walk:
     def follow(self, link: str) -> None:
         path = self.root / link
         try:
-            identity = _identity(path)
+            identity = file_identity(path)
         except OSError:
             self.left_out[LINK_BROKEN].append(link)
             return
@@ -110,13 +110,13 @@ class _Walk:
             self.left_out[LINK_AGAIN].append(link)
 
     def _is_new_folder(self, path: str) -> bool:
-        identity = _identity(self.root / path)
+        identity = file_identity(self.root / path)
         is_new = identity not in self.folders
         self.folders.add(identity)
         return is_new
 
     def _add_file(self, path: str) -> None:
-        first = self.files.setdefault(_identity(self.root / path), path)
+        first = self.files.setdefault(file_identity(self.root / path), path)
         if first != path:
             self.left_out[LINK_AGAIN].append(f"{path} = {first}")
 
@@ -129,7 +129,8 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         raise ShardError(f"{folder}: {error.strerror or error}; make the folder readable, or move it away") from None
 
 
-def _identity(path: Path) -> tuple[int, int]:
+def file_identity(path: Path) -> tuple[int, int]:
+    """What tells one file from another, whatever the path to it. Raises OSError."""
     found = path.stat()
     return found.st_dev, found.st_ino
 

@@ -307,7 +307,8 @@ def test_bad_tables_are_named(tmp_path, text, message):
     "text",
     ["path,label,split\n{a},run,Train\nb.mp4,walk,TESTING\n",
      "\ufeffpath;label;split\r\n{a};run;train\r\nb.mp4;walk;test\r\n",
-     "label\tsplit\tpath\nrun\ttraining\t./{a}\nwalk\teval\tc/../b.mp4\n"],
+     "label\tsplit\tpath\nrun\ttraining\t./{a}\nwalk\teval\tc/../b.mp4\n",
+     'path, "label", split\n{a}, "run", trainlist01\n"b.mp4", walk, testlist01\n'],
 )  # fmt: skip
 @pytest.mark.parametrize("spelling", ["sub/1, 2.mp4", r"sub\1, 2.mp4"])
 def test_tables_as_people_export_them(tmp_path, text, spelling):
@@ -334,6 +335,9 @@ def test_files_of_a_table_are_looked_at(tmp_path):
     assert [video.path for video in found.videos] == ["a.mp4"] and list(found.broken) == ["c.mp4"]
     with pytest.raises(ShardError, match=r"v.csv:4: 'b.txt' is no video"):
         check_videos(tmp_path, [*table, Video("b.txt", "x", None, 4)], "v.csv")
+    (tmp_path / "link.mp4").symlink_to("a.mp4")
+    with pytest.raises(ShardError, match=r"v.csv:4: 'link.mp4' is the file of line 2, 'a.mp4'; remove one"):
+        check_videos(tmp_path, [*table, Video("link.mp4", "y", None, 4)], "v.csv")
     with pytest.raises(ShardError, match=r"v.csv:4: 2 of 3 videos are not in .*: 'd.mp4', 'e.mp4'"):
         check_videos(tmp_path, [table[0], Video("d.mp4", "x", None, 4), Video("e.mp4", "x", None, 5)], "v.csv")
 
