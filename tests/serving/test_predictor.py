@@ -52,6 +52,7 @@ def videos(tmp_path_factory) -> Path:
     (base / "frames").mkdir()
     for number in range(1, 11):
         Image.fromarray(np.full((40, 60, 3), 10 * number, np.uint8)).save(base / "frames" / f"img_{number}.png")
+    (base / "frames" / "._img_1.png").write_bytes(b"what macOS keeps about img_1.png on other disks")
     return base
 
 
