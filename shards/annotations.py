@@ -101,7 +101,7 @@ def parse_labels(path: str | Path) -> list[str]:
     path = Path(path)
     names: dict[int, tuple[str, int]] = {}
     with _open_text(path, newline="") as stream:
-        reader = csv.reader(stream, strict=True)
+        reader = csv.reader(stream, strict=True, skipinitialspace=True)
         try:
             header = next(reader, [])
             if [column.strip().lower() for column in header] != ["id", "name"]:
@@ -122,7 +122,12 @@ def parse_labels(path: str | Path) -> list[str]:
                 f"{path}:{names[largest][1]}: id {largest} but no id {number}: ids must be 0 to C-1, each once; add a "
                 f"line for {number} or renumber the classes"
             )
-    return [names[number][0] for number in range(len(names))]
+    first: dict[str, int] = {}
+    for number in range(len(names)):
+        name, line = names[number]
+        if first.setdefault(name, number) != number:
+            raise ShardError(f"{path}:{line}: class {first[name]} is named {name!r} too; name them apart")
+    return list(first)
 
 
 def format_annotation(name: str, num_frames: int | None, label: Label) -> str:

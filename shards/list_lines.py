@@ -37,7 +37,8 @@ def path_below(name: str, root: Path | None) -> str:
     it, unless a file has that very name. Raises ValueError with the value and the fix.
     """
     if not name.isprintable() and CONTROL_CHARACTER.search(name):
-        raise ValueError(f"the path {name!r} holds a control character; rename the file")
+        fix = "end lines with LF or CRLF" if "\r" in name else "rename the file"
+        raise ValueError(f"the path {name!r} holds a control character; {fix}")
     written = name
     if root is not None and "\\" in name and not os.path.lexists(root / name):
         name = name.replace("\\", "/")

@@ -14,13 +14,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from shards.annotations import Annotation, Label, format_annotation, parse_annotations, parse_labels
 from shards.files import require_folder, write_atomically
-from shards.folders import SPLITS, Found, Video, check_videos, classes_of, read_table, scan_folders, settle_splits
+from shards.folders import SPLITS, Found, Video, check_videos, classes_of, scan_folders, settle_splits
 from shards.format import MANIFEST, ShardError
 from shards.plan import epoch_order
+from shards.tables import read_table
 from shards.walk import describe
 
 LABELS = "labels.csv"
@@ -86,6 +87,8 @@ def prepare_lists(
         found = check_videos(root, read_table(table, root), str(table), workers)
     _settle_broken(root, found, skip_broken)
     videos = settle_splits(found.videos, found.notices)
+    if table is None:
+        _refuse_root_above(root, videos, found.notices)
     kept = _kept_splits(lists) if finished or record.get("settings") == settings else {}
     videos = split_videos(videos, val_share, seed, kept=kept, closed=finished)
     if finished and readable_names(videos) != parse_labels(output / LABELS):
@@ -123,6 +126,21 @@ def _settle_broken(root: Path, found: Found, skip_broken: bool) -> None:
     if not found.videos:
         first = next(iter(found.broken))
         raise ShardError(f"{root}: none of the {len(found.broken)} videos opens, the first is {first!r}")
+
+
+def _refuse_root_above(root: Path, videos: Sequence[Video], notices: list[str]) -> None:
+    """A root one folder too high makes one class of everything, and its model is always right and of no use."""
+    labels = {video.label for video in videos}
+    if len(labels) > 1:
+        return
+    notices.append(f"all {len(videos)} videos are of one class, {labels.pop()!r}: a model needs two to tell apart")
+    tops = {PurePosixPath(video.path).parts[0] for video in videos}
+    below = {PurePosixPath(video.path).parts[1] for video in videos if video.path.count("/") > 1}
+    if len(tops) == 1 and len(below) > 1:
+        raise ShardError(
+            f"{root}: {notices[-1]}; if the folders in it are classes or splits ({_some(sorted(below))}), give "
+            f"{root / tops.pop()}"
+        )
 
 
 def split_videos(

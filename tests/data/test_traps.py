@@ -115,6 +115,18 @@ def test_frames_larger_than_needed():
     assert not list(traps.large_frames(small, [small.scale_size])) and not list(traps.large_frames(small, [0]))
 
 
+def test_bf16_on_a_processor_without_it(monkeypatch):
+    monkeypatch.setattr(traps.torch.cuda, "is_available", lambda: False)
+    for capability, precision, said in (
+        ("AVX2", "bf16", True), ("AVX512", "bf16", False), ("AVX2", "fp32", False),
+    ):  # fmt: skip
+        monkeypatch.setattr(traps.torch.backends.cpu, "get_cpu_capability", lambda answer=capability: answer)
+        found = list(traps.slow_arithmetic(config(f"engine.precision={precision}")))
+        assert [trap.fix for trap in found] == ["engine.precision: fp32"] * said
+    monkeypatch.setattr(traps.torch.cuda, "is_available", lambda: True)
+    assert not list(traps.slow_arithmetic(config("engine.precision=bf16")))
+
+
 def test_all_traps_are_looked_for():
     found = find_traps(
         config("data.flip=0.5", "data.augmentation=released"), ["now turn left", "now turn right"],

@@ -12,11 +12,12 @@ from frame_folders import make_frame_folders
 
 from shards.annotations import Annotation, format_annotation, parse_annotations, parse_labels
 from shards.checker import check_datasets
-from shards.folders import Video, read_table
+from shards.folders import Video
 from shards.format import FORMAT_VERSION, MULTI_LABEL_VERSION, Manifest, ShardError
 from shards.index import open_index, read_local_manifest
 from shards.preparing import split_videos, write_lists
 from shards.reader import open_dataset
+from shards.tables import read_table
 from shards.writer import build_shards
 
 LABELS = ["2,0", "1", "-", "0,1,2", "2", "1,2"]

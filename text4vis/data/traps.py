@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from shards.reader import ShardDataset
 from text4vis.config.schema import Config
@@ -41,6 +42,7 @@ def find_traps(config: Config, names: Sequence[str], train: ShardDataset) -> lis
         *rare_classes(config, names, counts_C, multi_label=train.multi_label),
         *short_videos(config, train.num_frames),
         *large_frames(config, sides),
+        *slow_arithmetic(config),
     ]
 
 
@@ -149,6 +151,16 @@ def large_frames(config: Config, sides: Sequence[int]) -> Iterator[Trap]:
             f"frames are {side} pixels on their shorter side, and data.scale_size makes {config.scale_size} of them: "
             f"decoding takes about {(side / config.scale_size) ** 2:.0f} times as long as needed",
             f"build the shards with --short-side {config.scale_size}",
+        )
+
+
+def slow_arithmetic(config: Config) -> Iterator[Trap]:
+    """bf16 on a processor that does not compute it: a matrix product took 48 times as long as in fp32."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if config.engine.precision == "bf16" and not torch.cuda.is_available() and capability == "AVX2":
+        yield Trap(
+            "engine.precision: bf16 on a processor without AVX-512, where a step may take 50 times as long as in fp32",
+            "engine.precision: fp32",
         )
 
 

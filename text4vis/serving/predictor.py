@@ -29,6 +29,7 @@ from shards.format import ShardError
 from shards.images import read_image
 from shards.text import redact, redact_text
 from shards.video import FrameReader, VideoError, VideoInfo, probe_video
+from shards.walk import is_hidden
 from text4vis.classifier.embeddings import text_classifier
 from text4vis.config.schema import Config, ConfigError
 from text4vis.data.augmentation import eval_geometry
@@ -331,7 +332,8 @@ class Predictor:
                 return self._sample(copy)
         path = Path(video)
         if path.is_dir():
-            files = sorted((p for p in path.iterdir() if p.suffix.lower() in FRAME_SUFFIXES), key=_natural)
+            files = [p for p in path.iterdir() if p.suffix.lower() in FRAME_SUFFIXES and not is_hidden(p.name)]
+            files.sort(key=_natural)
             if not files:
                 raise PredictionError(f"{path}: holds no frames ({', '.join(sorted(FRAME_SUFFIXES))})")
             indices = self._indices(len(files))
