@@ -54,7 +54,7 @@ MODULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "mixture": (("shards/mixture.py", "text4vis/data/order.py"), ("shards/test_mixture.py", "data/test_order.py")),
     "sampling": (("text4vis/data/sampling.py",), ("data/test_sampling.py",)),
-    "augmentation": (("text4vis/data/augmentation.py",), ("data/test_augmentation.py",)),
+    "augmentation": (("text4vis/data/augmentation.py",), ("data/test_augmentation.py", "data/test_plan.py")),
     "plan": (
         ("text4vis/data/plan.py",),
         ("data/test_plan.py", "data/test_fewshot.py", "data/test_loader.py", "data/test_repair.py"),
@@ -458,9 +458,11 @@ def main() -> int:
     arguments = parse_arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # runs of mutants end with this one
     equivalent = read_equivalent()
-    results = [try_module(name, arguments, equivalent) for name in arguments.modules or MODULES]
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    results = []
+    for name in arguments.modules or MODULES:
+        results.append(try_module(name, arguments, equivalent))
+        if arguments.json:
+            arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return int(any(float(str(result["score"])) < arguments.least for result in results))
 
 
