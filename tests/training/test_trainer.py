@@ -27,7 +27,8 @@ from text4vis.training.trainer import MicroBatchLoss, Requests, Trainer
 STEPS, EPOCHS = 13, 2  # of 4 of the 26 videos
 SETTINGS = (
     "engine.precision=fp32", "engine.zero_stage=0", "data.batch_size=4", f"solver.epochs={EPOCHS}",
-    "engine.num_threads=1", "logging.print_freq=3", "logging.pictures=0", "logging.keep_checkpoints=20", "logging.save_steps=5",
+    "engine.num_threads=1", "logging.print_freq=3", "logging.pictures=0", "logging.keep_checkpoints=20",
+    "logging.save_steps=5",
 )  # fmt: skip
 
 
