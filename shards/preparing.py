@@ -91,11 +91,8 @@ def prepare_lists(
         _refuse_root_above(root, videos, found.notices)
     kept = _kept_splits(lists) if finished or record.get("settings") == settings else {}
     videos = split_videos(videos, val_share, seed, kept=kept, closed=finished)
-    if finished and readable_names(videos) != parse_labels(output / LABELS):
-        raise ShardError(
-            f"{output}: the classes are others than when {shards_folder(output, finished[0])} was built; put the "
-            f"videos back, or delete {output} and run again"
-        )
+    if finished:
+        _refuse_other_classes(output, videos, finished[0])
     left = [video.path for video in videos if video.split is None]
     open_lists = {split: listed for split, listed in lists.items() if split not in finished}
     changed = _changes(open_lists, [video for video in videos if video.split not in finished])
@@ -110,6 +107,15 @@ def prepare_lists(
     if left:
         prepared.notices.append(_left_of_finished(output, left, finished))
     return prepared
+
+
+def _refuse_other_classes(output: Path, videos: Sequence[Video], finished: str) -> None:
+    """Raises ShardError if the classes are no longer those of the split `finished`, whose shards are built."""
+    if readable_names(videos) != parse_labels(output / LABELS):
+        raise ShardError(
+            f"{output}: the classes are others than when {shards_folder(output, finished)} was built; put the videos "
+            f"back, or delete {output} and run again"
+        )
 
 
 def _settle_broken(root: Path, found: Found, skip_broken: bool) -> None:
