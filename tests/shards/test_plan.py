@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.plan import Stream, epoch_order, eval_slice, few_shot_subset, mix64, rank_slice
+from shards.plan import Stream, epoch_order, eval_slice, few_shot_subset, mix64, rank_slice, shuffle_window
 
 SHUFFLES = ["global", "shards:1", "shards:3", "none"]
 
@@ -176,6 +176,16 @@ def test_eval_slices_cover_everything_once(num_samples, world_size):
 def test_bad_arguments_are_named(call):
     with pytest.raises(ValueError, match=r"\d"):
         call()
+
+
+def test_windows_are_read_from_their_word():
+    assert [shuffle_window(word) for word in ("global", "none", "shards:1", "shards:12")] == [None, None, 1, 12]
+
+
+@pytest.mark.parametrize("shuffle", ["shards:0", "shards:", "shards:x", "shards:-1", "shards:²", "windows:3", ""])
+def test_words_for_other_windows_are_refused(shuffle):
+    with pytest.raises(ValueError, match=f"'shards:K' with K of at least 1, or 'none', got '{shuffle}'"):
+        shuffle_window(shuffle)
 
 
 def test_few_shot_subset():

@@ -59,8 +59,8 @@ MODULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("data/test_plan.py", "data/test_fewshot.py", "data/test_loader.py", "data/test_repair.py"),
     ),
     "reader": (("shards/reader.py",), ("shards/test_reader.py", "shards/test_remote.py")),
-    "index": (("shards/index.py",), ("shards/test_index.py", "shards/test_reader.py")),
-    "format": (("shards/format.py",), ("shards/test_format.py", "shards/test_reader.py")),
+    "index": (("shards/index.py",), ("shards/test_index.py",)),
+    "format": (("shards/format.py",), ("shards/test_format.py",)),
     "cache": (("shards/cache.py",), ("shards/test_cache.py",)),
     "remote": (("shards/remote.py",), ("shards/test_remote.py", "shards/test_cache.py")),
     "checkpoint": (
@@ -309,8 +309,7 @@ def start_tests(tree: Path, tests: tuple[str, ...], plugin: Learner | Sorter, re
             *(entry for entry in sys.path if Path(entry).resolve() not in (ROOT, EQUIVALENT.parent)),
         ]
         options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=mutants", "--hypothesis-seed=0"]
-        options.append(f"--rootdir={tree}")
-        options.append(f"--basetemp={tree}/tmp")
+        options += [f"--rootdir={tree}", f"--basetemp={tree}/tmp"]
         code = int(pytest.main([*options, *(f"tests/{test}" for test in tests)], plugins=[plugin]))
         if report and isinstance(plugin, Learner):
             imported = [name for name, module in sys.modules.items() if not _is_ours(module, tree)]
@@ -407,9 +406,8 @@ def try_module(name: str, arguments: argparse.Namespace, equivalent: dict[str, s
         survived = {mutant["name"] for result in results for mutant in result["survivors"]}
         changing = [mutant for mutant in changing if mutant.name in survived]
     size = len(changing) if arguments.all or arguments.again else min(arguments.sample, len(changing))
-    chosen = sorted(
-        random.Random(arguments.seed).sample(changing, size), key=lambda mutant: (mutant.path, mutant.start)
-    )
+    chosen = random.Random(arguments.seed).sample(changing, size)
+    chosen.sort(key=lambda mutant: (mutant.path, mutant.start))
     survivors: list[Mutant] = []
     noticed: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
