@@ -58,11 +58,20 @@ MODULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("text4vis/data/plan.py",),
         ("data/test_plan.py", "data/test_fewshot.py", "data/test_loader.py", "data/test_repair.py"),
     ),
-    "reader": (("shards/reader.py",), ("shards/test_reader.py", "shards/test_remote.py")),
+    "reader": (
+        ("shards/reader.py", "shards/opening.py", "shards/local.py"),
+        ("shards/test_reader.py", "shards/test_remote.py"),
+    ),
     "index": (("shards/index.py",), ("shards/test_index.py",)),
     "format": (("shards/format.py",), ("shards/test_format.py",)),
-    "cache": (("shards/cache.py",), ("shards/test_cache.py",)),
-    "remote": (("shards/remote.py",), ("shards/test_remote.py", "shards/test_cache.py")),
+    "cache": (
+        ("shards/cache.py", "shards/cached.py", "shards/ahead.py"),
+        ("shards/test_cache.py", "shards/test_weave.py"),
+    ),
+    "remote": (
+        ("shards/remote.py", "shards/transfer.py", "shards/stores.py"),
+        ("shards/test_remote.py", "shards/test_cache.py"),
+    ),
     "checkpoint": (
         ("text4vis/saved/checkpoint.py", "text4vis/training/checkpointing.py", "text4vis/training/joining.py"),
         ("training/test_joining.py", "training/test_checkpointing.py", "saved/test_checkpoint.py"),

@@ -449,17 +449,17 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(project, whole, tmp_path, sta
     def stopping_step(batches, meter):
         if trainer.state.step == 1:
             (tmp_path / "save-now").touch()
-        if trainer.state.step == 8:
+        if trainer.state.step == 7:
             trainer.stop.code = 1
         return step(batches, meter)
 
     trainer.train_step = stopping_step
-    with trainer, pytest.raises(Stopped, match="stopped by SIGTERM after step 10"):
+    with trainer, pytest.raises(Stopped, match="stopped by SIGTERM after step 9"):
         trainer.fit()
     assert not (tmp_path / "save-now").exists()
-    assert [checkpoint.read_state(path).step for path in checkpoint.complete(tmp_path)] == [3, 5, 7, 10]
+    assert [checkpoint.read_state(path).step for path in checkpoint.complete(tmp_path)] == [3, 5, 7, 9]
     with start(project, tmp_path, settings) as again:
-        assert (again.state.step, again.state.consumed, again.start_from.name) == (10, 40, "step-00000010")
+        assert (again.state.step, again.state.consumed, again.start_from.name) == (9, 36, "step-00000009")
         figures = again.fit()
     assert figures == whole[1]
     if stage == 0:
