@@ -44,8 +44,9 @@ from text4vis.cluster import interrupt
 from text4vis.cluster.interrupt import Interrupts
 from text4vis.common.console import console, table
 from text4vis.config.loading import Origins, resolve_config
+from text4vis.config.paths import same_path
 from text4vis.config.roles import Role
-from text4vis.config.schema import Config, ConfigError, classifier_keys, keys_of
+from text4vis.config.schema import Config, ConfigError, classifier_keys, keys_of, schema
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -127,7 +128,12 @@ def differences(trained: Config, given: Config, settled: Collection[str]) -> dic
             unused = {"seed"} if network.classifier == "sentence" and not network.sentence_projection else set()
             keys += tuple(key for key in classifier_keys(network.classifier) if key not in unused)
     pairs = {key: (attrgetter(key)(trained), attrgetter(key)(given)) for key in keys}
-    return {key: (before, now) for key, (before, now) in pairs.items() if before != now}
+    paths = {declared.name for declared in schema() if declared.path != "no"}
+    return {
+        key: (before, now)
+        for key, (before, now) in pairs.items()
+        if before != now and not (key in paths and same_path(before, now))
+    }
 
 
 def warning(path: Path, differing: Mapping[str, tuple[Any, Any]]) -> str:

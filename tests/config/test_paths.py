@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from text4vis.config.loading import load_config, resolve_config
-from text4vis.config.paths import absolute, absolute_model
+from text4vis.config.paths import absolute, absolute_model, same_path
 from text4vis.config.schema import ConfigError, schema
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,6 +140,12 @@ def test_what_a_run_wrote_in_version_0_1_begins_at_the_working_folder(tmp_path, 
     (tmp_path / "run" / "config.yaml").write_text("data: {train: [shards]}\n")
     monkeypatch.chdir(tmp_path)
     assert load_config("run/config.yaml").data.train == (str(tmp_path / "shards"),)
+
+
+def test_recorded_paths_are_compared_as_seen_from_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert same_path("a/x.pt", f"{tmp_path}/a/x.pt") and same_path(None, None) and same_path(("a",), ("a",))
+    assert not same_path("a/x.pt", f"{tmp_path}/b/x.pt") and not same_path(None, "a") and not same_path("", "a")
 
 
 def test_the_small_recipe_opens_from_any_folder(tmp_path, monkeypatch):

@@ -51,6 +51,16 @@ def absolute_model(value: str, folder: Path) -> str:
     return absolute(value, folder) if is_file else value
 
 
+def same_path(one: object, other: object) -> bool:
+    """Whether two values of a key that takes a path name the same file.
+
+    What version 0.1 recorded is relative, and begins at the working folder.
+    """
+    if isinstance(one, str) and isinstance(other, str):
+        return one == other or Path(one).absolute() == Path(other).absolute()
+    return one == other
+
+
 def start_of(origin: str) -> Path:
     """The folder at which paths begin in a value that comes from `origin`, a YAML file or "--set".
 

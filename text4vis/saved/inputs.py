@@ -20,6 +20,7 @@ from pathlib import Path
 from torch import Tensor
 
 from text4vis.classifier.embeddings import TENSOR
+from text4vis.config.paths import same_path
 from text4vis.config.schema import Config, NetworkConfig, schema
 from text4vis.model.tensors import read_weights
 from text4vis.model.video_clip import VideoClip
@@ -94,10 +95,6 @@ def digests(config: Config) -> dict[str, str]:
     return found
 
 
-def same_path(key: str, before: object, now: object, known: Mapping[str, str], found: Mapping[str, str]) -> bool:
+def same_input(key: str, before: object, now: object, known: Mapping[str, str], found: Mapping[str, str]) -> bool:
     """Whether two values of a key of `fixed_paths` stand for the same; known, found: the `digests` of both."""
-    if key in known and key in found:
-        return known[key] == found[key]
-    if before is None or now is None:
-        return before == now
-    return before == now or Path(str(before)).absolute() == Path(str(now)).absolute()
+    return known[key] == found[key] if key in known and key in found else same_path(before, now)

@@ -14,7 +14,7 @@ from text4vis.config.retired import FORMER
 from text4vis.config.schema import Config, schema
 from text4vis.saved import checkpoint
 from text4vis.saved.checkpoint import CheckpointError, State
-from text4vis.saved.inputs import digests, fixed_paths, same_path
+from text4vis.saved.inputs import digests, fixed_paths, same_input
 
 logger = logging.getLogger("text4vis")
 
@@ -102,7 +102,7 @@ def check_same_run(  # noqa: PLR0917
         for key in sorted(before | now)
         if key not in free
         and not (
-            same_path(key, before.get(key), now.get(key), found.inputs, inputs)
+            same_input(key, before.get(key), now.get(key), found.inputs, inputs)
             if key in paths
             else before.get(key) == now.get(key)
         )
