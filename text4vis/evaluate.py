@@ -173,7 +173,8 @@ def show(report: dict[str, Any]) -> None:
         best = next(row for row in known["answers"] if row["accuracy"] == 95)
         screen.print(
             f"calibration error of one view {known['ece']:.1f} %, at temperature {known['temperature']:.2f} "
-            f"{known['ece_calibrated']:.1f} %; answers that aim at 95 % right: {best['answered']:.0f} % of videos"
+            f"{known['ece_calibrated']:.1f} % (chance alone {known['ece_of_chance']:.1f} %); answers that aim at 95 % "
+            f"right: {best['answered']:.0f} % of videos"
             + ("" if best["right_of_answered"] is None else f", {best['right_of_answered']:.1f} % of them right")
         )
     if several:

@@ -9,6 +9,7 @@ from text4vis.evaluation.calibration import (
     MIN_VIDEOS,
     Calibration,
     at_temperature,
+    calibration_error_of_chance,
     calibration_figures,
     expected_calibration_error,
     fit_temperature,
@@ -74,6 +75,16 @@ def test_bins_are_fifteenths_and_the_last_holds_certainty():
     assert [row["videos"] for row in rows] == [1, 2, 1, 2]
     assert [row["confidence"] for row in rows] == pytest.approx([53, 56.5, 93, 97])
     assert [row["accuracy"] for row in rows] == [100, 50, 0, 100]
+
+
+def test_few_videos_show_an_error_that_is_chance():
+    errors = {}
+    for count in (200, 5000):
+        scores, labels = drawn(count, 1.0)
+        errors[count] = calibration_error_of_chance(scores)
+        assert expected_calibration_error(scores, labels) == pytest.approx(errors[count], abs=2.5)
+    assert 3 < errors[200] < 12 and errors[5000] < errors[200] / 3
+    assert calibration_error_of_chance(np.array([[1.0, 0.0], [0.0, 1.0]])) == 0
 
 
 def test_the_threshold_keeps_the_accuracy_and_no_lower_one_does():

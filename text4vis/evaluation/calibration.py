@@ -22,6 +22,7 @@ ACCURACIES = (80, 85, 90, 95, 97, 98, 99)
 COVERAGES = (80, 90, 95, 99)
 _LOG_TEMPERATURES = (-4.0, 4.0)
 _SEED = 0
+_CHANCE_DRAWS = 20
 
 
 def at_temperature(scores_NC: np.ndarray, temperature: float) -> np.ndarray:
@@ -49,6 +50,19 @@ def expected_calibration_error(scores_NC: np.ndarray, labels_N: np.ndarray, num_
     """
     rows = reliability(scores_NC, labels_N, num_bins)
     return sum(row["videos"] * abs(row["accuracy"] - row["confidence"]) for row in rows) / len(labels_N)
+
+
+def calibration_error_of_chance(scores_NC: np.ndarray) -> float:
+    """Per cent: the calibration error that these probabilities show where they are exactly right.
+
+    With few videos in a bin its accuracy strays from its confidence by chance, so no model's error falls below this
+    (Broecker and Smith, "Increasing the Reliability of Reliability Diagrams", 2007). The mean over labels that are
+    drawn from the probabilities.
+    """
+    rng = np.random.default_rng(_SEED)
+    below_NC = scores_NC.cumsum(axis=1)
+    draws = ((below_NC < below_NC[:, -1:] * rng.random((len(scores_NC), 1))).sum(axis=1) for _ in range(_CHANCE_DRAWS))
+    return float(np.mean([expected_calibration_error(scores_NC, labels_N) for labels_N in draws]))
 
 
 def reliability(scores_NC: np.ndarray, labels_N: np.ndarray, num_bins: int = NUM_BINS) -> list[dict[str, float]]:
@@ -160,6 +174,7 @@ def calibration_figures(scores_NC: np.ndarray, labels_N: np.ndarray) -> dict[str
         "temperature": temperature,
         "ece": expected_calibration_error(scores_NC, labels_N),
         "ece_calibrated": expected_calibration_error(calibrated_NC, labels_N),
+        "ece_of_chance": calibration_error_of_chance(calibrated_NC),
         "reliability": reliability(scores_NC, labels_N),
         "reliability_calibrated": reliability(calibrated_NC, labels_N),
         "answers": answers,

@@ -87,6 +87,7 @@ class _Calibration(_Checked):
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     ece: Percent
     ece_calibrated: Percent
+    ece_of_chance: Percent | None = None  # older reports have none
     reliability: Annotated[list[_Bin], Field(min_length=1)]
     reliability_calibrated: Annotated[list[_Bin], Field(min_length=1)]
 
