@@ -74,17 +74,22 @@ def run(arguments: argparse.Namespace, config: Config) -> None:
     from text4vis.data.loader import build_loader
     from text4vis.evaluation.embedding import class_splits, evaluate, weights_fingerprint
     from text4vis.evaluation.protocols import write_report
+    from text4vis.model.preprocessing import DATA_KEYS, KEYS, settle
     from text4vis.saved.opening import open_saved
 
     ranks = distributed.ranks()
     distributed.use_cores(config.engine.num_threads)
     if arguments.report:
         distributed.from_main(lambda: require_file(arguments.report, "--report"))
+    saved = open_saved(arguments.model)
+    is_export = saved.kind == "export"  # it brings its own network
+    keys = DATA_KEYS if is_export else KEYS
+    config = settle(config, saved.config, keys=keys, say=lambda line: print(line) if ranks.is_main else None)
     with build_loader(config, "val", rank=ranks.rank, world_size=ranks.world_size) as loader:
         names = class_names(config, loader.dataset)
         splits = class_splits(config, names, loader.dataset.labels)
-        saved = open_saved(arguments.model)
-        differing = saved.config and differences(saved.config, config, is_export=saved.kind == "export")
+        trained = saved.config and settle(saved.config, config, keys=keys, say=lambda _: None)
+        differing = trained and differences(trained, config, is_export=is_export)
         if differing and ranks.is_main:
             print(f"evaluate: warning: {warning(arguments.model, differing)}", file=sys.stderr)
         model = saved.load(config)

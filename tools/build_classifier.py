@@ -28,6 +28,7 @@ from text4vis.config.loading import load_config
 from text4vis.config.schema import Config, ConfigError
 from text4vis.config.templates import prompts
 from text4vis.data.datasets import open_split
+from text4vis.model.preprocessing import settle
 from text4vis.model.video_clip import build_model
 
 
@@ -72,7 +73,7 @@ def write_pairs(path: Path, pairs: list[Pair]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    config = load_config(arguments.config, arguments.set)
+    config = settle(load_config(arguments.config, arguments.set), say=print)
     for option in ("output", "pairs"):
         if path := getattr(arguments, option):
             require_file(path, f"--{option}")

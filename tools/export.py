@@ -23,6 +23,7 @@ from shards.text import shown
 from text4vis.classifier.embeddings import build_classifier
 from text4vis.config.loading import load_config
 from text4vis.config.schema import ConfigError
+from text4vis.model.preprocessing import settle
 from text4vis.saved.checkpoint import CheckpointError
 from text4vis.saved.opening import SavedModel, TrainedModel, open_saved
 from text4vis.serving.exporting import export, last_report
@@ -55,7 +56,7 @@ def trained_model(saved: SavedModel, arguments: argparse.Namespace) -> TrainedMo
     """The model with its recipe and classes: the recorded ones, or those of --config and --labels."""
     if saved.config is not None:
         return saved.trained()
-    config, names = load_config(arguments.config), parse_labels(arguments.labels)
+    config, names = settle(load_config(arguments.config), say=print), parse_labels(arguments.labels)
     model = saved.load(config)
     return TrainedModel(model, config, names, build_classifier(config, model, names), saved.card)
 

@@ -59,7 +59,7 @@ def test_training_pixels_are_the_drawn_region(photographs):
 def test_placing_on_the_device_equals_placing_on_the_cpu():
     image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     crops = [Crop(3, 5), Crop(0, 36, flip=True), Crop(16, 0, grey=True), Crop(8, 20, flip=True, grey=True)]
-    geometry = Geometry((0, 0, 40, 60), 40, 60, True, tuple(crops))
+    geometry = Geometry((0, 0, 40, 60), 40, 60, "bicubic", tuple(crops))
     frame = FramePlan(0, (40, 60), geometry, tuple((c, 0, c) for c in range(len(crops))))
     expected = np.zeros((4, 1, 24, 24, 3), np.uint8)
     place(image, geometry, frame.targets, expected)
@@ -74,10 +74,10 @@ def test_the_device_does_to_a_frame_what_the_cpu_does():
     videos = []
     for b, (name, crop) in enumerate([("translate_x", Crop(0, 0, True)), ("color", Crop(0, 0, False, True, 1.0))]):
         steps = (Operation(name, 30 if b == 0 else 0.64, 0, 0), Operation("rotate", -9, 0, 0))
-        geometry = Geometry((0, 0, 256, 340), 96, 96, False, (crop,), steps, (20, 50, 80, 96))
+        geometry = Geometry((0, 0, 256, 340), 96, 96, "fast", (crop,), steps, (20, 50, 80, 96))
         videos.append([FramePlan(t, (256, 340), geometry, ((0, t, 0),)) for t in range(2)])
     plain = Crop(0, 0, solarize=True)
-    geometry = Geometry((0, 0, 96, 96), 96, 96, False, (plain,))
+    geometry = Geometry((0, 0, 96, 96), 96, 96, "fast", (plain,))
     videos.append([FramePlan(0, (96, 96), geometry, ((0, 0, 0), (0, 1, 0)))])
     images = [[image, image[::-1].copy()], [image, image[:, ::-1].copy()], [image[:96, :96].copy()]]
     expected = np.zeros((3, 1, 2, 96, 96, 3), np.uint8)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny import CONFIG, OPENAI_RESNET, OPENAI_VIT, random_clip, random_frames, tiny_network, write_clip
 
 from text4vis.config.schema import ConfigError, NetworkConfig
-from text4vis.model.towers import CLIP_NAMES
+from text4vis.model.sources import CLIP_NAMES
 from text4vis.model.video_clip import build_model
 
 T = 4
@@ -46,7 +46,7 @@ def preprocessed(frames_BTCHW):
 def test_embeddings_equal_open_clips(network):
     clip, model = random_clip(CONFIG), built(network)
     frames = random_frames(2, T)
-    tokenizer = open_clip.tokenizer.SimpleTokenizer(str(model.text.bpe_path), context_length=32)
+    tokenizer = open_clip.tokenizer.SimpleTokenizer(str(model.text.tokenizer.bpe_path), context_length=32)
     with torch.no_grad():
         expected = clip.encode_image(preprocessed(frames)).unflatten(0, (2, T))
         torch.testing.assert_close(model.encode_frames(frames), expected, **CLOSE)

@@ -185,7 +185,7 @@ def test_an_export_stands_alone_and_is_the_same_model(tmp_path, header):
     assert torch.equal(export.class_embeddings, embeddings)
     assert (export.class_names, export.card, export.config) == (NAMES, {"epoch": 3}, config.to_dict())
     assert export.network.sim_header == header
-    assert export.model.text.bpe_path.parent == tmp_path / "moved"
+    assert export.model.text.tokenizer.bpe_path.parent == tmp_path / "moved"
 
 
 def test_an_export_from_openais_layout_keeps_open_clips_embeddings(tmp_path):

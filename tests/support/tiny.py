@@ -11,6 +11,13 @@ from safetensors.torch import save_file
 
 from text4vis.config.schema import NetworkConfig
 
+# As OpenAI's CLIPs see pixels.
+PIXELS = {
+    "mean": [0.48145466, 0.4578275, 0.40821073],
+    "std": [0.26862954, 0.26130258, 0.27577711],
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
+}
 MERGES = ("t h", "th e</w>", "i n", "in g</w>")
 CONFIG = {
     "embed_dim": 64,
@@ -51,7 +58,7 @@ def write_clip(folder: Path, seed: int = 0) -> Path:
     with gzip.open(folder / "tiny-bpe.txt.gz", "wt", encoding="utf-8") as file:
         file.write("\n".join(["#version: tiny", *MERGES]))
     path = folder / "tiny.json"
-    path.write_text(json.dumps(CONFIG))
+    path.write_text(json.dumps({"model_cfg": CONFIG, "preprocess_cfg": PIXELS}))
     save_file(random_clip(CONFIG, seed).state_dict(), path.with_suffix(".safetensors"))
     return path
 

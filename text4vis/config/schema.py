@@ -30,6 +30,7 @@ from text4vis.config.values import (
     Rate,
     Sources,
     Str,
+    Triple,
     false_is_none,
     number,
     pair,
@@ -79,6 +80,15 @@ class DataConfig:
     input_size: Count = key(224, Role.FRAMES, "side of the square that the model sees, pixels")
     scale_size: Count | None = key(
         None, Role.FRAMES, "short side before cropping, pixels; default: 256 at input_size 224, else input_size"
+    )
+    resize: Literal["shortest", "squash", "longest"] | None = key(
+        None,
+        Role.FRAMES,
+        "frames before cropping, where none are drawn; shortest: short side to scale_size; squash: to the square, "
+        "whatever their shape; longest: long side to the square's, black around; default: the model's own",
+    )
+    interpolation: Literal["bicubic", "bilinear"] | None = key(
+        None, Role.FRAMES, "of data.resize, with antialias; default: the model's own"
     )
     shot: Natural | None = key(
         None,
@@ -169,15 +179,24 @@ class NetworkConfig:
     arch: Str = key(
         "ViT-B/16",
         Role.MODEL,
-        "CLIP or open_clip name, a model JSON, or a weights file in OpenAI's layout",
+        "CLIP or open_clip name, hf-hub:ORG/NAME, local-dir:FOLDER, a model JSON, or a weights file in OpenAI's layout",
         classifiers=("lda",),
     )
     pretrained: OptionalStr = key(
         None,
         Role.MODEL,
-        "open_clip tag or weights file; default: `openai` for CLIP's names, the file beside a JSON",
+        "open_clip tag or weights file; default: `openai` for CLIP's names, the file beside a JSON or in a folder",
         classifiers=("lda",),
         on_card=True,
+    )
+    mean: Triple | None = key(
+        None, Role.MODEL, "mean of red, green and blue, 0 to 1; default: the model's own", classifiers=("lda",)
+    )
+    std: Triple | None = key(
+        None, Role.MODEL, "standard deviation of the same; default: the model's own", classifiers=("lda",)
+    )
+    activation: Literal["gelu", "quick_gelu"] | None = key(
+        None, Role.MODEL, "of open_clip's towers; default: what the weights were trained with", classifiers=("lda",)
     )
     init: Bool = key(True, Role.TRAINING, "start from pre-trained weights; false: random ones", on_card=True)
     sim_header: Literal["None", "Transf", "Transf_cls", "LSTM", "Conv_1D"] = key(

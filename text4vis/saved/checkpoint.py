@@ -44,7 +44,8 @@ class State:
     step: optimiser steps taken. updates: those of them that changed the weights; the others were skipped. consumed:
     videos of the stream. evaluated_step: step of the last evaluation. best_top1: per cent, -1 before the first
     evaluation. figures: of the last evaluation. files: SHA-256 by file name. classifier_file: SHA-256 of
-    `network.classifier_file`, empty without one. mixture: [videos, weight] of each source of a mixture.
+    `network.classifier_file`, empty without one. tokenizer: its fingerprint, empty if it was not recorded.
+    mixture: [videos, weight] of each source of a mixture.
     """
 
     step: int
@@ -60,6 +61,7 @@ class State:
     loss_scaler: dict[str, float] = field(default_factory=dict)
     files: dict[FileName, str] = field(default_factory=dict)
     classifier_file: str = ""
+    tokenizer: str = ""
     mixture: list[tuple[int, float]] = field(default_factory=list)
 
     def to_json(self) -> str:

@@ -10,6 +10,7 @@ Nobody else decides which of the four a path is. C classes, D embedding width.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,10 +22,11 @@ from torch import Tensor
 from text4vis.classifier.embeddings import build_classifier
 from text4vis.config.loading import config_from_dict
 from text4vis.config.schema import Config, ConfigError
+from text4vis.model.preprocessing import settle
 from text4vis.model.video_clip import VideoClip, build_model
 from text4vis.saved import checkpoint
 from text4vis.saved.checkpoint import CheckpointError, State
-from text4vis.saved.runs import check_same_classes
+from text4vis.saved.runs import check_same_classes, check_same_tokenizer
 from text4vis.saved.weights import (
     EXPORT_FILE,
     Export,
@@ -36,6 +38,8 @@ from text4vis.saved.weights import (
     read_text4vis,
     start_from,
 )
+
+logger = logging.getLogger("text4vis")
 
 ORIGINAL_SUFFIXES = (".pt", ".pth")
 
@@ -135,19 +139,26 @@ class SavedRun(SavedModel):
         return checkpoint.read_parts(self.folder)
 
     def load(self, config: Config | None = None) -> VideoClip:
-        config = config or self.config
+        config = config or self._settled
         network = replace(config.network, fix_text=True)  # type: ignore[type-var]
         model = build_model(network, config.data.num_segments, image_size=config.data.input_size)
         checkpoint.verify(self.folder, only=[checkpoint.WEIGHTS])
         checkpoint.load_checkpoint(model, self.folder)
         return model
 
+    @cached_property
+    def _settled(self) -> Config:
+        """The configuration with what an earlier version did not record: pixels and activation."""
+        return settle(self.config, self.config, say=logger.debug)
+
     def trained(self) -> TrainedModel:
-        model = self.load()
+        model, config = self.load(), self._settled
         if model.classifier is None:
-            check_same_classes(self.state, self.config, self.path)
-        classes_CD = build_classifier(self.config, model, self.class_names)
-        return TrainedModel(model, self.config, self.class_names, classes_CD, self.card)
+            check_same_classes(self.state, config, self.path)
+        if config.network.classifier == "text":
+            check_same_tokenizer(self.state, model, self.path)
+        classes_CD = build_classifier(config, model, self.class_names)
+        return TrainedModel(model, config, self.class_names, classes_CD, self.card)
 
 
 class SavedExport(SavedModel):

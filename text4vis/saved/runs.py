@@ -10,8 +10,10 @@ from typing import Any
 
 from shards.files import require_folder, try_lock
 from text4vis.classifier.embeddings import file_digest
-from text4vis.config.retired import FORMER
+from text4vis.config.retired import EARLIER, FORMER
 from text4vis.config.schema import Config, schema
+from text4vis.model.preprocessing import KEYS
+from text4vis.model.video_clip import VideoClip
 from text4vis.saved import checkpoint
 from text4vis.saved.checkpoint import CheckpointError, State
 
@@ -89,8 +91,10 @@ def check_same_run(
             f"{config.solver.global_batch}; undo the change or give another --output"
         )
     # A run that began before a key existed did what its default does.
-    before, now = _flatten(Config().to_dict()) | _flatten(found.config), _flatten(config.to_dict())
+    before = _flatten(Config().to_dict()) | _flatten(EARLIER) | _flatten(found.config)
+    now = _flatten(config.to_dict())
     free = {key.name for key in schema() if key.role.may_change} | set(FORMER)
+    free |= set(KEYS) - _flatten(found.config).keys() - _flatten(EARLIER).keys()  # the model decided, unrecorded
     changed = [key for key in sorted(before | now) if key not in free and before.get(key) != now.get(key)]
     if changed:
         values = ", ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed)
@@ -110,6 +114,14 @@ def check_same_classes(found: State, config: Config, folder: Path) -> None:
         raise CheckpointError(
             f"{folder}: was trained with other class embeddings than {config.network.classifier_file} "
             "(network.classifier_file) holds now; give it the first ones again"
+        )
+
+
+def check_same_tokenizer(found: State, model: VideoClip, folder: Path) -> None:
+    """Raises CheckpointError where the model's tokenizer makes other tokens than when the run began."""
+    if found.tokenizer and found.tokenizer != model.text.tokenizer.facts()["fingerprint"]:
+        raise CheckpointError(
+            f"{folder}: was trained with another tokenizer than network.arch has now; give its first files again"
         )
 
 

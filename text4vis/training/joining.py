@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 from text4vis.cluster.distributed import Ranks
+from text4vis.config.loading import config_from_dict
 from text4vis.config.schema import Config, ConfigError
 from text4vis.data.loader import Loader
+from text4vis.model.preprocessing import settle
+from text4vis.model.video_clip import VideoClip
 from text4vis.saved.checkpoint import CheckpointError, State
-from text4vis.saved.runs import check_same_run
+from text4vis.saved.runs import check_same_run, check_same_tokenizer
 
 
 def check_same_classes(config: Config, train: list[str], val: list[str]) -> None:
@@ -29,6 +33,20 @@ def check_world_size(config: Config, world_size: int) -> None:
             f"engine.world_size: expected {expected} ranks, the job has {world_size}. `deepspeed` starts on this "
             "machine alone when it does not find the file after --hostfile: check its path, its hosts and their slots"
         )
+
+
+def settled(config: Config, start: State | None) -> Config:
+    """The configuration with pixels and activation as the run has them, or as the model of a new run needs them.
+
+    Raises ConfigError that names the keys to give.
+    """
+    return settle(config, None if start is None else config_from_dict(start.config, "the run that goes on"))
+
+
+def with_tokenizer(state: State, model: VideoClip, output: Path) -> State:
+    """The state with the tokenizer's fingerprint. Raises CheckpointError where the run began with another."""
+    check_same_tokenizer(state, model, output)
+    return replace(state, tokenizer=model.text.tokenizer.facts()["fingerprint"])
 
 
 def check_joins(found: State, config: Config, loader: Loader, checkpoint: Path, few_shot_list: Path) -> None:

@@ -34,9 +34,8 @@ from text4vis.saved import checkpoint
 from text4vis.saved.checkpoint import State
 from text4vis.saved.opening import load_pretrained
 from text4vis.saved.runs import find_start
-from text4vis.training import checkpointing
+from text4vis.training import checkpointing, joining
 from text4vis.training.engine import Engine
-from text4vis.training.joining import check_joins, check_same_classes, check_streams, check_world_size
 from text4vis.training.logs import Meter, gpu_utilisation, memory_bytes, table
 from text4vis.training.losses import Objective
 from text4vis.training.optim import scheduled_rate
@@ -73,25 +72,27 @@ class Trainer:
     """
 
     def __init__(self, config: Config, output: Path, stop: StopRequest, resume: str = "auto") -> None:
-        self.config, self.output, self.stop = config, output, stop
+        self.output, self.stop = output, stop
         self.ranks = distributed.ranks()
-        check_world_size(config, self.ranks.world_size)
+        joining.check_world_size(config, self.ranks.world_size)
         self.start_from = distributed.from_main(lambda: find_start(output, resume))
         start = None if self.start_from is None else checkpoint.read_state(self.start_from)
+        self.config = config = joining.settled(config, start)
         self.sizes = BatchSizes.of(config, self.ranks.world_size, start.global_batch if start else None)
-        check_streams(config.data.streams, self.sizes.global_batch, self.ranks)
+        joining.check_streams(config.data.streams, self.sizes.global_batch, self.ranks)
         torch.manual_seed(config.seed)  # the head's first weights: equal on all ranks
         distributed.use_cores(config.engine.num_threads)
         with ExitStack() as opened:
             self.val_loader = opened.enter_context(self._loader("val"))
             self.train_loader = opened.enter_context(self._loader("train", start.consumed if start else 0))
             self.class_names = class_names(config, self.train_loader.dataset)
-            check_same_classes(config, self.train_loader.dataset.classes, self.val_loader.dataset.classes)
+            joining.check_same_classes(config, self.train_loader.dataset.classes, self.val_loader.dataset.classes)
             samples = config.solver.epochs * self.train_loader.epoch_samples
             self.num_steps = math.ceil(samples / self.sizes.global_batch)
             self.state = self._first_state() if start is None else self._joined_state(start)
             self.device = distributed.device()
             model = self._model()
+            self.state = joining.with_tokenizer(self.state, model, output)
             classes = training_classes(config, model, self.class_names).to(self.device)
             self.objective = Objective(config, classes, self.sizes.micro)
             self.engine = self._engine(model)
@@ -383,8 +384,7 @@ class Trainer:
             log_traps(logger, self.config, self.class_names, self.train_loader.dataset)
         (self.output / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
         if self.config.data.shot:
-            few_shot_list = self.train_loader.planner.few_shot_list()
-            (self.output / FEW_SHOT_LIST).write_text(few_shot_list, encoding="utf-8")
+            (self.output / FEW_SHOT_LIST).write_text(self.train_loader.planner.few_shot_list(), encoding="utf-8")
         global_batch, step = self.sizes.global_batch, self.state.step
         self.log = RunLog.open(self.output, self.config, self.class_names, global_batch=global_batch, step=step)
 
@@ -420,7 +420,7 @@ class Trainer:
     def _joined_state(self, found: State) -> State:
         """The state of the checkpoint, if it is of this run."""
         assert self.start_from is not None
-        check_joins(found, self.config, self.train_loader, self.start_from, self.output / FEW_SHOT_LIST)
+        joining.check_joins(found, self.config, self.train_loader, self.start_from, self.output / FEW_SHOT_LIST)
         return replace(found, config=self.config.to_dict())
 
     def _model(self) -> VideoClip:
@@ -444,7 +444,7 @@ class Trainer:
         if self.config.engine.zero_stage == 3:
             # DeepSpeed finds the parameters of a part, which evaluation calls, only after one pass of the whole model.
             data = self.config.data
-            frames_BTCHW = torch.zeros(1, data.num_segments, 3, data.input_size, data.input_size, dtype=torch.uint8)
+            shape = (1, data.num_segments, 3, data.input_size, data.input_size)
             with torch.no_grad():
-                engine(frames_BTCHW.to(self.device), self.objective.classes)
+                engine(torch.zeros(shape, dtype=torch.uint8, device=self.device), self.objective.classes)
         return engine
