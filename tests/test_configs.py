@@ -12,7 +12,7 @@ import torch
 import yaml
 from frame_folders import make_frame_folders
 from launch import ROOT, finish, start
-from tiny import OPENAI_VIT, random_clip
+from tiny import OPENAI_VIT, openai_state, random_clip
 
 from shards.annotations import parse_annotations, parse_labels
 from shards.writer import build_shards
@@ -153,7 +153,7 @@ def results(tmp_path_factory) -> dict[str, dict]:
     recipes = sorted(TRIED, key=lambda recipe: "finetune" in recipe)  # what they start from comes first
     model = base / "clip.pt"
     text = OPENAI_VIT["text_cfg"] | {"context_length": 32}  # room for the longest name
-    torch.save(random_clip(OPENAI_VIT | {"text_cfg": text}).state_dict(), model)
+    torch.save(openai_state(random_clip(OPENAI_VIT | {"text_cfg": text})), model)
     ((code, output),) = finish(
         start("tests/support/run_recipes.py", base, base / "shards", model, *recipes), timeout=500
     )

@@ -238,6 +238,7 @@ def build(config: dict[str, Any], folder: Path) -> tuple[CLIP, SimpleTokenizer]:
 def main() -> int:
     args, start = parse_arguments(), time.monotonic()
     config = json.loads(args.config.read_text())
+    config.pop("preprocess_cfg", None)  # Text4Vis's own; it describes this program's frames
     args.output.mkdir(parents=True, exist_ok=True)
     if args.config.resolve() != (args.output / args.config.name).resolve():
         shutil.copyfile(args.config, args.output / args.config.name)

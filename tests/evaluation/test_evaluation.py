@@ -33,6 +33,7 @@ from text4vis.evaluation.embedding import (
     weights_fingerprint,
 )
 from text4vis.evaluation.protocols import CENTRE_CROP, Views, class_scores, figures, write_report
+from text4vis.model.preprocessing import settle
 from text4vis.model.tensors import write_tensors
 from text4vis.model.video_clip import build_model
 from text4vis.saved.weights import export_model, load_export, load_text4vis
@@ -234,6 +235,7 @@ class Project:
             network=tiny_network(base / "clip"),
             engine=EngineConfig(precision="fp32"),
         )  # fmt: skip
+        self.config = settle(self.config)
         torch.manual_seed(1)
         self.model = build_model(self.config.network, T)
         self.names = parse_labels(folders.labels)

@@ -19,7 +19,7 @@ WORDS = (
     "a video of a person archery surfing skiing playing the guitar riding horse café running mountain slowly and "
     "ein Mensch läuft человек бежит walking dog dogs cat cats jumping over fence with ball"
 )
-TEXT = {"context_length": 24, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}
+TEXT = {"context_length": 40, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}
 VIT = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8}
 CLIPS_PIXELS = {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD}
 SIGLIP_TEXT = TEXT | {
@@ -154,7 +154,7 @@ def write_tokenizer(folder: Path, kind: str) -> None:
 
     special = {"siglip2": ["<pad>", "<eos>", "<bos>", "<unk>"], "siglip": ["<unk>", "<pad>", "</s>"],
                "xlm-roberta": ["<s>", "<pad>", "</s>", "<unk>"]}[kind]  # fmt: skip
-    letters = list("▁" + "abcdefghijklmnopqrstuvwxyzäéабвгежилокнч")
+    letters = sorted({"▁", *WORDS.lower()} - {" "})
     if kind == "siglip2":
         tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=False))
         tokenizer.normalizer = normalizers.Replace(" ", "▁")

@@ -52,6 +52,12 @@ def random_clip(config: dict, seed: int = 0) -> CLIP:
     return clip
 
 
+def openai_state(clip: CLIP) -> dict[str, torch.Tensor]:
+    """The tensors of a CLIP as OpenAI's archives hold them: with three numbers that nobody else saves."""
+    extras = {"input_resolution": torch.tensor(0), "context_length": torch.tensor(20), "vocab_size": torch.tensor(1)}
+    return clip.state_dict() | extras
+
+
 def write_clip(folder: Path, seed: int = 0) -> Path:
     """Writes tiny.json, its vocabulary and tiny.safetensors; returns the JSON's path."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -248,8 +248,8 @@ def scaled_size(height: int, width: int, short_side: int) -> tuple[int, int]:
 
 
 def frame_rule(data: DataConfig) -> tuple[Resize, Interpolation]:
-    """`data.resize` and `data.interpolation`. Raises ConfigError where they are not settled: they follow from the model,
-    of which this room knows nothing."""
+    """`data.resize` and `data.interpolation`. Raises ConfigError where they are not settled: they follow from the
+    model, of which this room knows nothing."""
     if data.resize is None or data.interpolation is None:
         raise ConfigError(
             "data.resize, data.interpolation: they follow from the model, which was not asked; take the configuration "
