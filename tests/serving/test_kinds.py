@@ -79,7 +79,7 @@ def test_an_export_opens_without_the_folder_it_came_from(tmp_path, kind, monkeyp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.long] * (kind in LARGE)) for kind in KINDS])
 def test_the_graph_and_its_program_see_what_the_model_sees(tmp_path, kind):
     trained = trained_model(publish(tmp_path / "published", kind), kind)
     written = export(tmp_path / "export", trained, onnx=True)
