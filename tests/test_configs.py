@@ -12,13 +12,14 @@ import torch
 import yaml
 from frame_folders import make_frame_folders
 from launch import ROOT, finish, start
-from tiny import OPENAI_VIT, random_clip
+from tiny import OPENAI_VIT, openai_state, random_clip
 
 from shards.annotations import parse_annotations, parse_labels
 from shards.writer import build_shards
+from text4vis.config.keys import schema
 from text4vis.config.loading import load_config
 from text4vis.config.retired import FORMER, RETIRED
-from text4vis.config.schema import ConfigError, schema
+from text4vis.config.schema import ConfigError
 from text4vis.data.traps import sided_classes
 from text4vis.evaluation.embedding import class_splits
 
@@ -171,7 +172,7 @@ def results(tmp_path_factory) -> dict[str, dict]:
     recipes = sorted(TRIED, key=lambda recipe: "finetune" in recipe)  # what they start from comes first
     model = base / "clip.pt"
     text = OPENAI_VIT["text_cfg"] | {"context_length": 32}  # room for the longest name
-    torch.save(random_clip(OPENAI_VIT | {"text_cfg": text}).state_dict(), model)
+    torch.save(openai_state(random_clip(OPENAI_VIT | {"text_cfg": text})), model)
     ((code, output),) = finish(
         start("tests/support/run_recipes.py", base, base / "shards", model, *recipes), timeout=500
     )

@@ -43,10 +43,11 @@ from shards.text import shown
 from text4vis.cluster import interrupt
 from text4vis.cluster.interrupt import Interrupts
 from text4vis.common.console import console, table
+from text4vis.config.keys import classifier_keys, keys_of, schema
 from text4vis.config.loading import Origins, resolve_config
 from text4vis.config.paths import same_path
 from text4vis.config.roles import Role
-from text4vis.config.schema import Config, ConfigError, classifier_keys, keys_of, schema
+from text4vis.config.schema import Config, ConfigError
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -75,18 +76,24 @@ def measure(arguments: argparse.Namespace, config: Config) -> None:
     from text4vis.data.loader import build_loader
     from text4vis.evaluation.embedding import class_splits, evaluate, weights_fingerprint
     from text4vis.evaluation.protocols import write_report
+    from text4vis.model.preprocessing import KEYS, settle
     from text4vis.saved.opening import open_saved
 
     ranks = distributed.ranks()
     distributed.use_cores(config.engine.num_threads)
     if arguments.report:
         distributed.from_main(lambda: require_file(arguments.report, "--report"))
+    saved = open_saved(arguments.model)
+    config = saved.settle(config, say=lambda line: print(line) if ranks.is_main else None)
     with build_loader(config, "val", rank=ranks.rank, world_size=ranks.world_size) as loader:
-        saved = open_saved(arguments.model)
         is_its_list = saved.config is not None and saved.config.data.label_list == config.data.label_list
         names = class_names(config, loader.dataset, recorded=saved.class_names if is_its_list else None)
         splits = class_splits(config, names, np.flatnonzero(loader.dataset.class_counts()))
-        differing = {} if saved.config is None else differences(saved.config, config, saved.settled)
+        differing = {}
+        if saved.config is not None:
+            unsettled = [key for key in KEYS if key not in saved.settled]  # and some that it does not record
+            trained = settle(saved.config, config, keys=unsettled, say=lambda _: None)
+            differing = differences(trained, config, saved.settled)
         if differing and ranks.is_main:
             print(f"evaluate: warning: {warning(arguments.model, differing)}", file=sys.stderr)
         model = saved.load(config)

@@ -70,6 +70,7 @@ def write_pairs(path: Path, pairs: list[classifier.Pair]) -> None:
 
 
 def run(arguments: argparse.Namespace, config: Config) -> None:
+    config = model.settle(config, say=print)
     for option in ("output", "pairs"):
         if path := getattr(arguments, option):
             require_file(path, f"--{option}")

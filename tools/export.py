@@ -52,7 +52,7 @@ def trained_model(source: saved.SavedModel, arguments: argparse.Namespace) -> sa
     """The model with its own recipe and classes, or for a .pt file with those of --config and --labels."""
     if source.config is not None:
         return source.trained()
-    config, names = load_config(arguments.config), parse_labels(arguments.labels)
+    config, names = source.settle(load_config(arguments.config), say=print), parse_labels(arguments.labels)
     model = source.load(config)
     return saved.TrainedModel(model, config, names, classifier.build_classifier(config, model, names), source.card)
 

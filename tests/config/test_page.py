@@ -7,9 +7,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from text4vis.config.keys import schema
 from text4vis.config.loading import config_from_dict, load_config
 from text4vis.config.page import config_page, print_config
-from text4vis.config.schema import ConfigError, schema
+from text4vis.config.schema import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from text4vis.config.keys import schema
 from text4vis.config.loading import load_config, resolve_config
 from text4vis.config.paths import absolute, absolute_model, same_path
-from text4vis.config.schema import ConfigError, schema
+from text4vis.config.schema import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 PATHS = {key.name: key for key in schema() if key.path != "no"}

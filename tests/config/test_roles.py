@@ -9,12 +9,15 @@ import pytest
 from pydantic import Field, ValidationError
 
 from text4vis.config.batches import BatchSizes
+from text4vis.config.keys import keys_of, schema
 from text4vis.config.loading import load_config
 from text4vis.config.roles import Role, key, read_key
-from text4vis.config.schema import Config, keys_of, schema
+from text4vis.config.schema import Config
 from text4vis.data.loader import open_split
 from text4vis.data.plan import Planner
 from text4vis.evaluate import differences
+from text4vis.model.preprocessing import KEYS as PREPROCESSING
+from text4vis.model.preprocessing import settle
 from text4vis.report.tensorboard import hyperparameters
 from text4vis.saved.checkpoint import CheckpointError, State
 from text4vis.saved.runs import check_same_run
@@ -25,6 +28,7 @@ CLASSIFIERS = ("text", "random", "orthogonal", "lda", "sentence", "file")
 VALUES = (
     True, False, 5, 3, 2, 0.25, 7.5, "shards:3", "gpu", "skip", "paper", "something", "lda", "text", "LSTM", "tsm",
     "NCE", "fp32", "sgd", "multistep", "parameters", "other {}", "other", (0.2, 0.3), ((0, 1),), ("other",),
+    "squash", "bilinear", "gelu", (0.2, 0.3, 0.4),
 )  # fmt: skip
 
 
@@ -54,7 +58,7 @@ def test_a_key_without_a_role_cannot_be_declared():
 
 @pytest.mark.parametrize("name", KEYS)
 def test_a_run_goes_on_with_other_values_of_the_keys_that_may_change_alone(name):
-    config = Config()
+    config = settle(Config())
     other = changed(config, name)
     found = State(0, 0, other.solver.global_batch or 8, "data", config.to_dict(), [])
     if KEYS[name].role.may_change:
@@ -74,9 +78,20 @@ def test_a_run_that_began_before_a_key_existed_goes_on_with_its_default():
         check_same_run(found, replaced(config, "data.flip", 0.25), "data", [], {}, Path("run"))
 
 
+def test_a_run_of_a_version_that_recorded_no_pixels_goes_on_with_those_it_had():
+    config = settle(Config())
+    before = config.to_dict()
+    for section, name in (name.split(".") for name in PREPROCESSING):
+        del before[section][name]
+    found = State(0, 0, 8, "data", before, [])
+    check_same_run(found, config, "data", [], Path("run"))
+    with pytest.raises(CheckpointError, match=r"data\.resize: 'shortest' -> 'squash'"):
+        check_same_run(found, replaced(config, "data.resize", "squash"), "data", [], Path("run"))
+
+
 @pytest.mark.parametrize("classifier", CLASSIFIERS)
 def test_an_evaluation_warns_of_what_its_figures_depend_on(classifier):
-    trained = replaced(Config(), "network.classifier", classifier)
+    trained = replaced(settle(Config()), "network.classifier", classifier)
     trained = replaced(trained, "network.sentence_projection", True)
     for name, declared in KEYS.items():
         is_model = declared.role is Role.MODEL
@@ -109,7 +124,7 @@ def plans(config, split, dataset) -> str:
 )
 def test_only_keys_of_these_roles_change_what_the_model_sees(project, split, roles):
     """And training sees a change of every key that decides the augmentation."""
-    config = load_config(project.config, ["data.augmentation=paper", "data.flip_swaps=[[1, 2]]"])
+    config = settle(load_config(project.config, ["data.augmentation=paper", "data.flip_swaps=[[1, 2]]"]))
     dataset = open_split(config, split)
     expected = plans(config, split, dataset)
     for name, declared in KEYS.items():

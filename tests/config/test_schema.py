@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from text4vis.config.keys import schema
 from text4vis.config.loading import config_from_dict, load_config
-from text4vis.config.schema import ConfigError, schema
+from text4vis.config.schema import ConfigError
 from text4vis.config.sources import addresses
 from text4vis.model.video_clip import build_model
 

@@ -15,9 +15,10 @@ from tiny import tiny_network
 from shards.annotations import parse_annotations, parse_labels
 from shards.writer import build_shards
 from text4vis.classifier.embeddings import build_classifier
+from text4vis.config.keys import keys_of
 from text4vis.config.loading import config_from_dict
 from text4vis.config.roles import Role
-from text4vis.config.schema import Config, ConfigError, DataConfig, EngineConfig, keys_of
+from text4vis.config.schema import Config, ConfigError, DataConfig, EngineConfig
 from text4vis.data.augmentation import eval_geometry
 from text4vis.data.loader import build_loader
 from text4vis.data.sampling import test_indices as clip_indices
@@ -33,6 +34,7 @@ from text4vis.evaluation.embedding import (
     weights_fingerprint,
 )
 from text4vis.evaluation.protocols import CENTRE_CROP, Views, figures, write_report
+from text4vis.model.preprocessing import settle
 from text4vis.model.tensors import write_tensors
 from text4vis.model.video_clip import build_model
 from text4vis.saved.weights import export_model, load_export, load_text4vis
@@ -81,6 +83,7 @@ class Project:
             network=tiny_network(base / "clip"),
             engine=EngineConfig(precision="fp32"),
         )  # fmt: skip
+        self.config = settle(self.config)
         torch.manual_seed(1)
         self.model = build_model(self.config.network, T)
         self.names = parse_labels(folders.labels)

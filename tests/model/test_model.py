@@ -13,10 +13,10 @@ import torch
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.model import resize_pos_embed
 from safetensors.torch import load_file, save_file
-from tiny import CONFIG, OPENAI_RESNET, OPENAI_VIT, random_clip, random_frames, tiny_network, write_clip
+from tiny import CONFIG, OPENAI_RESNET, OPENAI_VIT, openai_state, random_clip, random_frames, tiny_network, write_clip
 
 from text4vis.config.schema import ConfigError, NetworkConfig
-from text4vis.model.towers import CLIP_NAMES
+from text4vis.model.sources import CLIP_NAMES
 from text4vis.model.video_clip import build_model
 
 T = 4
@@ -46,7 +46,7 @@ def preprocessed(frames_BTCHW):
 def test_embeddings_equal_open_clips(network):
     clip, model = random_clip(CONFIG), built(network)
     frames = random_frames(2, T)
-    tokenizer = open_clip.tokenizer.SimpleTokenizer(str(model.text.bpe_path), context_length=32)
+    tokenizer = open_clip.tokenizer.SimpleTokenizer(str(model.text.tokenizer.bpe_path), context_length=32)
     with torch.no_grad():
         expected = clip.encode_image(preprocessed(frames)).unflatten(0, (2, T))
         torch.testing.assert_close(model.encode_frames(frames), expected, **CLOSE)
@@ -68,8 +68,7 @@ def test_logits_are_the_scaled_cosine(network):
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_a_file_in_openais_layout_gives_open_clips_embeddings(tmp_path, config, suffix):
     clip, path = random_clip(config), tmp_path / f"clip{suffix}"
-    extras = {"input_resolution": torch.tensor(0), "context_length": torch.tensor(20), "vocab_size": torch.tensor(1)}
-    state = clip.state_dict() | extras
+    state = openai_state(clip)
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
     model = built(NetworkConfig(arch=str(path)))
     frames = random_frames(1, T, size=config["vision_cfg"]["image_size"])
@@ -85,7 +84,7 @@ def test_a_file_in_openais_layout_gives_open_clips_embeddings(tmp_path, config, 
 
 def test_openai_state_dicts_are_understood_as_open_clip_understands_them(tmp_path):
     clip, path = random_clip(OPENAI_VIT), tmp_path / "clip.pt"
-    torch.save(clip.state_dict(), path)
+    torch.save(openai_state(clip), path)
     half = open_clip.model.build_model_from_openai_state_dict(clip.state_dict()).float()  # keeps its weights in fp16
     model, frames = built(NetworkConfig(arch=str(path))), random_frames(1, T)
     with torch.no_grad():
@@ -98,7 +97,7 @@ def test_openai_state_dicts_are_understood_as_open_clip_understands_them(tmp_pat
 def test_another_input_size_interpolates_the_positions(tmp_path, config, size):
     size *= 2 if config is OPENAI_RESNET else 1
     path = tmp_path / "clip.pt"
-    torch.save(random_clip(config).state_dict(), path)
+    torch.save(openai_state(random_clip(config)), path)
     network = NetworkConfig(arch=str(path))
     model = built(network, image_size=size)
     assert model.image_size == size == model.clip_config["vision_cfg"]["image_size"]
@@ -178,7 +177,7 @@ def test_gradients_reach_everything_that_trains(network):
 
 def test_a_frozen_visual_tower_gets_no_gradient_and_keeps_its_statistics(tmp_path):
     path = tmp_path / "resnet.pt"
-    torch.save(random_clip(OPENAI_RESNET).state_dict(), path)
+    torch.save(openai_state(random_clip(OPENAI_RESNET)), path)
     model = built(NetworkConfig(arch=str(path), fix_video=True)).train()
     before = copy.deepcopy(model.visual.state_dict())
     model(random_frames(2, T, size=64), classes()).sum().backward()
@@ -250,7 +249,8 @@ def test_a_local_file_for_a_named_architecture(network, tmp_path, monkeypatch):
     torch.save(
         {"state_dict": {f"module.{k}": v for k, v in random_clip(OPENAI_VIT).state_dict().items()}}, tmp_path / "w.pt"
     )
-    model = built(NetworkConfig(arch="tiny", pretrained=str(tmp_path / "w.pt")))
+    pixels = {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
+    model = built(NetworkConfig(arch="tiny", pretrained=str(tmp_path / "w.pt"), **pixels))
     assert torch.equal(model.visual.proj, random_clip(OPENAI_VIT).visual.proj)
     assert model.logit_scale.item() == random_clip(OPENAI_VIT).logit_scale.item()
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from original_files import NAMES, T, original_state, save_train, save_train_nce, trained
 from safetensors.torch import load_file, save_file
-from tiny import CONFIG, OPENAI_VIT, random_clip, random_frames, tiny_network
+from tiny import CONFIG, OPENAI_VIT, openai_state, random_clip, random_frames, tiny_network
 
 from text4vis.classifier.embeddings import build_classifier
 from text4vis.config.schema import Config, ConfigError, DataConfig, NetworkConfig
@@ -185,12 +185,12 @@ def test_an_export_stands_alone_and_is_the_same_model(tmp_path, header):
     assert torch.equal(export.class_embeddings, embeddings)
     assert (export.class_names, export.card, export.config) == (NAMES, {"epoch": 3}, config.to_dict())
     assert export.network.sim_header == header
-    assert export.model.text.bpe_path.parent == tmp_path / "moved"
+    assert export.model.text.tokenizer.bpe_path.parent == tmp_path / "moved"
 
 
 def test_an_export_from_openais_layout_keeps_open_clips_embeddings(tmp_path):
     clip = random_clip(OPENAI_VIT)
-    torch.save(clip.state_dict(), tmp_path / "clip.pt")
+    torch.save(openai_state(clip), tmp_path / "clip.pt")
     exported(tmp_path / "export", NetworkConfig(arch=str(tmp_path / "clip.pt")))
     model = load_export(tmp_path / "export").model
     frames = random_frames(1, T)

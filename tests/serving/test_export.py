@@ -23,6 +23,7 @@ from text4vis.evaluation.embedding import weights_fingerprint
 from text4vis.evaluation.multi_label import Decision
 from text4vis.evaluation.protocols import class_scores
 from text4vis.model import heads
+from text4vis.model.preprocessing import settle
 from text4vis.model.video_clip import build_model
 from text4vis.saved.checkpoint import CheckpointError, State
 from text4vis.saved.inputs import digests
@@ -45,6 +46,7 @@ def trained_model(folder: Path, *, dense: bool = False, **network) -> TrainedMod
         network=tiny_network(folder, **network),
         data=DataConfig(num_segments=T, input_size=S, scale_size=36, dataset="tiny [x](y)", dense=dense),
     )
+    config = settle(config)
     torch.manual_seed(0)
     model = build_model(config.network, T).eval()
     with torch.no_grad():

@@ -22,6 +22,7 @@ import text4vis
 from shards.video import PacketTable
 from text4vis.classifier.embeddings import build_classifier
 from text4vis.config.schema import Config, DataConfig
+from text4vis.model.preprocessing import settle
 from text4vis.model.video_clip import build_model
 from text4vis.saved.checkpoint import CheckpointError
 from text4vis.saved.weights import export_model
@@ -37,7 +38,7 @@ def export(tmp_path_factory) -> Path:
     network = tiny_network(base / "clip")
     torch.manual_seed(0)
     model = build_model(network, 4).eval()
-    config = Config(network=network, data=DataConfig(num_segments=4, input_size=32, dataset="tiny"))
+    config = settle(Config(network=network, data=DataConfig(num_segments=4, input_size=32, dataset="tiny")))
     classes_CD = build_classifier(config, model, NAMES)
     export_model(base / "export", model, network, config.to_dict(), NAMES, classes_CD, {})
     return base / "export"

@@ -11,6 +11,13 @@ from safetensors.torch import save_file
 
 from text4vis.config.schema import NetworkConfig
 
+# As OpenAI's CLIPs see pixels.
+PIXELS = {
+    "mean": [0.48145466, 0.4578275, 0.40821073],
+    "std": [0.26862954, 0.26130258, 0.27577711],
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
+}
 MERGES = ("t h", "th e</w>", "i n", "in g</w>")
 CONFIG = {
     "embed_dim": 64,
@@ -45,13 +52,19 @@ def random_clip(config: dict, seed: int = 0) -> CLIP:
     return clip
 
 
+def openai_state(clip: CLIP) -> dict[str, torch.Tensor]:
+    """The tensors of a CLIP as OpenAI's archives hold them: with three numbers that nobody else saves."""
+    extras = {"input_resolution": torch.tensor(0), "context_length": torch.tensor(20), "vocab_size": torch.tensor(1)}
+    return clip.state_dict() | extras
+
+
 def write_clip(folder: Path, seed: int = 0) -> Path:
     """Writes tiny.json, its vocabulary and tiny.safetensors; returns the JSON's path."""
     folder.mkdir(parents=True, exist_ok=True)
     with gzip.open(folder / "tiny-bpe.txt.gz", "wt", encoding="utf-8") as file:
         file.write("\n".join(["#version: tiny", *MERGES]))
     path = folder / "tiny.json"
-    path.write_text(json.dumps(CONFIG))
+    path.write_text(json.dumps({"model_cfg": CONFIG, "preprocess_cfg": PIXELS}))
     save_file(random_clip(CONFIG, seed).state_dict(), path.with_suffix(".safetensors"))
     return path
 

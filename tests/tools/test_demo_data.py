@@ -127,6 +127,7 @@ def test_shipped_weights_fit_their_json_and_tell_class_names_apart() -> None:
     files = [MODELS / f"demo-clip{ending}" for ending in (".json", "-bpe.txt.gz", ".safetensors")]
     assert sum(path.stat().st_size for path in files) < 8_000_000
     config = json.loads(files[0].read_text())
+    assert config.pop("preprocess_cfg").keys() == {"mean", "std", "interpolation", "resize_mode"}
     text = config["text_cfg"]
     bpe_path = MODELS / text["tokenizer_kwargs"]["bpe_path"]
     tokenizer = SimpleTokenizer(bpe_path=str(bpe_path), context_length=text["context_length"])

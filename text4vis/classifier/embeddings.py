@@ -96,6 +96,7 @@ def text_classifier(
         "prompts": texts,
         "tokens": fingerprint({"tokens": tokens_PL}),
         "weights": fingerprint(model.text.state_dict()),
+        "tower": {key: model.clip_config.get(key) for key in ("text_cfg", "quick_gelu")},
     }
     return cached(cache, class_names, recipe, lambda: distributed.from_main(embed))
 

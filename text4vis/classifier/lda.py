@@ -58,8 +58,9 @@ def lda_classifier(config: Config, class_names: Sequence[str]) -> Tensor:
             "data": dataset.fingerprint,
             "videos": fingerprint({"ids": torch.from_numpy(ids_N)}),
             "frames": [single.data.num_segments, single.data.dense, single.data.input_size, single.scale_size],
-            "pixels": [model.mean, model.std],
+            "pixels": [model.mean, model.std, single.data.resize, single.data.interpolation],
             "weights": fingerprint(model.visual.state_dict()),
+            "tower": {key: model.clip_config.get(key) for key in ("vision_cfg", "quick_gelu")},
         }
 
         def make() -> Tensor:

@@ -96,6 +96,11 @@ def _check_data(config: Config, fail: Callable[[str, str], None]) -> None:
         fail("data.num_segments", f"{data.num_segments} frames do not fit into data.dense's window of {DENSE_WINDOW}")
     if config.scale_size < data.input_size:
         fail("data.scale_size", f"{config.scale_size} is smaller than data.input_size {data.input_size}")
+    if data.resize in {"squash", "longest"}:
+        if data.scale_size is not None:
+            fail("data.scale_size", f"nothing is cropped with data.resize {data.resize}; delete it, or set shortest")
+        if data.test_crops > 1:
+            fail("data.test_crops", f"{data.test_crops} crops of a frame need data.resize shortest, not {data.resize}")
     for key, value in (("randaug.N", data.randaug.N), ("blur", data.blur), ("solarize", data.solarize)):
         if value and data.augmentation == "none":
             fail(f"data.{key}", f"{value} has nothing to act on with data.augmentation none; choose another preset")

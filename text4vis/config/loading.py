@@ -18,9 +18,10 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from text4vis.config.contradictions import check
+from text4vis.config.keys import schema
 from text4vis.config.paths import absolute, absolute_model, start_of
-from text4vis.config.retired import FORMER, RETIRED
-from text4vis.config.schema import Config, ConfigError, schema
+from text4vis.config.retired import EARLIER, FORMER, RETIRED
+from text4vis.config.schema import Config, ConfigError
 
 # Far above any recipe: the largest that ships has 2 kB.
 MAX_YAML_BYTES = 1 << 20
@@ -87,6 +88,9 @@ def config_from_dict(values: Mapping[str, Any], where: str) -> Config:
         else inner
         for section, inner in values.items()
     }
+    for section, done in EARLIER.items():
+        if isinstance(inner := kept.get(section, {}), dict):
+            kept[section] = done | inner
     return _validate(kept, {}, where)
 
 

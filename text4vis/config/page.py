@@ -12,10 +12,11 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter
 
+from text4vis.config.keys import schema
 from text4vis.config.loading import resolve_config
 from text4vis.config.paths import NETWORK_SUFFIXES
 from text4vis.config.roles import Role
-from text4vis.config.schema import Config, schema
+from text4vis.config.schema import Config
 
 WIDTH = 118  # of the page, characters
 _NAMES = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false"}

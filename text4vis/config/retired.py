@@ -1,4 +1,4 @@
-"""Keys that mean nothing here, and what to do instead of giving them."""
+"""Keys that mean nothing here, what to do instead of giving them, and what was done before some keys existed."""
 
 from __future__ import annotations
 
@@ -28,3 +28,6 @@ FORMER = {
     "data.io_threads": "delete it: data.requests_in_flight bounds what a far store is asked, folders need no more",
 }
 RETIRED |= FORMER
+
+# What was done before a key existed, where that is not its default.
+EARLIER = {"data": {"resize": "shortest", "interpolation": "bicubic"}}

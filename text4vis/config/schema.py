@@ -7,8 +7,6 @@ A configuration is a tree of frozen dataclasses, one for each section of a recip
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -16,7 +14,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, StrictInt, StrictStr, T
 from pydantic.dataclasses import dataclass
 
 from shards.text import redact
-from text4vis.config.roles import Key, Role, key, read_key
+from text4vis.config.roles import Role, key
 from text4vis.config.sources import TrainSources
 from text4vis.config.values import (
     Bool,
@@ -30,6 +28,7 @@ from text4vis.config.values import (
     Rate,
     Sources,
     Str,
+    Triple,
     false_is_none,
     number,
     pair,
@@ -83,6 +82,15 @@ class DataConfig:
     input_size: Count = key(224, Role.FRAMES, "side of the square that the model sees, pixels")
     scale_size: Count | None = key(
         None, Role.FRAMES, "short side before cropping, pixels; default: 256 at input_size 224, else input_size"
+    )
+    resize: Literal["shortest", "squash", "longest"] | None = key(
+        None,
+        Role.FRAMES,
+        "frames before cropping, where none are drawn; shortest: short side to scale_size; squash: to the square, "
+        "whatever their shape; longest: long side to the square's, black around; default: the model's own",
+    )
+    interpolation: Literal["bicubic", "bilinear"] | None = key(
+        None, Role.FRAMES, "of data.resize, with antialias; default: the model's own"
     )
     shot: Natural | None = key(
         None,
@@ -179,17 +187,26 @@ class NetworkConfig:
     arch: Str = key(
         "ViT-B/16",
         Role.MODEL,
-        "CLIP or open_clip name, a model JSON, or a weights file in OpenAI's layout",
+        "CLIP or open_clip name, hf-hub:ORG/NAME, local-dir:FOLDER, a model JSON, or a weights file in OpenAI's layout",
         classifiers=("lda",),
         path="name or path",
     )
     pretrained: OptionalStr = key(
         None,
         Role.MODEL,
-        "open_clip tag or weights file; default: `openai` for CLIP's names, the file beside a JSON",
+        "open_clip tag or weights file; default: `openai` for CLIP's names, the file beside a JSON or in a folder",
         classifiers=("lda",),
         on_card=True,
         path="name or path",
+    )
+    mean: Triple | None = key(
+        None, Role.MODEL, "mean of red, green and blue, 0 to 1; default: the model's own", classifiers=("lda",)
+    )
+    std: Triple | None = key(
+        None, Role.MODEL, "standard deviation of the same; default: the model's own", classifiers=("lda",)
+    )
+    activation: Literal["gelu", "quick_gelu"] | None = key(
+        None, Role.MODEL, "of open_clip's towers; default: what the weights were trained with", classifiers=("lda",)
     )
     init: Bool = key(True, Role.TRAINING, "start from pre-trained weights; false: random ones", on_card=True)
     sim_header: Literal["None", "Transf", "Transf_cls", "LSTM", "Conv_1D"] = key(
@@ -427,27 +444,3 @@ def decay_epochs(solver: SolverConfig) -> tuple[int, ...]:
     """The epochs of `solver.lr_decay_step`, within the run if it is a period."""
     step = solver.lr_decay_step
     return step if isinstance(step, tuple) else tuple(range(step, solver.epochs, step))
-
-
-def schema() -> Iterator[Key]:
-    """Every key in the order of its declaration."""
-    yield from _keys(Config(), "")
-
-
-def keys_of(*roles: Role) -> tuple[str, ...]:
-    """The dotted names of the keys that have one of the roles."""
-    return tuple(declared.name for declared in schema() if declared.role in roles)
-
-
-def classifier_keys(kind: str) -> tuple[str, ...]:
-    """The dotted names of the keys on which the class embeddings of `network.classifier: KIND` depend."""
-    return tuple(declared.name for declared in schema() if kind in declared.classifiers)
-
-
-def _keys(section: Any, prefix: str) -> Iterator[Key]:
-    for field in fields(section):
-        value = getattr(section, field.name)
-        if is_dataclass(value):
-            yield from _keys(value, f"{prefix}{field.name}.")
-        else:
-            yield read_key(f"{prefix}{field.name}", value, type(section).__pydantic_fields__[field.name])

@@ -37,7 +37,7 @@ def false_is_none(value: Any) -> Any:
 
 
 def pair(value: Any) -> Any:
-    """A list of two numbers as a tuple."""
+    """A list of numbers as a tuple."""
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -56,5 +56,6 @@ Rate = Annotated[float, Field(ge=0, lt=1), BeforeValidator(number)]
 NonNegative = Annotated[float, Field(ge=0), BeforeValidator(number)]
 Positive = Annotated[float, Field(gt=0), BeforeValidator(number)]
 Natural = Annotated[StrictInt, Field(ge=0)]
+Triple = Annotated[tuple[Float, Float, Float], BeforeValidator(pair)]
 Count = Annotated[StrictInt, Field(ge=1)]
 Sources = Annotated[tuple[StrictStr, ...], BeforeValidator(one_or_many)]

@@ -17,13 +17,15 @@ Presets of `data.augmentation`:
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from text4vis.config.schema import DataConfig
+from text4vis.config.schema import ConfigError, DataConfig
 from text4vis.data import sampling
 
+Resize = Literal["shortest", "squash", "longest"]
+Interpolation = Literal["bicubic", "bilinear"]
 Region = tuple[int, int, int, int]  # top, left, height, width, pixels
 
 # RandAugment's operations: (magnitude at strength 0, at strength 30, whether its sign is drawn). They are those of the
@@ -68,6 +70,7 @@ class Operation(NamedTuple):
 class Crop(NamedTuple):
     """A square of the model's input size at (top, left) of the resized frame, and what is done to it, in this order.
 
+    Both may be negative: what lies outside the frame is black.
     flip: left to right. grey: three equal channels. blur: the standard deviation of a Gaussian in pixels, 0 for none.
     solarize: values from 128 up are inverted.
     """
@@ -84,14 +87,15 @@ class Geometry(NamedTuple):
     """How one source frame becomes views. Lengths in pixels.
 
     region: the part of the source frame that is decoded. operations: applied to it first. part: then cut out of it;
-    None without operations. height, width: the size after resizing. cubic: bicubic with antialias, as in evaluation;
-    else bilinear, as in training. crops: cut out of the resized image.
+    None without operations. height, width: the size after resizing. resampling: bicubic or bilinear with antialias, as
+    in evaluation (Pillow's on the CPU), or fast, as in training: bilinear, by OpenCV. crops: cut out of the resized
+    image.
     """
 
     region: Region
     height: int
     width: int
-    cubic: bool
+    resampling: Literal["bicubic", "bilinear", "fast"]
     crops: tuple[Crop, ...]
     operations: tuple[Operation, ...] = ()
     part: Region | None = None
@@ -232,8 +236,8 @@ def train_geometry(drawn: Draw, height: int, width: int, side: int) -> Geometry:
     region = drawn.crop.region(height, width, side)
     crop = Crop(0, 0, drawn.flip, drawn.grey, drawn.blur, drawn.solarize)
     if drawn.operations:
-        return Geometry((0, 0, height, width), side, side, False, (crop,), drawn.operations, region)
-    return Geometry(region, side, side, False, (crop,))
+        return Geometry((0, 0, height, width), side, side, "fast", (crop,), drawn.operations, region)
+    return Geometry(region, side, side, "fast", (crop,))
 
 
 def scaled_size(height: int, width: int, short_side: int) -> tuple[int, int]:
@@ -243,22 +247,56 @@ def scaled_size(height: int, width: int, short_side: int) -> tuple[int, int]:
     return int(short_side * height / width), short_side
 
 
-def eval_geometry(height: int, width: int, scale_size: int, side: int, num_crops: int) -> Geometry:
-    """The geometry of a (height, width) evaluation frame: short side to `scale_size`, then crops of side x side.
+def frame_rule(data: DataConfig) -> tuple[Resize, Interpolation]:
+    """`data.resize` and `data.interpolation`. Raises ConfigError where they are not settled: they follow from the
+    model, of which this room knows nothing."""
+    if data.resize is None or data.interpolation is None:
+        raise ConfigError(
+            "data.resize, data.interpolation: they follow from the model, which was not asked; take the configuration "
+            "that text4vis.model.settle returns, or give both keys"
+        )
+    return data.resize, data.interpolation
+
+
+def eval_geometry(
+    height: int,
+    width: int,
+    scale_size: int,
+    side: int,
+    num_crops: int,
+    *,
+    resize: Resize = "shortest",
+    interpolation: Interpolation = "bicubic",
+) -> Geometry:
+    """The geometry of a (height, width) evaluation frame, whose views are side x side.
+
+    resize: as `data.resize`. shortest: short side to `scale_size`, then `num_crops` crops; squash: the whole frame as
+    a square; longest: long side to `side`, black around (open_clip's ResizeKeepRatio and CenterCropOrPad).
+    """
+    if resize == "squash":
+        height_to, width_to, crops = side, side, [Crop(0, 0)]
+    elif resize == "longest":
+        ratio = max(height / side, width / side)
+        height_to, width_to = (max(1, round(length / ratio)) for length in (height, width))
+        crops = [Crop(-((side - height_to) // 2), -((side - width_to) // 2))]
+    else:
+        height_to, width_to = scaled_size(height, width, scale_size)
+        crops = _fixed_crops(height_to, width_to, side, num_crops)
+    return Geometry((0, 0, height, width), height_to, width_to, interpolation, tuple(crops))
+
+
+def _fixed_crops(height: int, width: int, side: int, num_crops: int) -> list[Crop]:
+    """Crops of side x side of a scaled (height, width) frame, in the original's order.
 
     num_crops: 1 is the centre (rounded as torchvision's CenterCrop does); 3 are left, right and centre at steps of a
-    quarter of the free margin; 5 are corners and centre; 10 are those and their mirror images. Else ValueError. The
-    order is the original's.
+    quarter of the free margin; 5 are corners and centre; 10 are those and their mirror images. Else ValueError.
     """
-    height_to, width_to = scaled_size(height, width, scale_size)
-    step_y, step_x = (height_to - side) // 4, (width_to - side) // 4
+    step_y, step_x = (height - side) // 4, (width - side) // 4
     if num_crops == 1:
-        crops = [Crop(round((height_to - side) / 2), round((width_to - side) / 2))]
-    elif num_crops == 3:
-        crops = [Crop(2 * step_y, x * step_x) for x in (0, 4, 2)]
-    elif num_crops in {5, 10}:
+        return [Crop(round((height - side) / 2), round((width - side) / 2))]
+    if num_crops == 3:
+        return [Crop(2 * step_y, x * step_x) for x in (0, 4, 2)]
+    if num_crops in {5, 10}:
         places = [(0, 0), (0, 4), (4, 0), (4, 4), (2, 2)]
-        crops = [Crop(y * step_y, x * step_x, flip) for y, x in places for flip in (False, True)[: num_crops // 5]]
-    else:
-        raise ValueError(f"num_crops must be 1, 3, 5 or 10, got {num_crops}")
-    return Geometry((0, 0, height, width), height_to, width_to, True, tuple(crops))
+        return [Crop(y * step_y, x * step_x, flip) for y, x in places for flip in (False, True)[: num_crops // 5]]
+    raise ValueError(f"num_crops must be 1, 3, 5 or 10, got {num_crops}")

@@ -1,6 +1,6 @@
 """Decoded images become the batch's frames: resized, cropped, flipped and coloured as planned.
 
-On the CPU this also resizes: OpenCV in training, Pillow in evaluation (the published recipe's own bicubic). DALI's
+On the CPU this also resizes: OpenCV in training, Pillow in evaluation (as the published models' own code). DALI's
 resize is the slowest step by far there. On a GPU DALI has resized already.
 
 B videos, V views, T frames, S side of the model's input, H, W of a decoded image.
@@ -147,16 +147,29 @@ def place(image_HW3: np.ndarray, geometry: Geometry, targets: Sequence[Target], 
         top, left, height, width = geometry.part
         whole = pixels.operate(Image.fromarray(image_HW3), geometry.operations)
         image_HW3 = np.asarray(whole.crop((left, top, left + width, top + height)))
-    if not geometry.cubic and (geometry.height, geometry.width) == (side, side):
+    if geometry.resampling == "fast" and (geometry.height, geometry.width) == (side, side):
         _place_whole(image_HW3, geometry, targets, out_VTSS3)
         return
     image_HW3 = _resize(image_HW3, geometry)
     for v, t, c in targets:
         view, crop = out_VTSS3[v, t], geometry.crops[c]
-        view[:] = image_HW3[crop.top : crop.top + side, crop.left : crop.left + side]
+        view[:] = _cut(image_HW3, crop, side)
         if crop.grey:
             cv2.cvtColor(cv2.cvtColor(view, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB, dst=view)
         _flip_and_recolour(view, crop)
+
+
+def _cut(image_HW3: Pixels, crop: Crop, side: int) -> Pixels:
+    """The crop's square of an image, uncopied where the image covers it; elsewhere it is black."""
+    top, left = max(crop.top, 0), max(crop.left, 0)
+    part = image_HW3[top : crop.top + side, left : crop.left + side]
+    if part.shape[:2] == (side, side):
+        return part
+    shape = (side, side, 3)
+    square = np.zeros(shape, np.uint8) if isinstance(image_HW3, np.ndarray) else image_HW3.new_zeros(shape)
+    y, x = top - crop.top, left - crop.left
+    square[y : y + part.shape[0], x : x + part.shape[1]] = part
+    return square
 
 
 def _place_whole(image_HW3: np.ndarray, geometry: Geometry, targets: Sequence[Target], out_VTSS3: np.ndarray) -> None:
@@ -189,12 +202,13 @@ def at_decoded_size(image: np.ndarray, geometry: Geometry) -> np.ndarray:
 
 
 def _resize(image: np.ndarray, geometry: Geometry, into: np.ndarray | None = None) -> np.ndarray:
-    """Evaluation: Pillow's bicubic with antialias. Training: bilinear, averaging when it shrinks by two or more."""
+    """Evaluation: Pillow's, with antialias. Training: bilinear, averaging when it shrinks by two or more."""
     height, width = geometry.height, geometry.width
-    if geometry.cubic:
+    if geometry.resampling != "fast":
         if image.shape[:2] == (height, width):
             return image
-        return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+        kernel = Image.Resampling[geometry.resampling.upper()]
+        return np.asarray(Image.fromarray(image).resize((width, height), kernel))
     shrinks = image.shape[0] >= 2 * height or image.shape[1] >= 2 * width
     kind = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
     return cv2.resize(image, (width, height), dst=into, interpolation=kind)
@@ -210,7 +224,7 @@ def place_on_device(images_HW3: Sequence[torch.Tensor], frames: Sequence[FramePl
     for frame, image_HW3 in zip(frames, _operated(images_HW3, frames, side), strict=True):
         for v, t, c in frame.targets:
             crop = frame.geometry.crops[c]
-            view = image_HW3[crop.top : crop.top + side, crop.left : crop.left + side]
+            view = _cut(image_HW3, crop, side)
             if crop.flip:
                 view = view.flip(1)
             if crop.grey:

@@ -198,7 +198,7 @@ class Loader:
             threads,
             device_id=self.device.index,
             num_threads=self._num_threads,
-            resize="linear" if self.planner.augments else "cubic",
+            resize="linear" if self.planner.augments or self.config.data.interpolation == "bilinear" else "cubic",
             max_frames=self.planner.max_frames,
             max_videos=self.planner.batch_size,
         )

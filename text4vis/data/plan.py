@@ -106,7 +106,7 @@ class Planner:
 
     split: "train" or "val". ids: with "val", (N,) int64, the videos to go over; None for all. sizes: of the batches; by
     default those that follow from `config` and `world_size`. Raises ConfigError if the configuration names labels that
-    the data set does not have, or more videos of a class than it holds.
+    the data set does not have, more videos of a class than it holds, or not how frames are resized.
     """
 
     config: Config
@@ -126,6 +126,8 @@ class Planner:
             )
         if self.split == "train":
             _ = self.order  # raises its errors before anything is read
+        if not self.augments:
+            _ = self._eval_geometry  # likewise
 
     @cached_property
     def few_shot(self) -> np.ndarray | None:
@@ -293,11 +295,14 @@ class Planner:
 
     @cached_property
     def _eval_geometry(self) -> Callable[[int, int], Geometry]:
+        resize, interpolation = augmentation.frame_rule(self.config.data)
         return partial(
             augmentation.eval_geometry,
             scale_size=self.config.scale_size,
             side=self.config.data.input_size,
             num_crops=self.num_crops,
+            resize=resize,
+            interpolation=interpolation,
         )
 
     @cached_property

@@ -57,7 +57,9 @@ def diagnose(config: str | None, overrides: Sequence[str], hostfile: str | None,
         except (ConfigError, OSError) as error:
             yield Finding("configuration", PROBLEM, str(error), "change the key that is named")
     if settings is not None:
-        for finding in chain(_engine(settings, here), _data(settings), _model_and_output(settings, output)):
+        settings, problems = _settled(settings)
+        found = chain(problems, _engine(settings, here), _data(settings), _model_and_output(settings, output))
+        for finding in found:
             is_problem = finding.level == PROBLEM
             yield replace(finding, message=origins.explain(finding.message)) if is_problem else finding
     if hostfile is not None:
@@ -140,6 +142,16 @@ def _engine(config: Config, here: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding("engine", PROBLEM, "engine.compile and engine.offload need g++", "install it: apt install g++")
     if config.data.decode == "gpu" and not has_gpu:
         yield Finding("engine", PROBLEM, "data.decode: gpu, but this machine has no GPU", "data.decode: auto")
+
+
+def _settled(config: Config) -> tuple[Config, list[Finding]]:
+    """The configuration with what follows from the model, and what is wrong where that cannot be known."""
+    from text4vis.model.preprocessing import settle
+
+    try:
+        return settle(config, say=lambda _: None), []
+    except (ConfigError, OSError) as error:
+        return config, [Finding("pixels and activation", PROBLEM, str(error), "give the keys that are named")]
 
 
 def _data(config: Config) -> Iterator[Finding]:

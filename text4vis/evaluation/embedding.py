@@ -28,6 +28,7 @@ from shards.annotations import parse_labels
 from shards.files import replacing_path, require_file
 from text4vis.cluster import distributed
 from text4vis.common.progress import track
+from text4vis.config.retired import EARLIER
 from text4vis.config.schema import Config, ConfigError
 from text4vis.data.bad_videos import BadVideos
 from text4vis.data.datasets import multi_hot
@@ -218,6 +219,8 @@ def evaluate(
         embedded = embed_videos(model, loader, before_batch=before_batch)
     else:
         origin = {key: card[key] for key in FEATURES_ORIGIN} | {"architecture": _architecture(model)}
+        if (how := (data.resize, data.interpolation)) != tuple(EARLIER["data"].values()):  # which files don't name
+            origin["frames"] = list(how)
         embedded = embed_or_read(model, loader, features, origin)
     if embedded is None:
         return None
@@ -254,6 +257,9 @@ def protocol_card(
             "input_size": data.input_size,
             "fusion": FUSION,
         },
+        "pixels": _pixels(model, config),
+        "activation": "quick_gelu" if model.clip_config.get("quick_gelu") else "gelu",
+        "tokenizer": model.text.tokenizer.facts(),
         "classifier": config.network.classifier if model.classifier is None else "trained",
         "template": config.network.template,
         "class_embeddings": fingerprint({"class_embeddings": class_embeddings_CD.float()}),
@@ -269,6 +275,16 @@ def weights_fingerprint(state: Mapping[str, torch.Tensor]) -> str:
     """SHA-256 of a model's weights without the text tower, in fp32: equal for a run, its checkpoint and its export."""
     video = Parts.of(state).video
     return fingerprint({name: value.float() if value.is_floating_point() else value for name, value in video.items()})
+
+
+def _pixels(model: VideoClip, config: Config) -> dict[str, Any]:
+    data = config.data
+    return {
+        "resize": data.resize,
+        "interpolation": data.interpolation,
+        "mean": list(model.mean),
+        "std": list(model.std),
+    }
 
 
 def _architecture(model: VideoClip) -> str:

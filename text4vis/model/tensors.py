@@ -30,6 +30,13 @@ def read_weights(path: Path, key: str) -> State:
     OpenAI's archives are TorchScript, that is, code: one is opened only if its SHA-256 is that of a published file.
     `key` is the config key named in errors. Raises ConfigError.
     """
+    return read_clip_weights(path, key)[0]
+
+
+def read_clip_weights(path: Path, key: str) -> tuple[State, bool]:
+    """`read_weights`, and whether the file shows that OpenAI trained them: it is one of OpenAI's published archives, or
+    holds the numbers that only these keep among their tensors."""
+    published = False
     if path.suffix == ".safetensors":
         try:
             content: Any = load_file(path)
@@ -38,7 +45,7 @@ def read_weights(path: Path, key: str) -> State:
         except (OSError, SafetensorError) as error:
             raise ConfigError(f"{key}: {path} is not a readable safetensors file ({error})") from None
     elif _is_torchscript(path):
-        content = _openai_archive(path, key)
+        content, published = _openai_archive(path, key), True
     else:
         content = read_torch_file(path, key)
     content = _unpacked(content)
@@ -46,7 +53,8 @@ def read_weights(path: Path, key: str) -> State:
         held = f"; it holds {some(list(map(str, content)))}" if isinstance(content, dict) else ""
         raise ConfigError(f"{key}: {path} is not a dictionary of named tensors{held}")
     state = clip_names(content, f"{key}: {path}")
-    return {name: tensor for name, tensor in state.items() if name not in OPENAI_EXTRAS}
+    plain = {name: tensor for name, tensor in state.items() if name not in OPENAI_EXTRAS}
+    return plain, published or len(plain) < len(state)
 
 
 def _unpacked(content: Any) -> Any:

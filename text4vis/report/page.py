@@ -28,8 +28,10 @@ from PIL import Image
 
 from shards.format import ShardError
 from shards.text import redact_text
+from text4vis.config.keys import schema
 from text4vis.config.loading import config_from_dict, load_config
-from text4vis.config.schema import Config, ConfigError, schema
+from text4vis.config.retired import EARLIER
+from text4vis.config.schema import Config, ConfigError
 from text4vis.evaluation.comparison import (
     Comparison,
     card_of,
@@ -215,6 +217,8 @@ def _evaluated(run: Run) -> dict[str, Any]:
     same = {"test_clips": "clips", "test_crops": "crops", "num_segments": "frames", "scale_size": "scale_size",
             "input_size": "input_size"}  # fmt: skip
     values["data"] |= {key: views[name] for key, name in same.items() if name in views}
+    pixels = run.report.get("pixels", {})
+    values["data"] |= {key: pixels.get(key, before) for key, before in EARLIER["data"].items()}
     values["data"] |= {
         "dense": views.get("sampling") == "dense",
         "on_error": "fail",

@@ -29,7 +29,8 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from text4vis.config.schema import Config, schema
+from text4vis.config.keys import schema
+from text4vis.config.schema import Config
 from text4vis.data.loader import Batch, Loader
 from text4vis.data.mixing import draw_mix, mix_frames
 from text4vis.evaluation.comparison import class_share, labels_in

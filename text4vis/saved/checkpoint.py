@@ -44,8 +44,9 @@ class State:
     step: optimiser steps taken. updates: those of them that changed the weights; the others were skipped. consumed:
     videos of the stream. evaluated_step: step of the last evaluation. best_top1: per cent, -1 before the first
     evaluation; the best mAP where videos have several labels. figures: of the last evaluation. files: SHA-256 by file
-    name. inputs: what the files hold that decide the run, by key (`saved.inputs.digests`). mixture: [videos, weight] of
-    each source of a mixture. logit_bias: what losses of many labels add to the logits, None before the first step.
+    name. inputs: what the files hold that decide the run, by key (`saved.inputs.digests`), and what the tokenizer does,
+    by TOKENIZER. mixture: [videos, weight] of each source of a mixture. logit_bias: what losses of many labels add to
+    the logits, None before the first step.
     """
 
     step: int

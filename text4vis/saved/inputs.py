@@ -1,7 +1,7 @@
 """What a run takes from elsewhere: which files those were, and a copy of what it needs to be opened without them.
 
-    OUT/inputs/   clip.json            open_clip's model config of the towers, at the run's image size
-                  a vocabulary         where the tokenizer is not CLIP's own
+    OUT/inputs/   clip.json            open_clip's model config of the towers, at the run's image size, and their pixels
+                  bpe.txt.gz, tokenizer/, encoder/   what the text tower needs besides, where it is not CLIP's own
                   text.safetensors     the text tower, unless it trains and is in the checkpoints
                   classes.safetensors  the class embeddings (C, D), unless they train or come from a tower that does
 
@@ -20,14 +20,16 @@ from pathlib import Path
 from torch import Tensor
 
 from text4vis.classifier.embeddings import TENSOR
-from text4vis.config.paths import same_path
-from text4vis.config.schema import Config, NetworkConfig, schema
+from text4vis.config.keys import schema
+from text4vis.config.paths import LOCAL_MODEL, same_path
+from text4vis.config.schema import Config, NetworkConfig
 from text4vis.model.tensors import read_weights
 from text4vis.model.video_clip import VideoClip
 from text4vis.saved.checkpoint import sha256_of
 from text4vis.saved.weights import CLASSES_FILE, CLIP_FILE, TEXT_FILE, read_classes, write_clip, write_state
 
 FOLDER = "inputs"
+TOKENIZER = "tokenizer"  # among the digests of a run: what no key names
 SETTLED = ("network.arch", "network.pretrained")  # keys whose values the copy replaces
 
 
@@ -43,21 +45,20 @@ class RunInputs:
         return cls(run / FOLDER) if (run / FOLDER / CLIP_FILE).is_file() else None
 
     @classmethod
-    def keep(cls, run: Path, model: VideoClip, classes_CD: Tensor | None) -> None:
-        """Writes the folder, in place of an older one. classes_CD: class embeddings that do not train. Raises OSError.
+    def keep(cls, run: Path, model: VideoClip, config: Config, classes_CD: Tensor | None) -> None:
+        """Writes the folder, in place of an older one.
 
-        A tower whose tokenizer is not CLIP's kind cannot be written: such a run needs its files where they were.
+        classes_CD: class embeddings that do not train. Raises OSError, and ConfigError for a tokenizer that cannot be
+        copied.
         """
         folder = run / FOLDER
         shutil.rmtree(folder, ignore_errors=True)
-        if not model.text.has_simple_tokenizer:
-            return
         folder.mkdir()
         if model.text_tower is None:
             write_state(folder / TEXT_FILE, model.text.state_dict())
         if classes_CD is not None:
             write_state(folder / CLASSES_FILE, {TENSOR: classes_CD.float()})
-        write_clip(folder, model)  # the last: without it the folder counts as absent
+        write_clip(folder, model, config.to_dict()["data"])  # the last: without it the folder counts as absent
 
     def network(self, network: NetworkConfig) -> NetworkConfig:
         """The same network, built from the kept files; `load_text` gives it its text tower's weights."""
@@ -87,12 +88,17 @@ def digests(config: Config) -> dict[str, str]:
     """
     found = {}
     for key in fixed_paths():
-        value = attrgetter(key)(config)
+        value = (attrgetter(key)(config) or "").removeprefix(LOCAL_MODEL)
         if value and Path(value).is_file():
             found[key] = sha256_of(Path(value))
         elif value and Path(value).is_dir():
             found[key] = f"folder {Path(value).absolute().name}"
     return found
+
+
+def tokenizer_digest(model: VideoClip) -> str:
+    """SHA-256 in hex of what the model's tokenizer makes of texts."""
+    return model.text.tokenizer.facts()["fingerprint"]
 
 
 def same_input(key: str, before: object, now: object, known: Mapping[str, str], found: Mapping[str, str]) -> bool:

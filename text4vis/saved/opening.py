@@ -10,7 +10,9 @@ Only this module decides which of the four a path is. C classes, D embedding wid
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,14 +21,16 @@ from typing import Any
 from torch import Tensor
 
 from text4vis.classifier.embeddings import build_classifier
+from text4vis.config.keys import keys_of
 from text4vis.config.loading import config_from_dict
 from text4vis.config.roles import Role
-from text4vis.config.schema import Config, ConfigError, keys_of
+from text4vis.config.schema import Config, ConfigError, NetworkConfig
+from text4vis.model.preprocessing import KEYS, settle
 from text4vis.model.video_clip import VideoClip, build_model
 from text4vis.saved import checkpoint
 from text4vis.saved.checkpoint import CheckpointError, State
 from text4vis.saved.inputs import SETTLED, RunInputs
-from text4vis.saved.runs import check_same_classes
+from text4vis.saved.runs import check_same_classes, check_same_tokenizer
 from text4vis.saved.weights import (
     EXPORT_FILE,
     Export,
@@ -39,6 +43,8 @@ from text4vis.saved.weights import (
     read_text4vis,
     start_from,
 )
+
+logger = logging.getLogger("text4vis")
 
 ORIGINAL_SUFFIXES = (".pt", ".pth")
 
@@ -85,6 +91,19 @@ class SavedModel(ABC):
     def settled(self) -> frozenset[str]:
         """The dotted names of the keys that `load` takes from the model itself, whatever configuration it is given."""
         return frozenset()
+
+    def settle(self, config: Config, say: Callable[[str], None] = logger.debug) -> Config:
+        """`config` with the model's pixels and activation where it gives none: those of the training, or where an
+        earlier version did not record them, those that its files tell.
+
+        say: is told what was settled and from where. Raises ConfigError that names the keys to give.
+        """
+        keys = [key for key in KEYS if key not in self.settled]
+        return settle(config, self.config, keys=keys, network=self._own_network(config.network), say=say)
+
+    def _own_network(self, network: NetworkConfig) -> NetworkConfig:
+        """`network` with the files that the model is built from."""
+        return network
 
     @property
     def class_embeddings_CD(self) -> Tensor | None:
@@ -139,6 +158,9 @@ class SavedRun(SavedModel):
     def settled(self) -> frozenset[str]:
         return frozenset(SETTLED if self._inputs else ())
 
+    def _own_network(self, network: NetworkConfig) -> NetworkConfig:
+        return self._inputs.network(network) if self._inputs else network
+
     @property
     def class_embeddings_CD(self) -> Tensor | None:
         return None if self._inputs is None else self._inputs.classes(self.class_names)
@@ -159,9 +181,8 @@ class SavedRun(SavedModel):
         return checkpoint.read_parts(self.folder)
 
     def load(self, config: Config | None = None) -> VideoClip:
-        config = config or self.config
-        network = replace(config.network, fix_text=True)  # type: ignore[type-var]
-        network = self._inputs.network(network) if self._inputs else network
+        config = config or self.settle(self.config)
+        network = replace(self._own_network(config.network), fix_text=True)  # type: ignore[type-var]
         model = build_model(network, config.data.num_segments, image_size=config.data.input_size)
         if self._inputs:
             self._inputs.load_text(model)
@@ -170,12 +191,15 @@ class SavedRun(SavedModel):
         return model
 
     def trained(self) -> TrainedModel:
-        model, classes_CD = self.load(), self.class_embeddings_CD
+        config, classes_CD = self.settle(self.config), self.class_embeddings_CD
+        model = self.load(config)
+        if config.network.classifier == "text":
+            check_same_tokenizer(self.state, model, self.path)
         if classes_CD is None:
             if model.classifier is None:
-                check_same_classes(self.state, self.config, self.path)
-            classes_CD = build_classifier(self.config, model, self.class_names)
-        return TrainedModel(model, self.config, self.class_names, classes_CD, self.card)
+                check_same_classes(self.state, config, self.path)
+            classes_CD = build_classifier(config, model, self.class_names)
+        return TrainedModel(model, config, self.class_names, classes_CD, self.card)
 
 
 class SavedExport(SavedModel):

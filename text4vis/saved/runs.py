@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from shards.files import require_folder, try_lock
-from text4vis.config.retired import FORMER
-from text4vis.config.schema import Config, schema
+from text4vis.config.keys import schema
+from text4vis.config.retired import EARLIER, FORMER
+from text4vis.config.schema import Config
+from text4vis.model.preprocessing import KEYS
+from text4vis.model.video_clip import VideoClip
 from text4vis.saved import checkpoint
 from text4vis.saved.checkpoint import CheckpointError, State
-from text4vis.saved.inputs import digests, fixed_paths, same_input
+from text4vis.saved.inputs import TOKENIZER, digests, fixed_paths, same_input, tokenizer_digest
 
 logger = logging.getLogger("text4vis")
 
@@ -94,8 +97,10 @@ def check_same_run(  # noqa: PLR0917
             f"{config.solver.global_batch}; undo the change or give another --output"
         )
     # A run that began before a key existed did what its default does.
-    before, now = _flatten(Config().to_dict()) | _flatten(found.config), _flatten(config.to_dict())
+    before = _flatten(Config().to_dict()) | _flatten(EARLIER) | _flatten(found.config)
+    now = _flatten(config.to_dict())
     free = {key.name for key in schema() if key.role.may_change} | set(FORMER)
+    free |= set(KEYS) - _flatten(found.config).keys() - _flatten(EARLIER).keys()  # the model decided, unrecorded
     paths = fixed_paths()
     changed = [
         key
@@ -131,6 +136,15 @@ def check_same_classes(found: State, config: Config, folder: Path) -> None:
         raise CheckpointError(
             f"{folder}: was trained with other class embeddings than {config.network.classifier_file} "
             "(network.classifier_file) holds now; give it the first ones again"
+        )
+
+
+def check_same_tokenizer(found: State, model: VideoClip, folder: Path) -> None:
+    """Raises CheckpointError where the model's tokenizer makes other tokens than when the run began."""
+    if found.inputs.get(TOKENIZER, now := tokenizer_digest(model)) != now:
+        raise CheckpointError(
+            f"{folder}: its model makes other tokens of a text than when the run began; give its tokenizer's first "
+            "files again, or the first version of transformers"
         )
 
 

@@ -7,14 +7,13 @@ An export is one folder from which a recogniser is built again without network a
     model.safetensors    visual tower, temporal head, logit scale
     text.safetensors     text tower
     classes.safetensors  `class_embeddings` (C, D) float32
-    a vocabulary         where the tokenizer is not CLIP's own
+    bpe.txt.gz, tokenizer/, encoder/   what the text tower needs besides, where it is not CLIP's own
 
 Only tensors and JSON are read; nothing in a file is executed. C classes, D embedding width.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -204,17 +203,15 @@ def export_model(  # noqa: PLR0917
 ) -> None:
     """Writes an export; an older one in the same folder is replaced. `card` says where it comes from, in JSON values.
 
-    Raises ConfigError for a text tower whose tokenizer is not CLIP's kind, or names and embeddings that disagree.
+    Raises ConfigError for a tokenizer that cannot be copied, and names and embeddings that disagree.
     """
     if class_embeddings.shape != (len(class_names), model.embed_dim):
         found = tuple(class_embeddings.shape)
         raise ConfigError(f"{folder}: {len(class_names)} class names, but class embeddings of shape {found}")
-    if not model.text.has_simple_tokenizer:
-        raise ConfigError(f"network.arch: the tokenizer of {network.arch} is not CLIP's; it cannot be exported yet")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / EXPORT_FILE).unlink(missing_ok=True)
-    write_clip(folder, model)
+    write_clip(folder, model, config_dict.get("data", {}))
     write_state(folder / "model.safetensors", Parts.of(model.state_dict()).video)
     write_state(folder / TEXT_FILE, model.text.state_dict())
     write_state(folder / CLASSES_FILE, {TENSOR: class_embeddings.float()})
@@ -239,6 +236,7 @@ def load_export(folder: str | Path) -> Export:
     folder = Path(folder)
     content = read_index(folder)
     own = {"arch": str(folder / CLIP_FILE), "pretrained": None, "init": False, "fix_text": True}
+    own |= {"mean": None, "std": None, "activation": None}  # clip.json tells
     try:
         network = TypeAdapter(NetworkConfig).validate_python(content["network"] | own)
     except ValidationError as error:
@@ -294,14 +292,14 @@ def read_index(folder: Path) -> dict[str, Any]:
     return content
 
 
-def write_clip(folder: Path, model: VideoClip) -> None:
-    """Writes clip.json, from which the towers are built again, after the vocabulary that it names. Raises OSError."""
-    clip_config = copy.deepcopy(model.clip_config)
-    if model.text.bpe_path is not None:
-        copied = folder / "bpe.txt.gz"
-        copied.write_bytes(model.text.bpe_path.read_bytes())
-        clip_config["text_cfg"]["tokenizer_kwargs"]["bpe_path"] = copied.name
-    pixels = {"mean": list(model.mean), "std": list(model.std)}
+def write_clip(folder: Path, model: VideoClip, data: Mapping[str, Any]) -> None:
+    """Writes clip.json, from which the towers are built again, after the files that it names.
+
+    data: of the configuration, in plain values. Raises ConfigError for a tokenizer that cannot be copied, OSError.
+    """
+    clip_config = model.clip_config | {"text_cfg": model.text.save_files(folder)}
+    frames = {"interpolation": data.get("interpolation"), "resize_mode": data.get("resize")}
+    pixels = {"mean": list(model.mean), "std": list(model.std), **frames}
     _write_json(folder / CLIP_FILE, {"model_cfg": clip_config, "preprocess_cfg": pixels})
 
 

@@ -16,12 +16,14 @@ from typing import Any
 
 import shards.video
 from shards.files import require_folder, write_atomically
-from text4vis.config.schema import DENSE_WINDOW, Config, ConfigError, schema
+from text4vis.config.keys import schema
+from text4vis.config.schema import DENSE_WINDOW, Config, ConfigError
+from text4vis.data.augmentation import frame_rule
 from text4vis.evaluation.comparison import read_report
 from text4vis.evaluation.embedding import versions, weights_fingerprint
 from text4vis.evaluation.multi_label import Decision
 from text4vis.evaluation.protocols import is_multi_label
-from text4vis.model.towers import CLIP_NAMES
+from text4vis.model.sources import CLIP_NAMES
 from text4vis.saved.opening import SavedModel, SavedRun, TrainedModel
 from text4vis.saved.weights import EXPORT_FILE, Parts, export_model, write_card
 from text4vis.serving.fitted import fitted_of
@@ -34,6 +36,11 @@ ONNX_FILE = "model.onnx"
 ONNX_PROGRAM, ONNX_VIDEO = "predict_onnx.py", "predict_onnx_video.py"
 UNFINISHED = ".exporting"  # an export that was killed may be written again
 ADDED = ("preprocessing", "evaluation", "onnx", "versions")  # to the card of a run, by its export
+RESIZE_WORDS = {
+    "shortest": "the short side to scale_size, the long side in proportion, rounded down; the square in the centre",
+    "squash": "the frame to a square of input_size, whatever its shape",
+    "longest": "the long side to input_size, the short side in proportion, rounded; in the centre of a black square",
+}
 TABLES = ("per_class", "confusion", "predictions", "by_views", "half_classes", "class_splits", "skipped")
 
 
@@ -165,14 +172,16 @@ def quote_report(path: Path, trained: TrainedModel) -> dict[str, Any]:
 def preprocessing(config: Config) -> dict[str, Any]:
     """What a program does to a video before the model sees it; frames are then uint8 RGB (T, 3, S, S)."""
     data = config.data
+    resize, interpolation = frame_rule(data)
     return {
         "num_segments": data.num_segments,
         "sampling": "equal steps in the window in the middle" if data.dense else "the first frame of each segment",
         "dense_window": DENSE_WINDOW if data.dense else None,
-        "scale_size": config.scale_size,
-        "resize": "short side to scale_size, long side rounded down, bicubic with antialias (Pillow's)",
+        "resize": resize,
+        "interpolation": interpolation,
+        "scale_size": config.scale_size if resize == "shortest" else None,
         "input_size": data.input_size,
-        "crop": "square of input_size in the centre",
+        "in words": f"{RESIZE_WORDS[resize]}; {interpolation} with antialias (Pillow's)",
     }
 
 
@@ -205,6 +214,9 @@ def _what_it_is(trained: TrainedModel) -> dict[str, Any]:
         "parameters of the visual side": sum(
             tensor.numel() for tensor in Parts.of(trained.model.state_dict()).video.values()
         ),
+        "pixels": {"mean": list(trained.model.mean), "std": list(trained.model.std)},
+        "activation": "quick_gelu" if trained.model.clip_config.get("quick_gelu") else "gelu",
+        "tokenizer": trained.model.text.tokenizer.facts(),
         "frames a video": config.data.num_segments,
         "embedding width": trained.model.embed_dim,
         "weights": "float32",

@@ -32,7 +32,7 @@ from shards.video import FrameReader, VideoError, VideoInfo, probe_video
 from shards.walk import is_hidden
 from text4vis.classifier.embeddings import text_classifier
 from text4vis.config.schema import Config, ConfigError
-from text4vis.data.augmentation import eval_geometry
+from text4vis.data.augmentation import eval_geometry, frame_rule
 from text4vis.data.finishing import place
 from text4vis.data.sampling import test_indices
 from text4vis.evaluation.calibration import Calibration, at_temperature
@@ -357,7 +357,9 @@ class Predictor:
         """A frame (H, W, 3) as (S, S, 3) uint8: scaled and centre-cropped as in evaluation."""
         side = self.config.data.input_size
         out_VTSS3 = np.empty((1, 1, side, side, 3), np.uint8)
-        geometry = eval_geometry(image.shape[0], image.shape[1], self.config.scale_size, side, 1)
+        (height, width), scale_size = image.shape[:2], self.config.scale_size
+        resize, interpolation = frame_rule(self.config.data)
+        geometry = eval_geometry(height, width, scale_size, side, 1, resize=resize, interpolation=interpolation)
         place(image, geometry, [(0, 0, 0)], out_VTSS3)
         return out_VTSS3[0, 0]
 

@@ -37,12 +37,25 @@ def frame_numbers(num_frames: int, rule: dict[str, Any]) -> list[int]:
 
 
 def scale_and_crop(image: Image.Image, rule: dict[str, Any]) -> np.ndarray:
-    """(3, S, S) uint8: scales the short side to `scale_size` (bicubic) and crops the centre square."""
+    """(3, S, S) uint8, as `resize` says.
+
+    shortest: scales the short side to `scale_size` and crops the centre square. squash: scales to the square. longest:
+    scales the long side to the square's, black around.
+    """
     width, height = image.size
-    short, side = rule["scale_size"], rule["input_size"]
-    size = (int(short * width / height), short) if height <= width else (short, int(short * height / width))
-    image = image.resize(size, Image.Resampling.BICUBIC)
-    left, top = round((size[0] - side) / 2), round((size[1] - side) / 2)
+    short, side, resize = rule["scale_size"], rule["input_size"], rule["resize"]
+    if resize == "squash":
+        size = (side, side)
+    elif resize == "longest":
+        ratio = max(width / side, height / side)
+        size = (max(1, round(width / ratio)), max(1, round(height / ratio)))
+    else:
+        size = (int(short * width / height), short) if height <= width else (short, int(short * height / width))
+    image = image.resize(size, Image.Resampling[rule["interpolation"].upper()])
+    if resize == "longest":
+        left, top = -((side - size[0]) // 2), -((side - size[1]) // 2)
+    else:
+        left, top = round((size[0] - side) / 2), round((size[1] - side) / 2)
     return np.asarray(image.crop((left, top, left + side, top + side))).transpose(2, 0, 1)
 
 

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from text4vis.cluster.distributed import Ranks, from_main
 from text4vis.config.schema import Config, ConfigError
 from text4vis.data.loader import Loader
+from text4vis.model.preprocessing import settle
+from text4vis.model.video_clip import VideoClip
 from text4vis.saved.checkpoint import CheckpointError, State
-from text4vis.saved.inputs import digests
-from text4vis.saved.runs import check_same_run
+from text4vis.saved.inputs import TOKENIZER, digests, tokenizer_digest
+from text4vis.saved.opening import SavedRun
+from text4vis.saved.runs import check_same_run, check_same_tokenizer
+
+logger = logging.getLogger("text4vis")
 
 
 def check_same_classes(config: Config, train: list[str], val: list[str]) -> None:
@@ -33,8 +40,16 @@ def check_world_size(config: Config, world_size: int) -> None:
         )
 
 
+def settled(config: Config, start_from: Path | None) -> Config:
+    """The configuration with pixels and activation as the run has them, or as the model of a new run needs them.
+
+    start_from: the checkpoint that the run goes on from. Raises ConfigError that names the keys to give.
+    """
+    return settle(config) if start_from is None else SavedRun(start_from).settle(config, say=logger.info)
+
+
 def first_state(config: Config, loader: Loader, class_names: list[str], global_batch: int) -> State:
-    """The state of a run before its first step. Collective."""
+    """The state of a run before its first step, but for the tokenizer. Collective."""
     return State(
         step=0,
         consumed=0,
@@ -45,6 +60,12 @@ def first_state(config: Config, loader: Loader, class_names: list[str], global_b
         inputs=from_main(lambda: digests(config)),
         mixture=loader.planner.order.mixture,
     )
+
+
+def with_tokenizer(state: State, model: VideoClip, output: Path) -> State:
+    """The state with what the tokenizer does. Raises CheckpointError where the run began with another."""
+    check_same_tokenizer(state, model, output)
+    return replace(state, inputs={**state.inputs, TOKENIZER: tokenizer_digest(model)})
 
 
 def check_joins(  # noqa: PLR0917

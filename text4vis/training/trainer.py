@@ -35,9 +35,8 @@ from text4vis.saved.checkpoint import State
 from text4vis.saved.inputs import RunInputs
 from text4vis.saved.opening import load_pretrained
 from text4vis.saved.runs import find_start
-from text4vis.training import checkpointing
+from text4vis.training import checkpointing, joining
 from text4vis.training.engine import Engine
-from text4vis.training.joining import check_joins, check_same_classes, check_streams, check_world_size, first_state
 from text4vis.training.logs import Meter, gpu_utilisation, memory_bytes, table
 from text4vis.training.losses import Objective
 from text4vis.training.optim import scheduled_rate
@@ -74,20 +73,21 @@ class Trainer:
     """
 
     def __init__(self, config: Config, output: Path, stop: StopRequest, resume: str = "auto") -> None:
-        self.config, self.output, self.stop = config, output, stop
+        self.output, self.stop = output, stop
         self.ranks = distributed.ranks()
-        check_world_size(config, self.ranks.world_size)
+        joining.check_world_size(config, self.ranks.world_size)
         self.start_from = distributed.from_main(lambda: find_start(output, resume))
         start = None if self.start_from is None else checkpoint.read_state(self.start_from)
+        self.config = config = joining.settled(config, self.start_from)
         self.sizes = BatchSizes.of(config, self.ranks.world_size, start.global_batch if start else None)
-        check_streams(config.data.streams, self.sizes.global_batch, self.ranks)
+        joining.check_streams(config.data.streams, self.sizes.global_batch, self.ranks)
         torch.manual_seed(config.seed)  # the head's first weights: equal on all ranks
         distributed.use_cores(config.engine.num_threads)
         with ExitStack() as opened:
             self.val_loader = opened.enter_context(self._loader("val"))
             self.train_loader = opened.enter_context(self._loader("train", start.consumed if start else 0))
             self.class_names = class_names(config, self.train_loader.dataset)
-            check_same_classes(config, self.train_loader.dataset.classes, self.val_loader.dataset.classes)
+            joining.check_same_classes(config, self.train_loader.dataset.classes, self.val_loader.dataset.classes)
             for loader in (self.train_loader, self.val_loader):
                 check_labels(config, loader.split, loader.dataset)
             samples = config.solver.epochs * self.train_loader.epoch_samples
@@ -95,6 +95,7 @@ class Trainer:
             self.state = self._state(start)
             self.device = distributed.device()
             model, classes = self._model_and_classes()
+            self.state = joining.with_tokenizer(self.state, model, output)
             share = positive_share(self.train_loader.dataset, len(self.class_names))
             bias = self.state.logit_bias
             self.objective = Objective(config, classes.to(self.device), self.sizes.micro, share=share, bias=bias)
@@ -385,10 +386,10 @@ class Trainer:
         classes = self.objective.classes
         (self.output / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
         if self.start_from is None or RunInputs.find(self.output) is None:
-            RunInputs.keep(self.output, self.engine.model, classes if isinstance(classes, torch.Tensor) else None)
+            kept = classes if isinstance(classes, torch.Tensor) else None
+            RunInputs.keep(self.output, self.engine.model, self.config, kept)
         if self.config.data.shot:
-            few_shot_list = self.train_loader.planner.few_shot_list()
-            (self.output / FEW_SHOT_LIST).write_text(few_shot_list, encoding="utf-8")
+            (self.output / FEW_SHOT_LIST).write_text(self.train_loader.planner.few_shot_list(), encoding="utf-8")
         global_batch, step = self.sizes.global_batch, self.state.step
         self.log = RunLog.open(self.output, self.config, self.class_names, global_batch=global_batch, step=step)
 
@@ -411,11 +412,12 @@ class Trainer:
 
     def _state(self, start: State | None) -> State:
         """The state of a new run, or that of the checkpoint if it is of the run that is wanted."""
-        first = first_state(self.config, self.train_loader, self.class_names, self.sizes.global_batch)
+        first = joining.first_state(self.config, self.train_loader, self.class_names, self.sizes.global_batch)
         if start is None:
             return first
         assert self.start_from is not None
-        check_joins(start, self.config, self.train_loader, first.inputs, self.start_from, self.output / FEW_SHOT_LIST)
+        few_shot_list = self.output / FEW_SHOT_LIST
+        joining.check_joins(start, self.config, self.train_loader, first.inputs, self.start_from, few_shot_list)
         return replace(start, config=first.config)
 
     def _model_and_classes(self) -> tuple[VideoClip, Classes]:
@@ -444,7 +446,7 @@ class Trainer:
         if self.config.engine.zero_stage == 3:
             # DeepSpeed finds the parameters of a part, which evaluation calls, only after one pass of the whole model.
             data = self.config.data
-            frames_BTCHW = torch.zeros(1, data.num_segments, 3, data.input_size, data.input_size, dtype=torch.uint8)
+            shape = (1, data.num_segments, 3, data.input_size, data.input_size)
             with torch.no_grad():
-                engine(frames_BTCHW.to(self.device), self.objective.classes)
+                engine(torch.zeros(shape, dtype=torch.uint8, device=self.device), self.objective.classes)
         return engine

@@ -201,6 +201,7 @@ def pretrain(args: argparse.Namespace) -> None:
     """Renders, trains, writes the three files and prints how well the model does."""
     start = time.monotonic()
     config = json.loads(args.config.read_text())
+    config.pop("preprocess_cfg", None)  # Text4Vis's own; it describes this program's frames
     args.output.mkdir(parents=True, exist_ok=True)
     if args.config.resolve() != (args.output / args.config.name).resolve():
         shutil.copyfile(args.config, args.output / args.config.name)
