@@ -84,7 +84,7 @@ def test_a_run_of_a_version_that_recorded_no_pixels_goes_on_with_those_it_had():
     for section, name in (name.split(".") for name in PREPROCESSING):
         del before[section][name]
     found = State(0, 0, 8, "data", before, [])
-    check_same_run(found, config, "data", [], Path("run"))
+    check_same_run(found, config, "data", [], {}, Path("run"))
     with pytest.raises(CheckpointError, match=r"data\.resize: 'shortest' -> 'squash'"):
         check_same_run(found, replaced(config, "data.resize", "squash"), "data", [], Path("run"))
 
