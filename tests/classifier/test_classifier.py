@@ -35,6 +35,7 @@ from text4vis.config.loading import load_config
 from text4vis.config.schema import Config, ConfigError
 from text4vis.config.templates import TEMPLATE_SETS, prompts
 from text4vis.data.loader import build_loader
+from text4vis.model.preprocessing import settle
 from text4vis.model.video_clip import build_model
 from text4vis.serving.predictor import PredictionError, Predictor
 
@@ -406,7 +407,7 @@ def filmed(tmp_path_factory, frame_folders) -> Config:
         "network.lda_videos": 5, "engine.precision": "fp32",
     }  # fmt: skip
     (base / "empty.yaml").write_text("")
-    return load_config(base / "empty.yaml", [f"{key}={value}" for key, value in settings.items()])
+    return settle(load_config(base / "empty.yaml", [f"{key}={value}" for key, value in settings.items()]))
 
 
 def changed(config: Config, tmp_path: Path, seed: int | None = None, data: dict | None = None, **network) -> Config:

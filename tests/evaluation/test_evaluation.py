@@ -43,10 +43,10 @@ T, NUM_VIDEOS, NUM_CLASSES = 4, 11, 6
 EVALUATE, COMPARE = "text4vis/evaluate.py", "tools/compare_reports.py"
 # What readers of a report may rely on, in its order.
 KEYS = [
-    "date", "data", "data_fingerprint", "missing", "skipped", "classes_fingerprint", "views", "classifier", "template",
-    "class_embeddings", "weights", "precision", "device", "decode", "versions", "videos", "classes", "top1", "top5",
-    "top1_correct", "top5_correct", "mean_class_accuracy", "map", "not_finite", "chance", "by_views",
-    "calibration", "half_classes", "class_splits",
+    "date", "data", "data_fingerprint", "missing", "skipped", "classes_fingerprint", "views", "pixels", "activation",
+    "tokenizer", "classifier", "template", "class_embeddings", "weights", "precision", "device", "decode", "versions",
+    "videos", "classes", "top1", "top5", "top1_correct", "top5_correct", "mean_class_accuracy", "map", "not_finite",
+    "chance", "by_views", "calibration", "half_classes", "class_splits",
     "per_class", "confusion", "predictions",
 ]  # fmt: skip
 
@@ -114,6 +114,8 @@ def test_a_report_says_what_was_measured(project):
     assert (report["videos"], report["missing"], report["classes"]) == (NUM_VIDEOS, 1, NUM_CLASSES)
     views = {"clips": 2, "crops": 3, "frames": T, "sampling": "uniform", "scale_size": 36, "input_size": 32}
     assert report["views"].items() >= views.items()
+    assert (report["pixels"]["resize"], report["activation"]) == ("shortest", "quick_gelu")
+    assert report["tokenizer"]["context_length"] == 32
     assert report["precision"] == "float32" and report["classifier"] == "text" and report["template"].count("{}") == 1
     assert {"text4vis", "torch", "open_clip_torch", "deepspeed"} < set(report["versions"])
     assert any(package.startswith("nvidia-dali") for package in report["versions"])

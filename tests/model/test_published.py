@@ -148,6 +148,7 @@ def test_the_activation_of_a_bare_weights_file_is_asked_for_unless_it_is_openais
         ("ViT-B-32", "gelu", set()),
         ("ViT-B-32-quickgelu", None, set()),
         ("ViT-B/32", None, {"network.activation"}),
+        ("ViT-L-14", None, {"network.activation"}),
         ("ViT-L-14", "quick_gelu", set()),
         ("ViT-L-14", "gelu", {"network.mean", "network.std"}),  # laion2b_s32b_b82k saw other pixels than the others
         ("ViT-H-14-quickgelu", None, {"data.resize"}),  # dfn5b is squashed, metaclip_fullcc is not

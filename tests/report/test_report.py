@@ -23,6 +23,7 @@ from shards.text import redact_text
 from text4vis.config.loading import load_config
 from text4vis.config.schema import ConfigError
 from text4vis.evaluation.comparison import compare
+from text4vis.model.preprocessing import settle
 from text4vis.report.curves import HEIGHT, TOO_LARGE, WIDTH, Chart, charts, reliability_chart
 from text4vis.report.page import read_examples, read_runs, render
 
@@ -203,7 +204,7 @@ def test_the_frames_are_those_that_the_model_saw(browser, page, runs, project):
     assert len(videos) == 8  # two right and two wrong ones of each run
     seen = {}
     for frames in (4, 3):
-        with build_loader(load_config(project.config, [f"data.num_segments={frames}"]), "val") as loader:
+        with build_loader(settle(load_config(project.config, [f"data.num_segments={frames}"])), "val") as loader:
             for batch in loader:
                 for sample, clip in zip(batch.ids.tolist(), batch.frames[:, 0], strict=True):
                     seen[loader.dataset.name(sample), frames] = clip.permute(0, 2, 3, 1).numpy()

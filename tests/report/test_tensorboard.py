@@ -20,6 +20,7 @@ from tensorboard.util.tensor_util import make_ndarray
 from text4vis.config.loading import load_config
 from text4vis.data.loader import build_loader
 from text4vis.evaluation.protocols import figures
+from text4vis.model.preprocessing import settle
 from text4vis.report.pictures import CAPTION_PIXELS, GAP_PIXELS, contact_sheet, draw_confusion, most_confused, plain
 from text4vis.report.tensorboard import TensorBoardLog, class_table, extremes
 from text4vis.training.logs import Metrics
@@ -112,7 +113,7 @@ def test_the_predictions_shown_are_the_surest_right_and_wrong_ones(project, tmp_
         log.evaluation(
             report | {"step": 7, "best_top1": 0.0, "skipped": [{"id": 3}]}, torch.from_numpy(classes), loader
         )
-        with build_loader(load_config(project.config, ["data.num_segments=9"]), "val") as single:
+        with build_loader(settle(load_config(project.config, ["data.num_segments=9"])), "val") as single:
             seen = {
                 sample: channels_last(frames[0])
                 for batch in single

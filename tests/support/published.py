@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 WORDS = (
     "a video of a person archery surfing skiing playing the guitar riding horse café running mountain slowly and "
-    "ein Mensch läuft человек бежит walking dog dogs cat cats jumping over fence with ball"
+    "ein Mensch läuft человек бежит walking dog dogs cat cats jumping over fence with ball class 0 1 2 3 4 5 6 7 8 9"
 )
 TEXT = {"context_length": 40, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}
 VIT = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8}

@@ -69,7 +69,7 @@ def settle(
         former = recorded is not None and recorded.network.activation is None
         settled |= _from_source(source, keys, settled, assume=former or not config.network.init)
     say(f"{what}: {_in_words(settled)}")
-    return check(_with(config, settled), {}, f"from {what}")
+    return check(_with(config, settled), {}, what)
 
 
 def _from_source(
@@ -78,6 +78,8 @@ def _from_source(
     """What the source tells of the keys that are not settled. Raises ConfigError where it does not, unless `assume`."""
     activation = settled.get(ACTIVATION) or _activation(source, assume=assume)
     found = {ACTIVATION: activation}
+    if source.tags:  # which of them tell the pixels depends on it
+        _require(source, found)
     for key in PIXELS:
         found[key] = _pixels(source, key, activation.value == "quick_gelu", assume=assume)
     found = {key: known for key, known in found.items() if key in keys and key not in settled}
@@ -105,14 +107,14 @@ def _pixels(source: Source, key: str, quick_gelu: bool, *, assume: bool) -> Know
     name = PIXELS[key]
     if source.preprocess is not None:
         return Known(_plain(source.preprocess[name]), "its own")
+    if assume:
+        return Known(_plain(getattr(_CLIPS, name)), "CLIP's")
     values: dict[str, Any] = {}
     for tag, known in source.tags.items():
         if bool(known.get("quick_gelu")) == quick_gelu and known.get(name) is not None:
             values[tag] = _plain(known[name])
     if len(set(values.values())) == 1:
         return Known(next(iter(values.values())), "that of all published weights of its architecture")
-    if assume:
-        return Known(_plain(getattr(_CLIPS, name)), "CLIP's")
     if values:
         return Known(None, f"published weights differ ({_some(f'{tag}: {value}' for tag, value in values.items())})")
     return Known(None, "open_clip knows no published weights of this architecture")

@@ -142,12 +142,13 @@ def _from_name(network: NetworkConfig) -> Source:
         assert pretrained is not None
         says_gelu = network.arch.endswith(QUICK_GELU) or f"{plain or name}{QUICK_GELU}" not in open_clip.list_models()
         weights = Weights(Path(pretrained), "network.pretrained") if network.init else None
-        return Source(f"{network.arch} with {pretrained}", config, None, says_gelu, tags, weights=weights)
+        what = f"{network.arch} with {pretrained}"
+        return Source(what, config, says_gelu=says_gelu, tags=tags, weights=weights)
     if pretrained is None and network.init:
         known = ", ".join(tags) or "none known: give a weights file"
         raise ConfigError(f"network.pretrained: {name} needs a tag or a weights file; tags: {known}")
     if pretrained is None:
-        return Source(name, config, None, tags=tags)
+        return Source(name, config, tags=tags)
     return _from_tag(name, pretrained, config, network)
 
 
@@ -268,12 +269,11 @@ def _from_openai_layout(path: Path, network: NetworkConfig) -> Source:
         raise ConfigError(f"network.pretrained: delete it: network.arch is a weights file ({path})")
     weights = Weights(path, "network.arch")
     config = config_from_openai_weights(weights.state, path)
-    tags = get_pretrained_cfg("ViT-B-32", "openai")
-    preprocess = _complete(tags) if weights.are_openais else None
+    openais = _complete(get_pretrained_cfg("ViT-B-32", "openai"))
     return Source(
         str(path),
         config,
-        preprocess,
+        openais if weights.are_openais else None,
         says_gelu=weights.are_openais,
         tags=_tags_of(config),
         weights=weights if network.init else None,
