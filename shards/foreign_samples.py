@@ -21,7 +21,6 @@ from typing import IO, Any
 import fsspec
 import numpy as np
 from isal import isal_zlib
-from webdataset.tariterators import base_plus_ext
 
 from shards.address import join_address, local_path, scheme_of
 from shards.format import (
@@ -100,6 +99,8 @@ _File = tuple[int, bytes]  # offset of the data in the tar, and the data
 
 def _samples(stream: IO[bytes], where: str, unused: Counter[str]) -> Iterator[tuple[str, dict[str, _File]]]:
     """(key, {extension: file}) of each sample; members that belong to none are counted."""
+    from webdataset.tariterators import base_plus_ext  # loads torch
+
     current: str | None = None
     files: dict[str, _File] = {}
     with tarfile.open(fileobj=stream, mode="r|") as archive:

@@ -4,6 +4,7 @@ import argparse
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 
 import pytest
@@ -48,3 +49,16 @@ def test_help_has_examples_that_the_program_takes(program, monkeypatch, capsys):
 def test_help_says_what_each_option_means(program, monkeypatch, capsys):
     _, parser = help_of(program, monkeypatch, capsys)
     assert [action.dest for action in parser._actions if not action.help] == []
+
+
+# Each takes a second or more to import.
+SLOW_TO_IMPORT = {"torch", "deepspeed", "nvidia.dali", "open_clip", "transformers", "scipy", "sklearn", "matplotlib"}
+
+
+@pytest.mark.parametrize("program", sorted(PROGRAMS))
+def test_help_waits_for_no_heavy_library(program):
+    command = [sys.executable, "-X", "importtime", program, "--help"]  # lists each imported module on standard error
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "argparse" in imported
+    assert SLOW_TO_IMPORT & imported == set()

@@ -40,14 +40,12 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Pa
 from shards.files import require_file
 from shards.format import ShardError
 from shards.text import shown
-from text4vis.cluster import distributed, interrupt
+from text4vis.cluster import interrupt
 from text4vis.cluster.interrupt import Interrupts
-from text4vis.cluster.watch import Watch
 from text4vis.common.console import console, table
 from text4vis.config.loading import load_config
 from text4vis.config.roles import Role
 from text4vis.config.schema import Config, ConfigError, classifier_keys, keys_of
-from text4vis.saved.checkpoint import CheckpointError
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -62,7 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(arguments: argparse.Namespace, config: Config) -> None:
+def measure(arguments: argparse.Namespace, config: Config) -> None:
     """Embeds the videos, writes the report and shows its main figures.
 
     Raises ConfigError, ShardError, CheckpointError, OSError.
@@ -70,6 +68,7 @@ def run(arguments: argparse.Namespace, config: Config) -> None:
     import torch
 
     from text4vis.classifier.embeddings import build_classifier
+    from text4vis.cluster import distributed
     from text4vis.data.datasets import class_names
     from text4vis.data.loader import build_loader
     from text4vis.evaluation.embedding import class_splits, evaluate, weights_fingerprint
@@ -165,18 +164,31 @@ def show(report: dict[str, Any]) -> None:
 def main() -> int:
     """Returns the exit code."""
     arguments = parse_arguments()
+    try:
+        config = load_config(arguments.config, arguments.set)
+    except (ConfigError, OSError) as error:
+        return fail(str(error))
+    return run(arguments, config)
+
+
+def run(arguments: argparse.Namespace, config: Config) -> int:
+    """Joins the job, evaluates and leaves it. Returns the exit code."""
+    # These load torch, which takes seconds: too long for --help or for the answer to a wrong recipe.
+    from text4vis.cluster import distributed
+    from text4vis.cluster.watch import Watch
+    from text4vis.saved.checkpoint import CheckpointError
+
     signal.signal(signal.SIGINT, signal.default_int_handler)
     interrupts = Interrupts("")
     try:
-        config = load_config(arguments.config, arguments.set)
         distributed.start()
-    except (ConfigError, OSError) as error:
+    except OSError as error:
         return fail(str(error))
     except KeyboardInterrupt:
         return interrupt.EXIT_CODE
     watch = Watch(config.engine.silence_seconds, lambda cause: end(cause, interrupts))
     try:
-        run(arguments, config)
+        measure(arguments, config)
     except KeyboardInterrupt:
         watch.fail("stopped by Ctrl-C; no report was written")
     except (ConfigError, ShardError, CheckpointError, OSError) as error:

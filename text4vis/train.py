@@ -30,15 +30,11 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Pa
 
 from shards.format import ShardError
 from shards.text import shown
-from text4vis.cluster import distributed
 from text4vis.cluster.interrupt import Interrupts
 from text4vis.cluster.stop import EXIT_CODE, NonFiniteError, Stopped, StopRequest
-from text4vis.cluster.watch import Watch
 from text4vis.config.loading import load_config
 from text4vis.config.page import print_config
 from text4vis.config.schema import Config, ConfigError
-from text4vis.saved.checkpoint import CheckpointError
-from text4vis.saved.runs import claim
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -72,15 +68,29 @@ def train(arguments: argparse.Namespace, config: Config, output: Path, stop: Sto
 def main() -> int:
     """Returns the exit code."""
     arguments = parse_arguments()
-    stop = StopRequest(ctrl_c=not arguments.dry_run)
-    if not arguments.dry_run:
-        notice = "train: Ctrl-C: saves after the next step and ends; once more ends at once"
-        Interrupts(notice if distributed.ranks().is_main else "")
     try:
         config = load_config(arguments.config, arguments.set)
         if arguments.print_config:
             print(print_config(arguments.config, arguments.set), end="")
             return 0
+    except (ConfigError, OSError) as error:
+        return fail(str(error))
+    return run(arguments, config)
+
+
+def run(arguments: argparse.Namespace, config: Config) -> int:
+    """Joins the job, trains and leaves it. Returns the exit code."""
+    # These load torch, which takes seconds: too long for --help or for the answer to a wrong recipe.
+    from text4vis.cluster import distributed
+    from text4vis.cluster.watch import Watch
+    from text4vis.saved.checkpoint import CheckpointError
+    from text4vis.saved.runs import claim
+
+    stop = StopRequest(ctrl_c=not arguments.dry_run)
+    if not arguments.dry_run:
+        notice = "train: Ctrl-C: saves after the next step and ends; once more ends at once"
+        Interrupts(notice if distributed.ranks().is_main else "")
+    try:
         distributed.start()
         output = arguments.output or Path("runs") / Path(arguments.config).stem
         if not arguments.dry_run:

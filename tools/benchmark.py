@@ -20,16 +20,19 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from benchmarks.data import Workload, make_workload, open_workload
-from benchmarks.figures import Figure, Processes, machine
-from benchmarks.suites import SUITES, Task
+import benchmarks
 
 from shards.files import require_file
 from shards.format import ShardError
 from shards.text import shown
 from text4vis.common.console import console, table
 from text4vis.config.schema import ConfigError
+
+if TYPE_CHECKING:
+    from benchmarks.data import Workload
+    from benchmarks.figures import Figure
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -39,7 +42,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("benchmark", choices=(*SUITES, "all"), help="what to measure")
+    add("benchmark", choices=(*benchmarks.NAMES, "all"), help="what to measure")
     add("--json", type=Path, metavar="FILE", help="write all figures and the machine's description here")
     add("--runs", type=int, default=5, metavar="N", help="times that each contender runs")
     add("--seconds", type=float, default=8, metavar="S", help="shortest duration of a throughput measurement")
@@ -78,6 +81,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def workload(arguments: argparse.Namespace) -> Workload:
+    from benchmarks.data import make_workload, open_workload
+
     if arguments.shards is not None:
         return open_workload(arguments.shards, arguments.frames)
     return make_workload(
@@ -108,6 +113,9 @@ def _number(value: float) -> str:
 
 def main() -> None:
     arguments = parse_arguments()
+    from benchmarks.figures import Processes, machine  # these load torch and DALI: too slow for --help
+    from benchmarks.suites import SUITES, Task
+
     if arguments.json:
         require_file(arguments.json, "--json")
     names = list(SUITES) if arguments.benchmark == "all" else [arguments.benchmark]

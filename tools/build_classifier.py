@@ -22,13 +22,11 @@ from shards.annotations import parse_labels
 from shards.files import require_file
 from shards.format import ShardError
 from shards.text import shown
-from text4vis.classifier.embeddings import Pair, build_classifier, confusable_pairs, save_classifier
+from text4vis import classifier, data, model  # faces: they load torch where it is first needed
 from text4vis.common.console import console, table
 from text4vis.config.loading import load_config
 from text4vis.config.schema import Config, ConfigError
 from text4vis.config.templates import prompts
-from text4vis.data.datasets import open_split
-from text4vis.model.video_clip import build_model
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -49,18 +47,18 @@ def parse_arguments() -> argparse.Namespace:
 def names_of(config: Config) -> list[str]:
     if config.data.label_list is not None:
         return parse_labels(config.data.label_list)
-    with open_split(config, "train" if config.data.train else "val") as dataset:
+    with data.open_split(config, "train" if config.data.train else "val") as dataset:
         return list(dataset.classes)
 
 
-def show(pairs: list[Pair]) -> None:
+def show(pairs: list[classifier.Pair]) -> None:
     rows = table(("class", "class"), ("cosine",), title="the classes closest to each other")
     for pair in pairs:
         rows.add_row(pair.first, pair.second, f"{pair.cosine:.3f}")
     console().print(rows)
 
 
-def write_pairs(path: Path, pairs: list[Pair]) -> None:
+def write_pairs(path: Path, pairs: list[classifier.Pair]) -> None:
     rows = [asdict(pair) for pair in pairs]
     with path.open("w", encoding="utf-8", newline="") as file:
         if path.suffix == ".json":
@@ -77,16 +75,16 @@ def run(arguments: argparse.Namespace) -> None:
         if path := getattr(arguments, option):
             require_file(path, f"--{option}")
     names = names_of(config)
-    model = build_model(config.network, config.data.num_segments, image_size=config.data.input_size)
-    classes_CD = build_classifier(config, model, names)
+    clip = model.build_model(config.network, config.data.num_segments, image_size=config.data.input_size)
+    classes_CD = classifier.build_classifier(config, clip, names)
     recipe = {
         "kind": config.network.classifier,
         "prompts": prompts(config.network.template),
         "seed": config.seed,
         "network": config.to_dict()["network"],
     }
-    save_classifier(arguments.output, classes_CD, names, recipe)
-    pairs = confusable_pairs(classes_CD, names, arguments.confusable)
+    classifier.save_classifier(arguments.output, classes_CD, names, recipe)
+    pairs = classifier.confusable_pairs(classes_CD, names, arguments.confusable)
     show(pairs)
     if arguments.pairs:
         write_pairs(arguments.pairs, pairs)

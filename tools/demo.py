@@ -14,7 +14,6 @@ import os
 import sys
 from pathlib import Path
 
-import torch
 from rich.table import Table
 
 from shards.text import shown
@@ -27,6 +26,8 @@ SPLITS = ("train", "val", "unseen")
 
 
 def stages(folder: Path) -> list[Stage]:
+    import torch  # takes seconds: too long for --help
+
     data, run = folder / "data", folder / "run"
     python, binaries = sys.executable, Path(sys.executable).parent
     launch = [str(binaries / "deepspeed"), "--num_gpus", str(torch.cuda.device_count() or 2)]

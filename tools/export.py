@@ -20,13 +20,9 @@ from pathlib import Path
 from shards.annotations import parse_labels
 from shards.format import ShardError
 from shards.text import shown
-from text4vis.classifier.embeddings import build_classifier
+from text4vis import classifier, saved, serving  # faces: they load torch where it is first needed
 from text4vis.config.loading import load_config
 from text4vis.config.schema import ConfigError
-from text4vis.saved.checkpoint import CheckpointError
-from text4vis.saved.opening import SavedModel, TrainedModel, open_saved
-from text4vis.serving.exporting import export, last_report
-from text4vis.serving.onnx_graph import require_packages
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -51,21 +47,22 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def trained_model(saved: SavedModel, arguments: argparse.Namespace) -> TrainedModel:
+def trained_model(source: saved.SavedModel, arguments: argparse.Namespace) -> saved.TrainedModel:
     """The model with its own recipe and classes, or for a .pt file with those of --config and --labels."""
-    if saved.config is not None:
-        return saved.trained()
+    if source.config is not None:
+        return source.trained()
     config, names = load_config(arguments.config), parse_labels(arguments.labels)
-    model = saved.load(config)
-    return TrainedModel(model, config, names, build_classifier(config, model, names), saved.card)
+    model = source.load(config)
+    return saved.TrainedModel(model, config, names, classifier.build_classifier(config, model, names), source.card)
 
 
 def run(arguments: argparse.Namespace) -> None:
     if arguments.onnx:
-        require_packages()
-    saved = open_saved(arguments.checkpoint)
-    trained = trained_model(saved, arguments)
-    graph = export(arguments.output, trained, report=arguments.report or last_report(saved), onnx=arguments.onnx)
+        serving.require_packages()
+    source = saved.open_saved(arguments.checkpoint)
+    trained = trained_model(source, arguments)
+    report = arguments.report or serving.last_report(source)
+    graph = serving.export(arguments.output, trained, report=report, onnx=arguments.onnx)
     print(f"exported {len(trained.class_names)} classes to {arguments.output}")
     if graph is not None:
         compared = "not compared with PyTorch: onnxruntime is not installed"
@@ -78,7 +75,7 @@ def main() -> int:
     arguments = parse_arguments()
     try:
         run(arguments)
-    except (ConfigError, ShardError, CheckpointError, OSError) as error:
+    except (ConfigError, ShardError, saved.CheckpointError, OSError) as error:
         print(f"export: error: {shown(error)}", file=sys.stderr)
         return 1
     return 0

@@ -36,12 +36,10 @@ from shards.format import ShardError
 from shards.list_lines import is_video_file
 from shards.text import redact, shown
 from shards.walk import describe, is_hidden
+from text4vis import saved, serving  # faces: they load torch where it is first needed
 from text4vis.common.console import console, table
 from text4vis.common.progress import Progress
 from text4vis.config.schema import ConfigError
-from text4vis.saved.checkpoint import CheckpointError
-from text4vis.serving.pictures import save_prediction, save_timeline
-from text4vis.serving.predictor import FRAME_SUFFIXES, PredictionError, Predictor, Timeline
 
 # Keys of a video: "video", "top" (a list of {"class", "probability"}), "calibrated", and "sure" and "candidates" if
 # asked for; of a window: "video", "start", "end", "top"; of a video that cannot be read: "video", "error".
@@ -88,7 +86,7 @@ def class_names(arguments: argparse.Namespace) -> list[str] | None:
         return None
     names = [name.strip() for name in arguments.labels.split(",") if name.strip()]
     if not names:
-        raise PredictionError("--labels: no class names given; separate them by commas")
+        raise serving.PredictionError("--labels: no class names given; separate them by commas")
     return names
 
 
@@ -101,7 +99,7 @@ def find_videos(arguments: list[str]) -> list[str]:
         else:
             paths = [argument] if Path(argument).exists() else sorted(glob.glob(argument, recursive=True))  # noqa: PTH207
             if not paths:
-                raise PredictionError(f"{argument}: no file fits this pattern")
+                raise serving.PredictionError(f"{argument}: no file fits this pattern")
         for path in paths:
             found += [path] if scheme_of(path) or not Path(path).is_dir() else _in_folder(Path(path))
     return list(dict.fromkeys(found))
@@ -110,14 +108,16 @@ def find_videos(arguments: list[str]) -> list[str]:
 def _in_folder(folder: Path) -> list[str]:
     """The folder itself if it holds frames, else the videos in it and below it."""
     files = [path for path in folder.iterdir() if path.is_file() and not is_hidden(path.name)]
-    has_frames = any(path.suffix.lower() in FRAME_SUFFIXES for path in files)
+    has_frames = any(path.suffix.lower() in serving.FRAME_SUFFIXES for path in files)
     if has_frames and not any(is_video_file(path.name) for path in files):
         return [str(folder)]
     videos, left_out = list_videos(folder)
     if notice := describe(left_out):
         print(f"predict: notice: {folder}: {notice}", file=sys.stderr)
     if not videos:
-        raise PredictionError(f"{folder}: holds neither videos nor frames ({', '.join(sorted(FRAME_SUFFIXES))})")
+        raise serving.PredictionError(
+            f"{folder}: holds neither videos nor frames ({', '.join(sorted(serving.FRAME_SUFFIXES))})"
+        )
     return [str(folder / path) for path in videos]
 
 
@@ -129,7 +129,7 @@ def top_rows(top: list[tuple[str, float]]) -> list[Row]:
     return [{"class": name, "probability": round(probability, 6)} for name, probability in top]
 
 
-def recognise(recogniser: Predictor, videos: list[str], arguments: argparse.Namespace) -> Iterator[list[Row]]:
+def recognise(recogniser: serving.Predictor, videos: list[str], arguments: argparse.Namespace) -> Iterator[list[Row]]:
     """Yields the rows of each video and writes its picture."""
     labels = class_names(arguments)
     results: Iterator[Any]
@@ -149,21 +149,21 @@ def recognise(recogniser: Predictor, videos: list[str], arguments: argparse.Name
         name = redact(video)
         try:
             result = next(results)
-        except PredictionError as error:
+        except serving.PredictionError as error:
             result = error
         picture = arguments.picture and picture_path(arguments.picture, number, len(videos))
-        if isinstance(result, PredictionError):
+        if isinstance(result, serving.PredictionError):
             yield [{"video": name, "error": str(result)}]
-        elif isinstance(result, Timeline):
+        elif isinstance(result, serving.Timeline):
             if picture:
-                save_timeline(result, name, picture)
+                serving.save_timeline(result, name, picture)
             yield [
                 {"video": name, "start": start, "end": end, "top": top_rows(result.top(window, arguments.top))}
                 for window, (start, end) in enumerate(result.seconds_W2.round(3).tolist())
             ]
         else:
             if picture:
-                save_prediction(result, name, picture)
+                serving.save_prediction(result, name, picture)
             row: Row = {"video": name, "top": top_rows(result.top), "calibrated": result.calibrated}
             if result.sure is not None:
                 row["sure"] = result.sure
@@ -245,7 +245,7 @@ def main() -> int:
     arguments = parse_arguments()
     try:
         return run(arguments)
-    except (CheckpointError, ConfigError, ShardError, PredictionError, OSError) as error:
+    except (saved.CheckpointError, ConfigError, ShardError, serving.PredictionError, OSError) as error:
         print(f"predict: error: {shown(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

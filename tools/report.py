@@ -23,7 +23,6 @@ from shards.files import require_file
 from shards.text import printable
 from text4vis.common.progress import track
 from text4vis.config.schema import ConfigError
-from text4vis.report.page import read_examples, read_runs, render
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -45,6 +44,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
+    from text4vis.report.page import read_examples, read_runs, render  # loads matplotlib: too slow for --help
+
     try:
         require_file(arguments.output, "--output")
         runs = read_runs(arguments.runs)

@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from benchmarks import contenders, engine, store
+from benchmarks import NAMES, contenders, engine, store
 from benchmarks.contenders import Setup
 from benchmarks.data import make_workload, multiplied, open_workload
 from benchmarks.figures import Figure, against, compared, interleaved, machine
 from benchmarks.scale import scale
+from benchmarks.suites import SUITES
 
 from shards.format import ShardError
 from shards.plan import Stream, rank_slice
@@ -54,6 +55,10 @@ def small_vit(work):
     path = work / "small.json"
     path.write_text(json.dumps(SMALL_VIT))
     return str(path)
+
+
+def test_every_benchmark_has_a_name_for_the_command_line():
+    assert tuple(SUITES) == NAMES
 
 
 @pytest.mark.long

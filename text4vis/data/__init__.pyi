@@ -1,3 +1,4 @@
+from .datasets import open_split as open_split
 from .loader import Batch as Batch
 from .loader import Loader as Loader
 from .loader import build_loader as build_loader

@@ -1,6 +1,9 @@
 from .exporting import export as export
+from .exporting import last_report as last_report
+from .onnx_graph import require_packages as require_packages
 from .pictures import save_prediction as save_prediction
 from .pictures import save_timeline as save_timeline
+from .predictor import FRAME_SUFFIXES as FRAME_SUFFIXES
 from .predictor import Prediction as Prediction
 from .predictor import PredictionError as PredictionError
 from .predictor import Predictor as Predictor

@@ -1,1 +1,6 @@
 """What `tools/benchmark.py` measures: the data it makes, the alternatives it compares with, the figures it takes."""
+
+NAMES = (
+    *("loader", "views", "read", "build", "open", "order", "position"),
+    *("remote", "step", "memory", "resume", "scale"),
+)
