@@ -99,7 +99,7 @@ def find_videos(root: str | Path) -> tuple[list[str], dict[str, list[str]]]:
 def _look_at_all(
     root: Path, known: Collection[str], workers: int | None, progress: Callable[[int], object] | None
 ) -> tuple[Found, list[str], list[str]]:
-    """What was found without classes, the paths of all videos, broken ones too, and of all files."""
+    """Looks at all files: what was found, without classes, and the paths of all videos (broken ones too) and files."""
     listing = list_files(root)
     found = Found([], listing.left_out)
     kinds = {path: _kind_by_name(root, path) for path in listing.files if path not in known}
@@ -223,7 +223,7 @@ def _classify(root: Path, paths: Sequence[str], notices: list[str]) -> list[Vide
                     f"{root / path}: lies in the split {parts[path][0]!r} and in no class folder; expected "
                     f"{parts[path][0]}/CLASS/{parts[path][1]}, or a CSV that names classes and splits"
                 )
-        return _said(notices, "above", top, [Video(path, parts[path][1], top[parts[path][0]]) for path in paths])
+        return _noted(notices, "above", top, [Video(path, parts[path][1], top[parts[path][0]]) for path in paths])
     if splits - {"train"}:
         named = _some(name for name, split in top.items() if split)
         raise ShardError(
@@ -237,7 +237,7 @@ def _classify(root: Path, paths: Sequence[str], notices: list[str]) -> list[Vide
     second = {path: split_name(parts[path][1]) if len(parts[path]) > 2 else None for path in paths}
     if all(second.values()) and len(set(second.values())) > 1:
         names = {parts[path][1]: second[path] for path in paths}
-        return _said(notices, "below", names, [Video(path, parts[path][0], second[path]) for path in paths])
+        return _noted(notices, "below", names, [Video(path, parts[path][0], second[path]) for path in paths])
     if len(set(second.values()) - {None}) > 1:
         inside, outside = (next(path for path in paths if bool(second[path]) is split) for split in (True, False))
         notices.append(
@@ -246,9 +246,9 @@ def _classify(root: Path, paths: Sequence[str], notices: list[str]) -> list[Vide
     return [Video(path, parts[path][0]) for path in paths]
 
 
-def _said(notices: list[str], place: str, names: dict[str, str | None], videos: list[Video]) -> list[Video]:
+def _noted(notices: list[str], place: str, names: dict[str, str | None], videos: list[Video]) -> list[Video]:
     shown = ", ".join(f"{name!r} as {split}" for name, split in names.items())
-    notices.append(f"ready splits {place} the class folders are taken: {shown}")
+    notices.append(f"existing splits {place} the class folders are used: {shown}")
     return videos
 
 
