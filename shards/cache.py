@@ -48,12 +48,6 @@ def _unknown(_: str) -> float:
     return math.inf
 
 
-def default_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/text4vis`, or `~/.cache/text4vis`."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "text4vis"
-
-
 def entry_name(*identity: object) -> str:
     """File name of the entry with this identity: address, size, checksum ..."""
     return hashlib.sha256("\n".join(map(str, identity)).encode("utf-8", "surrogatepass")).hexdigest()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.address import local_path, scheme_of
-from shards.cache import ShardCache, default_cache_dir, entry_name, fetch_once
+from shards.cache import ShardCache, entry_name, fetch_once
 from shards.cached import CachedShards
 from shards.format import INDEX_ROLES, MANIFEST, Manifest, ShardError
 from shards.index import MAX_MANIFEST_BYTES, Index, check_crc32, open_index, read_local_manifest
@@ -31,10 +31,13 @@ class Options:
     requests_in_flight: int
     bytes_in_flight: int
 
-    @property
-    def cache_path(self) -> Path:
-        """The folder of the cache."""
-        return default_cache_dir() if self.cache_dir is None else Path(self.cache_dir).expanduser().absolute()
+    def cache_path(self, where: str) -> Path:
+        """The folder of the cache, for the data set at `where`. Raises ShardError if none was given."""
+        if self.cache_dir is None:
+            raise ShardError(
+                f"{where}: a remote data set needs a local folder for its index and shards; give cache_dir"
+            )
+        return Path(self.cache_dir).expanduser().absolute()
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def _open_remote(address: str, options: Options, transfers: Transfers) -> Part:
             f"{remote.place(MANIFEST)}: names tars in another place, which is followed from local folders alone; copy "
             "the index to a local folder"
         )
-    index = _open_fetched_index(remote, manifest, options.cache_path / "index")
+    index = _open_fetched_index(remote, manifest, options.cache_path(remote.where) / "index")
     return Part(index, _remote_source(remote, manifest, options))
 
 
@@ -87,7 +90,7 @@ def _remote_source(remote: RemoteFiles, manifest: Manifest, options: Options) ->
     """The tars below an address: whole in the cache, or by ranges."""
     if options.cache_bytes is None:
         return RemoteShards(remote, manifest.shards)
-    return CachedShards(remote, manifest, ShardCache(options.cache_path / "shards", options.cache_bytes))
+    return CachedShards(remote, manifest, ShardCache(options.cache_path(remote.where) / "shards", options.cache_bytes))
 
 
 def _open_fetched_index(remote: RemoteFiles, manifest: Manifest, folder: Path) -> Index:

@@ -67,7 +67,7 @@ def open_dataset(
     sources: a folder, a file://, http(s)://, s3:// or other fsspec address, or a list of them; braces are expanded:
         's3://bucket/part{0..3}'.
     cache_dir: where the index files of remote data sets are kept, and shards if `cache_bytes` is given; shared by the
-        processes of the node. Default: $XDG_CACHE_HOME/text4vis or ~/.cache/text4vis.
+        processes of the node. Remote data sets need one.
     cache_bytes: keep whole shards of remote data sets, up to this many bytes; see `ShardDataset.ahead`. Without it
         only the ranges of the wanted frames are fetched. Local folders, network mounts included, are read in place.
     verify: compare each frame with its CRC-32.

@@ -45,7 +45,7 @@ NUM_VIDEOS = 4  # two steps of two
 
 @pytest.fixture(autouse=True)
 def at_the_root(monkeypatch):
-    """Recipes name files as seen from the root of the repository, and data by a variable."""
+    """The commands of recipes run here; their data is named by a variable."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("DATA", "/data")
 
@@ -130,7 +130,7 @@ def test_class_lists_hold_plain_names_no_two_alike(name, count):
 
 def test_every_class_list_is_used_and_the_splits_of_kinetics_600_are_classes_that_kinetics_400_lacks():
     used = {path for recipe in PUBLISHED for path in _lists(load_config(recipe))}
-    assert used == {f"configs/classes/{name}.csv" for name in CLASSES}
+    assert used == {str(ROOT / f"configs/classes/{name}.csv") for name in CLASSES}
     known, all_600 = (set(parse_labels(f"configs/classes/kinetics_{count}.csv")) for count in (400, 600))
     config = load_config("configs/k600/k600-zero-shot.yaml")
     splits = class_splits(config, parse_labels(config.data.label_list), np.arange(600))
@@ -151,7 +151,7 @@ def test_a_variable_that_is_not_set_is_named_with_the_fix(monkeypatch):
     with pytest.raises(ConfigError, match=message):
         load_config(recipe)
     config = load_config(recipe, ["data.train=a", "data.val=[b, c]", "network.template=it costs $5 {}"])
-    assert config.data.val == ("b", "c")
+    assert config.data.val == (str(ROOT / "b"), str(ROOT / "c"))
     with pytest.raises(ConfigError, match=r"data\.val: .*variable X .*--set"):
         load_config(recipe, ["data.train=a", "data.val=[b, '${X}']"])
 

@@ -26,7 +26,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ from shards.text import shown
 from text4vis.cluster import interrupt
 from text4vis.cluster.interrupt import Interrupts
 from text4vis.common.console import console, table
-from text4vis.config.loading import load_config
+from text4vis.config.loading import Origins, resolve_config
 from text4vis.config.roles import Role
 from text4vis.config.schema import Config, ConfigError, classifier_keys, keys_of
 
@@ -80,15 +80,21 @@ def measure(arguments: argparse.Namespace, config: Config) -> None:
     if arguments.report:
         distributed.from_main(lambda: require_file(arguments.report, "--report"))
     with build_loader(config, "val", rank=ranks.rank, world_size=ranks.world_size) as loader:
-        names = class_names(config, loader.dataset)
-        splits = class_splits(config, names, loader.dataset.labels)
         saved = open_saved(arguments.model)
-        differing = saved.config and differences(saved.config, config, is_export=saved.kind == "export")
+        is_its_list = saved.config is not None and saved.config.data.label_list == config.data.label_list
+        names = class_names(config, loader.dataset, recorded=saved.class_names if is_its_list else None)
+        splits = class_splits(config, names, loader.dataset.labels)
+        differing = {} if saved.config is None else differences(saved.config, config, saved.settled)
         if differing and ranks.is_main:
             print(f"evaluate: warning: {warning(arguments.model, differing)}", file=sys.stderr)
         model = saved.load(config)
         model.check_frames(config.data)
-        classes_CD = build_classifier(config, model, names)
+        # The recorded classes need nothing that they were made from; other names or settings give others.
+        decisive = {"network.classifier", *classifier_keys(config.network.classifier)}
+        is_recorded = names == saved.class_names and decisive.isdisjoint(differing) and model.classifier is None
+        classes_CD = saved.class_embeddings_CD if is_recorded else None
+        if classes_CD is None:
+            classes_CD = build_classifier(config, model, names)
         weights = weights_fingerprint(model.state_dict()) if ranks.is_main else ""
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.engine.precision]
         report = evaluate(
@@ -107,10 +113,13 @@ def measure(arguments: argparse.Namespace, config: Config) -> None:
         write_report(arguments.report, {"model": str(arguments.model), **report})
 
 
-def differences(trained: Config, given: Config, *, is_export: bool) -> dict[str, tuple[Any, Any]]:
-    """(value in training, value given) of each key that differs and on which the figures depend."""
+def differences(trained: Config, given: Config, settled: Collection[str]) -> dict[str, tuple[Any, Any]]:
+    """(value in training, value given) of each key that differs and on which the figures depend.
+
+    settled: keys whose values the model brings itself.
+    """
     network = trained.network
-    keys = keys_of(Role.FRAMES) + (() if is_export else keys_of(Role.MODEL))  # an export brings its own network
+    keys = keys_of(Role.FRAMES) + tuple(key for key in keys_of(Role.MODEL) if key not in settled)
     if not network.classifier_trainable:  # else the model has the classes' embeddings
         keys += ("network.classifier",)
         if network.classifier == given.network.classifier:
@@ -165,13 +174,13 @@ def main() -> int:
     """Returns the exit code."""
     arguments = parse_arguments()
     try:
-        config = load_config(arguments.config, arguments.set)
+        config, origins = resolve_config(arguments.config, arguments.set)
     except (ConfigError, OSError) as error:
         return fail(str(error))
-    return run(arguments, config)
+    return run(arguments, config, origins)
 
 
-def run(arguments: argparse.Namespace, config: Config) -> int:
+def run(arguments: argparse.Namespace, config: Config, origins: Origins) -> int:
     """Joins the job, evaluates and leaves it. Returns the exit code."""
     # These load torch, which takes seconds: too long for --help or for the answer to a wrong recipe.
     from text4vis.cluster import distributed
@@ -192,7 +201,7 @@ def run(arguments: argparse.Namespace, config: Config) -> int:
     except KeyboardInterrupt:
         watch.fail("stopped by Ctrl-C; no report was written")
     except (ConfigError, ShardError, CheckpointError, OSError) as error:
-        watch.fail(str(error))
+        watch.fail(origins.explain(error))
     except Exception as error:
         print(shown(traceback.format_exc()), file=sys.stderr)
         watch.fail(f"{type(error).__name__}: {error}", sure=not distributed.is_consequence(error))

@@ -32,7 +32,7 @@ from shards.format import ShardError
 from shards.text import shown
 from text4vis.cluster.interrupt import Interrupts
 from text4vis.cluster.stop import EXIT_CODE, NonFiniteError, Stopped, StopRequest
-from text4vis.config.loading import load_config
+from text4vis.config.loading import Origins, resolve_config
 from text4vis.config.page import print_config
 from text4vis.config.schema import Config, ConfigError
 
@@ -69,16 +69,16 @@ def main() -> int:
     """Returns the exit code."""
     arguments = parse_arguments()
     try:
-        config = load_config(arguments.config, arguments.set)
+        config, origins = resolve_config(arguments.config, arguments.set)
         if arguments.print_config:
             print(print_config(arguments.config, arguments.set), end="")
             return 0
     except (ConfigError, OSError) as error:
         return fail(str(error))
-    return run(arguments, config)
+    return run(arguments, config, origins)
 
 
-def run(arguments: argparse.Namespace, config: Config) -> int:
+def run(arguments: argparse.Namespace, config: Config, origins: Origins) -> int:
     """Joins the job, trains and leaves it. Returns the exit code."""
     # These load torch, which takes seconds: too long for --help or for the answer to a wrong recipe.
     from text4vis.cluster import distributed
@@ -105,7 +105,7 @@ def run(arguments: argparse.Namespace, config: Config) -> int:
         logging.getLogger("text4vis").info("%s", reason)
         code = EXIT_CODE
     except (ConfigError, ShardError, CheckpointError, NonFiniteError, OSError) as error:
-        watch.fail(str(error))
+        watch.fail(origins.explain(error))
     except Exception as error:
         print(shown(traceback.format_exc()), file=sys.stderr)
         watch.fail(f"{type(error).__name__}: {error}", sure=not distributed.is_consequence(error))

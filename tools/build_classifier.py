@@ -24,7 +24,7 @@ from shards.format import ShardError
 from shards.text import shown
 from text4vis import classifier, data, model  # faces: they load torch where it is first needed
 from text4vis.common.console import console, table
-from text4vis.config.loading import load_config
+from text4vis.config.loading import Origins, resolve_config
 from text4vis.config.schema import Config, ConfigError
 from text4vis.config.templates import prompts
 
@@ -69,8 +69,7 @@ def write_pairs(path: Path, pairs: list[classifier.Pair]) -> None:
             writer.writerows(rows)
 
 
-def run(arguments: argparse.Namespace) -> None:
-    config = load_config(arguments.config, arguments.set)
+def run(arguments: argparse.Namespace, config: Config) -> None:
     for option in ("output", "pairs"):
         if path := getattr(arguments, option):
             require_file(path, f"--{option}")
@@ -93,10 +92,12 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main() -> int:
     arguments = parse_arguments()
+    origins = Origins({})
     try:
-        run(arguments)
+        config, origins = resolve_config(arguments.config, arguments.set)
+        run(arguments, config)
     except (ConfigError, ShardError, OSError) as error:
-        print(f"build_classifier: error: {shown(error)}", file=sys.stderr)
+        print(f"build_classifier: error: {shown(origins.explain(error))}", file=sys.stderr)
         return 1
     return 0
 

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 from text4vis.config.batches import BatchSizes
 from text4vis.config.loading import load_config
 from text4vis.config.roles import Role, key, read_key
-from text4vis.config.schema import Config, schema
+from text4vis.config.schema import Config, keys_of, schema
 from text4vis.data.loader import open_split
 from text4vis.data.plan import Planner
 from text4vis.evaluate import differences
@@ -58,10 +58,10 @@ def test_a_run_goes_on_with_other_values_of_the_keys_that_may_change_alone(name)
     other = changed(config, name)
     found = State(0, 0, other.solver.global_batch or 8, "data", config.to_dict(), [])
     if KEYS[name].role.may_change:
-        check_same_run(found, other, "data", [], Path("run"))
+        check_same_run(found, other, "data", [], {}, Path("run"))
         return
     with pytest.raises(CheckpointError, match=f"configuration differs \\({name}: "):
-        check_same_run(found, other, "data", [], Path("run"))
+        check_same_run(found, other, "data", [], {}, Path("run"))
 
 
 def test_a_run_that_began_before_a_key_existed_goes_on_with_its_default():
@@ -69,9 +69,9 @@ def test_a_run_that_began_before_a_key_existed_goes_on_with_its_default():
     before = config.to_dict()
     del before["data"]["flip"], before["solver"]["smoothing"]
     found = State(0, 0, 8, "data", before, [])
-    check_same_run(found, config, "data", [], Path("run"))
+    check_same_run(found, config, "data", [], {}, Path("run"))
     with pytest.raises(CheckpointError, match=r"data\.flip: 0\.5 -> 0\.25"):
-        check_same_run(found, replaced(config, "data.flip", 0.25), "data", [], Path("run"))
+        check_same_run(found, replaced(config, "data.flip", 0.25), "data", [], {}, Path("run"))
 
 
 @pytest.mark.parametrize("classifier", CLASSIFIERS)
@@ -82,8 +82,8 @@ def test_an_evaluation_warns_of_what_its_figures_depend_on(classifier):
         is_model = declared.role is Role.MODEL
         counts = declared.role is Role.FRAMES or classifier in declared.classifiers or name == "network.classifier"
         given = changed(trained, name)
-        assert list(differences(trained, given, is_export=False)) == [name] * (counts or is_model), name
-        assert list(differences(trained, given, is_export=True)) == [name] * counts, name
+        assert list(differences(trained, given, ())) == [name] * (counts or is_model), name
+        assert list(differences(trained, given, keys_of(Role.MODEL))) == [name] * counts, name
 
 
 def test_every_classifier_declares_the_keys_that_decide_it():

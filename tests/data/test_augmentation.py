@@ -20,6 +20,7 @@ from text4vis.data import pixels
 from text4vis.data.augmentation import (
     OPERATIONS,
     MultiScaleCrop,
+    ResizedCrop,
     draw,
     eval_geometry,
     flip_swaps,
@@ -82,6 +83,14 @@ def test_random_crops_lie_inside_and_keep_the_recipe(size, side):
         assert min(shares) < 0.2 and max(shares) > 0.7
 
 
+def test_a_crop_may_be_one_pixel_but_not_none():
+    def attempts(area):
+        return ResizedCrop([area] * 10, [1.0] * 10, [False] * 10, 0.0, 0.0)
+
+    assert attempts(0.25).region(2, 2, 24) == (0, 0, 1, 1)
+    assert attempts(0.04).region(2, 3, 24) == (0, 0, 2, 2)  # rounds to no pixel: the short side's square
+
+
 def published_multi_scale(height, width, side):
     """The rule of TSN and TSM, written out: all sizes with their places, each as likely as its size's share."""
     base = min(height, width)
@@ -102,7 +111,7 @@ def published_multi_scale(height, width, side):
     return regions
 
 
-@pytest.mark.parametrize("size", [(240, 320), (256, 340), (340, 256), (226, 300), (256, 256), (1080, 1920)])
+@pytest.mark.parametrize("size", [(240, 320), (256, 340), (340, 256), (226, 300), (256, 256), (1080, 1920), (2, 3)])
 def test_multi_scale_crops_are_the_published_ones_equally_often(size):
     steps = (np.arange(10 * 13) + 0.5) / (10 * 13)
     found = Counter(
@@ -146,6 +155,13 @@ def test_randaugment_draws_each_operation_with_the_published_magnitude():
         assert 0.42 < negative < 0.58 if signed else negative == 0
     places = np.array([(operation.x, operation.y) for operation in by_name["cutout"]])
     assert places.min() >= 0 and places.max() < 1 and (np.abs(places.mean(0) - 0.5) < 0.06).all()
+
+
+def test_frames_are_decoded_in_their_final_size_unless_operations_see_them_first():
+    plain = train_geometry(draw(DataConfig(), 10, generator(1, 0, 0)), 240, 320, 224)
+    assert plain.decoded_size == (224, 224) and plain.region[2:] != (240, 320)
+    paper = train_geometry(draw(DataConfig(augmentation="paper"), 10, generator(1, 0, 0)), 240, 320, 224)
+    assert paper.decoded_size == (240, 320) and paper.part == plain.region
 
 
 def test_blur_and_solarisation_come_as_often_as_asked():

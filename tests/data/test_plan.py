@@ -1,13 +1,19 @@
 """The plan of a batch: which frames of which videos, and where each of their crops goes."""
 
+import dataclasses
 import hashlib
+import itertools
 import json
 
 import numpy as np
 import pytest
-from batches import settings
+from batches import build, settings
+from frame_folders import make_frame_folders
 
 from shards.format import SampleError
+from shards.reader import ShardDataset
+from text4vis.config.batches import BatchSizes
+from text4vis.config.schema import ConfigError
 from text4vis.data.datasets import open_split
 from text4vis.data.plan import BatchPlan, Planner
 from text4vis.data.sampling import test_indices as clip_indices
@@ -73,3 +79,76 @@ def test_frames_that_are_too_large_when_scaled_are_refused(shards):
     plans = planner(shards, "val", scale_size=8192, input_size=24)
     with pytest.raises(SampleError, match=r"frame 0 is 48x32 pixels by the index, 12288x8192 when scaled, more than"):
         plans.plan_video(0, 0)
+
+
+def test_frames_may_have_as_many_pixels_as_the_limit(shards, monkeypatch):
+    """Stored 32 x 48, scaled 64 x 96."""
+    plans = planner(shards, "val", scale_size=64)
+    for limit, message in (
+        (64 * 96, None),
+        (64 * 96 - 1, "96x64 when scaled, more than 6143"),
+        (32 * 48 - 1, "48x32 pixels by the index, of which 1 to 1535 can be used"),
+    ):
+        monkeypatch.setattr("text4vis.data.plan.MAX_FRAME_PIXELS", limit)
+        if message is None:
+            plans.plan_video(0, 0)
+        else:
+            with pytest.raises(SampleError, match=message):
+                plans.plan_video(0, 0)
+    monkeypatch.undo()
+    plans = planner(shards, "val", scale_size=32)
+    monkeypatch.setattr("text4vis.data.plan.MAX_FRAME_PIXELS", 32 * 48)
+    plans.plan_video(0, 0)
+
+
+def test_frames_without_pixels_are_refused(shards, monkeypatch):
+    monkeypatch.setattr(ShardDataset, "frame_sizes", lambda _, __, numbers: [(0, 48)] * len(numbers))
+    with pytest.raises(SampleError, match="frame 0 is 48x0 pixels by the index, of which 1 to"):
+        planner(shards, "val").plan_video(0, 0)
+
+
+def test_the_views_of_an_evaluation_share_the_room_of_a_training_batch(shards):
+    for batch_size, videos in ((2, 1), (11, 1), (12, 2), (18, 3)):
+        plans = planner(shards, "val", batch_size=batch_size, test_clips=2, test_crops=3)
+        assert (plans.num_clips, plans.num_crops, plans.num_views, plans.batch_size) == (2, 3, 6, videos)
+        longest = np.argsort(-plans.dataset.num_frames, kind="stable")[:videos]
+        plan = plans.plan(longest, np.zeros_like(longest))
+        assert sum(len(video.frames) for video in plan.videos) == plans.max_frames == videos * 2 * 4
+        within = dataclasses.replace(plans, sizes=BatchSizes(6 * 4, 1, 6 * 4))  # as training evaluates
+        assert within.batch_size == 4
+    train = planner(shards, "train", batch_size=5, test_clips=2, test_crops=3)
+    assert (train.num_clips, train.num_crops, train.num_views, train.batch_size) == (1, 1, 1, 5)
+    assert train.max_frames == 5 * 4 and train.views_shape == (1, 4, 24, 24, 3)
+    assert dataclasses.replace(train, sizes=BatchSizes(3, 1, 3)).batch_size == 3
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_stream_begins_at_its_first_video(shards, split):
+    plans = planner(shards, split)
+    for first, second in zip(itertools.islice(plans.batches(), 3), itertools.islice(plans.batches(0), 3), strict=True):
+        assert first[0].tolist() == second[0].tolist()
+    ids, epochs = next(plans.batches())
+    assert next(plans.plans()).ids.tolist() == ids.tolist() and epochs.tolist() == [0, 0]
+    if split == "train":
+        following = next(plans.batches(2))[0].tolist()
+        assert next(itertools.islice(plans.batches(), 1, None))[0].tolist() == following != ids.tolist()
+        assert next(plans.plans(2)).ids.tolist() == following
+
+
+def test_stand_ins_are_what_they_always_were(shards):
+    """A run that goes on with a newer version puts the same videos in a bad one's place."""
+    plans = planner(shards, "train")
+    found = [list(itertools.islice(plans.substitutes(sample, epoch), 4)) for sample, epoch in ((7, 0), (7, 3), (8, 0))]
+    assert found == [[17, 15, 5, 4], [3, 13, 8, 7], [14, 4, 5, 12]]
+    many = list(itertools.islice(plans.substitutes(7, 0), 500))
+    assert set(many) == set(range(23))
+    assert list(planner(shards, "val").substitutes(7, 0)) == []
+
+
+def test_labels_that_are_swapped_must_exist(shards, tmp_path):
+    planner(shards, "train", flip_swaps=[[0, 2]])
+    with pytest.raises(ConfigError, match=r"data.flip_swaps: a flip swaps label 3, but there are 3 classes"):
+        planner(shards, "train", flip_swaps=[[0, 3]])
+    planner(shards, "val", flip_swaps=[[0, 3]])
+    one = make_frame_folders(tmp_path, [2, 2], num_classes=1)
+    assert len(planner(build(one.annotations, one.root, one.labels, tmp_path / "shards"), "train").videos) == 2

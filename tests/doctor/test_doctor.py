@@ -125,7 +125,7 @@ def test_hosts_are_probed_and_compared(project, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{ssh.parent}{os.pathsep}{os.environ['PATH']}")
     hosts = tmp_path / "hosts"
     hosts.write_text("".join(f"{name} slots=2\n" for name in (*answers, "gone")))
-    config = doctor.load_config(project.config, ["engine.world_size=4", "solver.global_batch=15"])
+    config = doctor.resolve_config(project.config, ["engine.world_size=4", "solver.global_batch=15"])[0]
     findings = list(doctor.hosts(hosts, config, HEALTHY, str(project.config), tmp_path / "run"))
     assert [finding.subject for finding in findings if finding.level == FINE] == ["hostfile", "host same"]
     problems = of_level(findings, PROBLEM)

@@ -17,13 +17,14 @@ from tiny import CONFIG, OPENAI_RESNET, random_clip, random_frames, tiny_network
 from videos import write_video
 
 import text4vis
-from text4vis.classifier.embeddings import build_classifier, file_digest
+from text4vis.classifier.embeddings import build_classifier
 from text4vis.config.schema import Config, ConfigError, DataConfig, NetworkConfig
 from text4vis.evaluation.embedding import weights_fingerprint
 from text4vis.evaluation.protocols import class_scores
 from text4vis.model import heads
 from text4vis.model.video_clip import build_model
 from text4vis.saved.checkpoint import CheckpointError, State
+from text4vis.saved.inputs import digests
 from text4vis.saved.opening import TrainedModel, open_saved
 from text4vis.saved.runs import check_same_classes
 from text4vis.serving import onnx_graph
@@ -241,12 +242,12 @@ def test_another_file_of_class_embeddings_is_noticed(tmp_path):
     path = tmp_path / "rows.npy"
     np.save(path, np.eye(3, 64))
     config = Config(network=NetworkConfig(classifier="file", classifier_file=str(path)))
-    state = State(0, 0, 1, "", config.to_dict(), NAMES, classifier_file=file_digest(config.network))
+    state = State(0, 0, 1, "", config.to_dict(), NAMES, inputs=digests(config))
     check_same_classes(state, config, tmp_path)
     np.save(path, 2 * np.eye(3, 64))
     with pytest.raises(CheckpointError, match=r"other class embeddings than .*rows\.npy \(network.classifier_file\)"):
         check_same_classes(state, config, tmp_path)
-    check_same_classes(replace(state, classifier_file=""), config, tmp_path)  # a checkpoint of before
+    check_same_classes(replace(state, inputs={}), config, tmp_path)  # a checkpoint of before
 
 
 def test_large_weights_lie_in_a_file_of_their_own(tmp_path, monkeypatch):

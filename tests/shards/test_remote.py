@@ -30,10 +30,10 @@ from shard_data import (
     truncated_fault,
 )
 
+import shards.reader
 import shards.remote
 import shards.stores
 from shards.format import ShardError
-from shards.reader import open_dataset
 from shards.remote import RemoteFiles, join_ranges
 from shards.transfer import Transfers
 
@@ -41,7 +41,11 @@ from shards.transfer import Transfers
 @pytest.fixture(autouse=True)
 def _quick_and_private(tmp_path, monkeypatch):
     monkeypatch.setattr(shards.remote, "_BACKOFF_SECONDS", 0.01)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("OWN_CACHE", str(tmp_path / "cache"))
+
+
+def open_dataset(sources, **options):
+    return shards.reader.open_dataset(sources, **{"cache_dir": os.environ["OWN_CACHE"], **options})
 
 
 @pytest.fixture
@@ -111,7 +115,7 @@ def test_index_is_kept(server, stored, tmp_path):
     assert {path: n for path, n in server.requests.items() if path.startswith("data/index")} == dict.fromkeys(
         [path for path in server.requests if path.startswith("data/index")], 1
     )
-    kept = list((tmp_path / "cache" / "text4vis" / "index").iterdir())
+    kept = list((tmp_path / "cache" / "index").iterdir())
     assert len(kept) == 3
     for file in kept:
         file.write_bytes(b"x" * 10)  # damaged: fetched again
@@ -247,6 +251,11 @@ def test_address_where_nobody_listens():
     with pytest.raises(ShardError, match=rf"http://127.0.0.1:{port}/x/manifest.json: .*after 2 attempts"):
         open_dataset(f"http://127.0.0.1:{port}/x", retries=1)
     assert time.monotonic() - start < 5
+
+
+def test_without_a_folder_for_the_index_nothing_is_opened(server):
+    with pytest.raises(ShardError, match=rf"{server.address}/data: a remote data set needs .*; give cache_dir"):
+        open_served(server, cache_dir=None)
 
 
 def test_secrets_stay_out_of_errors(server):

@@ -31,7 +31,7 @@ import shards.writer
 from shards.annotations import Annotation, parse_annotations, parse_labels
 from shards.checker import check_datasets
 from shards.feed import OrderedFeed
-from shards.format import Manifest, ShardError, tar_header
+from shards.format import Manifest, ShardError
 from shards.images import ImageProbe, probe_image
 from shards.index import Index, open_index, read_local_manifest
 from shards.sources import SourceOptions, thinned
@@ -74,19 +74,6 @@ def built(frame_folders, tmp_path_factory) -> Path:
 def write_list(folders: FrameFolders, path: Path, lines: list[str]) -> FrameFolders:
     path.write_text("\n".join(lines))
     return FrameFolders(folders.root, path, folders.labels, [line.rsplit(" ", 2)[0] for line in lines])
-
-
-def test_tar_header_equals_tarfiles():
-    rng = random.Random(0)
-    names = [("a" * 100, 8 * 2**30 - 1), ("", 0), ("000000000.json", 0)]
-    names += [(f"{rng.randrange(10**9):09d}.{rng.randrange(10**6):06d}.jpg", rng.randrange(2**32)) for _ in range(1000)]
-    for name, size in names:
-        info = tarfile.TarInfo(name)
-        info.size = size
-        assert tar_header(name, size) == info.tobuf(tarfile.USTAR_FORMAT)
-    for name, size in [("a" * 101, 0), ("a", 8 * 2**30), ("ä", 0)]:
-        with pytest.raises(ValueError, match=r"header|ascii"):
-            tar_header(name, size)
 
 
 def test_frames_round_trip_byte_for_byte(frame_folders, built):

@@ -52,6 +52,16 @@ recogniser = text4vis.load(sys.argv[1], device="cpu")
 print(json.dumps(dict(own=recogniser.predict(frames).top, others=recogniser.predict(frames, ["one", "two"]).top)))
 """
 
+RECIPE = {
+    "seed": 3,
+    "data": {"train": "shards", "val": "shards", "batch_size": 2, "num_segments": 2,
+             "input_size": 16, "scale_size": 18, "dataset": "tiny"},
+    "network": {"arch": "clip/tiny.json"},
+    "solver": {"epochs": 3, "lr": 2e-3, "lr_warmup_step": 0.5, "clip_gradient": 1.0},
+    "engine": {"precision": "fp32", "zero_stage": 1},
+    "logging": {"print_freq": 1, "pictures": 0, "keep_checkpoints": 1},
+}  # fmt: skip
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -83,7 +93,7 @@ def make(code: Path, output: Path, scratch: Path) -> None:
         "--labels", frames.labels, "--output", output / "shards",
     )  # fmt: skip
     config = output / "recipe.yaml"
-    (ROOT / config).write_text(yaml.safe_dump(recipe(output), sort_keys=False))
+    (ROOT / config).write_text(yaml.safe_dump(RECIPE, sort_keys=False))
     train = ["--config", config, "--output"]
     call(code / "text4vis/train.py", *train, scratch / "whole")
     call(
@@ -113,18 +123,6 @@ def write_clip(folder: Path) -> None:
         file.write("\n".join(["#version: tiny", *MERGES]).encode())
     (folder / "tiny.json").write_text(json.dumps(CLIP_CONFIG))
     save_file(random_clip(CLIP_CONFIG).state_dict(), folder / "tiny.safetensors")
-
-
-def recipe(output: Path) -> dict:
-    return {
-        "seed": 3,
-        "data": {"train": f"{output}/shards", "val": f"{output}/shards", "batch_size": 2, "num_segments": 2,
-                 "input_size": 16, "scale_size": 18, "dataset": "tiny"},
-        "network": {"arch": f"{output}/clip/tiny.json"},
-        "solver": {"epochs": 3, "lr": 2e-3, "lr_warmup_step": 0.5, "clip_gradient": 1.0},
-        "engine": {"precision": "fp32", "zero_stage": 1},
-        "logging": {"print_freq": 1, "pictures": 0, "keep_checkpoints": 1},
-    }  # fmt: skip
 
 
 def losses(path: Path) -> dict[int, float]:

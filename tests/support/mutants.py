@@ -4,11 +4,14 @@ Examples:
     python tests/support/mutants.py                          # a sample of each module of the table below
     python tests/support/mutants.py sampling metrics --all   # every mutant of two modules
     python tests/support/mutants.py order --sample 100 --seed 7 --json order.json
+    python tests/support/mutants.py order --again order.json # those that survived there, after a test was added
 
 Works on copies of the tree in a temporary folder; the checkout stays as it is. Each mutant runs its module's tests in a
-process that is forked after the libraries were imported, and ends at the first test that fails. Docstrings, messages,
-annotations and decorators are left alone. A mutant that no test notices is printed with its line. Those that
-compute the same are named in mutants_equivalent.txt, with the reason, and do not count.
+process that is forked after the libraries were imported: first the tests that call the changed function, quick ones
+first, up to the first test that fails. Docstrings, messages,
+annotations and decorators are left alone. A mutant that no test notices is printed with its line, and so is one whose
+tests took too long, which counts as noticed. Those that compute the same are named in mutants_equivalent.txt, with the
+reason, and do not count.
 
 Exit codes: 0 at least --least per cent were noticed, 1 fewer, 2 wrong usage.
 """
@@ -22,30 +25,43 @@ import importlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 
+import hypothesis
 import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 EQUIVALENT = Path(__file__).with_name("mutants_equivalent.txt")
+TIMEOUT = "time-out"
 
 # Name of a module: its files, and the tests that must notice a mistake in them, quick ones first.
 MODULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "order": (("shards/plan.py",), ("shards/test_plan.py",)),
+    "order": (
+        ("shards/plan.py", "shards/weave.py"),
+        ("shards/test_plan.py", "shards/test_weave.py", "shards/test_mixture.py"),
+    ),
+    "mixture": (("shards/mixture.py", "text4vis/data/order.py"), ("shards/test_mixture.py", "data/test_order.py")),
     "sampling": (("text4vis/data/sampling.py",), ("data/test_sampling.py",)),
     "augmentation": (("text4vis/data/augmentation.py",), ("data/test_augmentation.py",)),
-    "plan": (("text4vis/data/plan.py",), ("data/test_loader.py", "data/test_fewshot.py", "data/test_repair.py")),
+    "plan": (
+        ("text4vis/data/plan.py",),
+        ("data/test_plan.py", "data/test_fewshot.py", "data/test_loader.py", "data/test_repair.py"),
+    ),
     "reader": (("shards/reader.py",), ("shards/test_reader.py", "shards/test_remote.py")),
-    "index": (("shards/format.py",), ("shards/test_reader.py", "shards/test_writer.py", "shards/test_checker.py")),
+    "index": (("shards/index.py",), ("shards/test_index.py", "shards/test_reader.py")),
+    "format": (("shards/format.py",), ("shards/test_format.py", "shards/test_reader.py")),
     "cache": (("shards/cache.py",), ("shards/test_cache.py",)),
     "remote": (("shards/remote.py",), ("shards/test_remote.py", "shards/test_cache.py")),
     "checkpoint": (("text4vis/saved/checkpoint.py",), ("training/test_resume.py", "test_hostile.py")),
@@ -54,11 +70,9 @@ MODULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("text4vis/training/trainer.py",),
         ("training/test_training.py", "training/test_training_options.py", "training/test_resume.py"),
     ),
-    "protocols": (
-        ("text4vis/evaluation/protocols.py",),
-        ("evaluation/test_metrics.py", "evaluation/test_evaluation.py"),
-    ),
+    "protocols": (("text4vis/evaluation/protocols.py",), ("evaluation/test_protocols.py",)),
     "metrics": (("text4vis/evaluation/metrics.py",), ("evaluation/test_metrics.py",)),
+    "calibration": (("text4vis/evaluation/calibration.py",), ("evaluation/test_calibration.py",)),
 }
 COMPARISONS = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
@@ -84,6 +98,7 @@ class Mutant:
     start: int
     stop: int
     text: str
+    function: str  # the dotted name of the function or class around it, "" outside of any
     name: str  # `path function: old -> new`, and #2 for the second such change of that function
 
     def applied(self, source: bytes) -> bytes:
@@ -105,7 +120,7 @@ def mutants_of(path: str, source: str) -> list[Mutant]:
         name = f"{path} {function or '(module)'}: {_shortened(old)} -> {_shortened(new)}"
         counts[name] = counts.get(name, 0) + 1
         name += f" #{counts[name]}" if counts[name] > 1 else ""
-        found.append(Mutant(path, node.lineno, start, stop, text, name))
+        found.append(Mutant(path, node.lineno, start, stop, text, function, name))
     return sorted(found, key=lambda mutant: (mutant.start, mutant.stop))
 
 
@@ -215,28 +230,81 @@ def copy_tree(target: Path) -> None:
             shutil.copyfile(ROOT / name, target / name)
 
 
-def start_tests(tree: Path, tests: tuple[str, ...], report: Path | None = None) -> int:
-    """Forks a process that runs these tests of a copy; gives its id. report: file for the names of what it imported."""
+class Learner:
+    """A plugin of pytest that learns from the unchanged code how long each test takes and what it calls.
+
+    learnt: {test: (seconds, names of the functions of `files` that it calls)}.
+    """
+
+    def __init__(self, files: tuple[Path, ...]) -> None:
+        self.files = set(map(str, files))
+        self.learnt: dict[str, tuple[float, list[str]]] = {}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
+        called: set[str] = set()
+
+        def note(frame: FrameType, event: str, _: object) -> None:
+            if event == "call" and frame.f_code.co_filename in self.files:
+                called.add(frame.f_code.co_name)
+
+        begun = time.monotonic()
+        threading.setprofile(note)
+        sys.setprofile(note)
+        result = yield
+        sys.setprofile(None)
+        threading.setprofile(None)  # type: ignore[arg-type]
+        self.learnt[item.nodeid] = (time.monotonic() - begun, sorted(called))
+        return result
+
+
+class Sorter:
+    """A plugin of pytest: within each file the tests that call a function come first, quick ones first."""
+
+    def __init__(self, learnt: dict[str, tuple[float, list[str]]], function: str) -> None:
+        self.learnt, self.function = learnt, function.rpartition(".")[2]
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        files = list(dict.fromkeys(item.path for item in items))
+
+        def turn(item: pytest.Item) -> tuple[bool, int, float]:
+            seconds, called = self.learnt.get(item.nodeid, (0.0, []))
+            return self.function not in called, files.index(item.path), seconds
+
+        items.sort(key=turn)
+
+
+def start_tests(tree: Path, tests: tuple[str, ...], plugin: Learner | Sorter, report: Path | None = None) -> int:
+    """Forks a process that runs these tests of a copy; gives its id.
+
+    report: file for what the process imported and what its Learner learnt, as JSON.
+    """
     sys.stdout.flush()
     if pid := os.fork():
         return pid
     code = 3
     try:
         os.setpgid(0, 0)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         output = os.open(tree / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.chdir(tree)
         os.environ |= {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(tree)}
         tempfile.tempdir = None
+        # One failing example is enough: nobody reads a smaller one.
+        hypothesis.settings.register_profile("mutants", phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate])
         sys.path[:] = [
             str(tree),
             *(entry for entry in sys.path if Path(entry).resolve() not in (ROOT, EQUIVALENT.parent)),
         ]
-        options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", f"--rootdir={tree}"]
-        code = int(pytest.main([*options, f"--basetemp={tree}/tmp", *(f"tests/{test}" for test in tests)]))
-        if report:
-            report.write_text("\n".join(name for name, module in sys.modules.items() if not _is_ours(module, tree)))
+        options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=mutants", "--hypothesis-seed=0"]
+        options.append(f"--rootdir={tree}")
+        options.append(f"--basetemp={tree}/tmp")
+        code = int(pytest.main([*options, *(f"tests/{test}" for test in tests)], plugins=[plugin]))
+        if report and isinstance(plugin, Learner):
+            imported = [name for name, module in sys.modules.items() if not _is_ours(module, tree)]
+            report.write_text(json.dumps([imported, plugin.learnt]), encoding="utf-8")
     finally:
         os._exit(code)
 
@@ -257,30 +325,32 @@ def kill(pid: int) -> None:
 class Runner:
     """Runs mutants of one module, several at a time, each in a copy of the tree of its own."""
 
-    def __init__(self, folder: Path, tests: tuple[str, ...], jobs: int) -> None:
+    def __init__(self, folder: Path, paths: tuple[str, ...], tests: tuple[str, ...], jobs: int) -> None:
         self.tests = tests
         self.trees = [folder / f"tree-{number}" for number in range(jobs)]
         for tree in self.trees:
             copy_tree(tree)
-        self.timeout = self._prepare(folder / "imported.txt")
+        self.learnt, self.timeout = self._prepare(paths, folder / "learnt.json")
 
-    def _prepare(self, report: Path) -> float:
-        """Runs the unchanged code; imports what its tests do. Gives the seconds that a mutant may take."""
+    def _prepare(self, paths: tuple[str, ...], report: Path) -> tuple[dict[str, tuple[float, list[str]]], float]:
+        """Runs the unchanged code; imports what its tests do. Gives what is learnt, and a mutant's limit in seconds."""
         begun = time.monotonic()
-        _, status = os.waitpid(start_tests(self.trees[0], self.tests, report), 0)
+        learner = Learner(tuple(self.trees[0] / path for path in paths))
+        _, status = os.waitpid(start_tests(self.trees[0], self.tests, learner, report), 0)
         if status:
             raise RuntimeError(f"the tests fail without a change:\n{self.said(self.trees[0])}")
-        for name in report.read_text().split():
+        imported, learnt = json.loads(report.read_text(encoding="utf-8"))
+        for name in imported:
             with contextlib.suppress(Exception):
                 importlib.import_module(name)
-        return 10 + 3 * (time.monotonic() - begun)
+        return learnt, 10 + 3 * (time.monotonic() - begun)
 
     @staticmethod
     def said(tree: Path) -> str:
         return (tree / "output.txt").read_text(encoding="utf-8", errors="replace")[-3000:]
 
-    def run(self, mutants: list[Mutant]) -> Iterator[tuple[Mutant, str]]:
-        """(mutant, "noticed", "timeout" or "survived"), as they end."""
+    def run(self, mutants: list[Mutant]) -> Iterator[tuple[Mutant, str | None]]:
+        """(mutant, the test that failed, TIMEOUT, or None if no test did), as they end."""
         waiting, free = list(reversed(mutants)), list(self.trees)
         running: dict[int, tuple[Mutant, Path, float]] = {}
         try:
@@ -288,7 +358,8 @@ class Runner:
                 while waiting and free:
                     mutant, tree = waiting.pop(), free.pop()
                     (tree / mutant.path).write_bytes(mutant.applied((ROOT / mutant.path).read_bytes()))
-                    running[start_tests(tree, self.tests)] = (mutant, tree, time.monotonic() + self.timeout)
+                    pid = start_tests(tree, self.tests, Sorter(self.learnt, mutant.function))
+                    running[pid] = (mutant, tree, time.monotonic() + self.timeout)
                 for pid, (mutant, tree, deadline) in list(running.items()):
                     ended, status = os.waitpid(pid, os.WNOHANG)
                     late = not ended and time.monotonic() > deadline
@@ -297,10 +368,12 @@ class Runner:
                         os.waitpid(pid, 0)
                     if ended or late:
                         del running[pid]
+                        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", self.said(tree), re.MULTILINE)
                         (tree / mutant.path).write_bytes((ROOT / mutant.path).read_bytes())
                         shutil.rmtree(tree / "tmp", ignore_errors=True)
                         free.append(tree)
-                        yield mutant, "timeout" if late else "noticed" if status else "survived"
+                        noticed_by = failed[1] if failed else "an error before the tests"
+                        yield mutant, TIMEOUT if late else noticed_by if status else None
                 time.sleep(0.02)
         finally:
             for pid in running:
@@ -315,18 +388,27 @@ def try_module(name: str, arguments: argparse.Namespace, equivalent: dict[str, s
     for gone in [key for key in equivalent if key.split(" ")[0] in paths and key not in names]:
         print(f"{EQUIVALENT.name}: no such mutant any more: {gone}")
     changing = [mutant for mutant in every if mutant.name not in equivalent]
-    size = len(changing) if arguments.all else min(arguments.sample, len(changing))
+    if arguments.again:
+        results = json.loads(arguments.again.read_text(encoding="utf-8"))
+        survived = {mutant["name"] for result in results for mutant in result["survivors"]}
+        changing = [mutant for mutant in changing if mutant.name in survived]
+    size = len(changing) if arguments.all or arguments.again else min(arguments.sample, len(changing))
     chosen = sorted(
         random.Random(arguments.seed).sample(changing, size), key=lambda mutant: (mutant.path, mutant.start)
     )
     survivors: list[Mutant] = []
+    noticed: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        for mutant, end in Runner(Path(folder), tests, arguments.jobs).run(chosen):
-            if end == "survived":
+        for mutant, test in Runner(Path(folder), paths, tests, arguments.jobs).run(chosen):
+            if test is None:
                 survivors.append(mutant)
-                print(f"{mutant.path}:{mutant.line}: {mutant.name.partition(' ')[2]}", flush=True)
+            else:
+                noticed[mutant.name] = test
+            if test in (None, TIMEOUT):
+                change = f"{mutant.path}:{mutant.line}: {mutant.name.partition(' ')[2]}"
+                print(change + (f" ({TIMEOUT})" if test else ""), flush=True)
     score = 100 * (1 - len(survivors) / max(1, len(chosen)))
-    excused = len(every) - len(changing)
+    excused = sum(mutant.name in equivalent for mutant in every)
     print(
         f"{name}: {len(chosen) - len(survivors)} of {len(chosen)} noticed, {score:.1f} % "
         f"({len(every)} mutants in all, {excused} of them equivalent)",
@@ -334,7 +416,7 @@ def try_module(name: str, arguments: argparse.Namespace, equivalent: dict[str, s
     )
     return {
         "module": name, "mutants": len(every), "equivalent": excused, "tried": len(chosen), "score": score,
-        "survivors": [asdict(mutant) for mutant in survivors],
+        "survivors": [asdict(mutant) for mutant in survivors], "noticed_by": noticed,
     }  # fmt: skip
 
 
@@ -343,10 +425,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("modules", nargs="*", metavar="MODULE", help=f"default: all of {', '.join(MODULES)}")
     parser.add_argument("--sample", type=int, default=60, help="mutants of each module (default: %(default)s)")
     parser.add_argument("--all", action="store_true", help="try every mutant")
+    parser.add_argument("--again", type=Path, metavar="FILE", help="only those that survived, of a file of --json")
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="at a time (default: cores)")
     parser.add_argument("--least", type=float, default=97.0, help="per cent to be noticed (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write figures and survivors here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write figures, survivors and who noticed here")
     arguments = parser.parse_args()
     if unknown := set(arguments.modules) - set(MODULES):
         parser.error(f"no such module: {', '.join(sorted(unknown))}; known: {', '.join(MODULES)}")
@@ -355,6 +438,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # runs of mutants end with this one
     equivalent = read_equivalent()
     results = [try_module(name, arguments, equivalent) for name in arguments.modules or MODULES]
     if arguments.json:

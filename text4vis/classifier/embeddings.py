@@ -24,10 +24,10 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from shards.cache import default_cache_dir
 from shards.files import write_atomically
 from text4vis.cluster import distributed
-from text4vis.config.schema import Config, ConfigError, NetworkConfig
+from text4vis.common.cache import cache_dir
+from text4vis.config.schema import Config, ConfigError
 from text4vis.config.templates import prompts
 from text4vis.model.tensors import fingerprint, is_plain, read_torch_file
 from text4vis.model.video_clip import Classes, ClassRows, ClassTokens, VideoClip
@@ -166,20 +166,6 @@ def file_classifier(path: Path, class_names: Sequence[str], width: int) -> Tenso
     return normalize(rows.double(), dim=-1).float()
 
 
-def file_digest(network: NetworkConfig) -> str:
-    """SHA-256 of the bytes of `network.classifier_file`; empty if the classifier does not come from a file.
-
-    Raises ConfigError where it cannot be read.
-    """
-    if network.classifier != "file" or network.classifier_file is None:
-        return ""
-    try:
-        return hashlib.sha256(Path(network.classifier_file).read_bytes()).hexdigest()
-    except OSError as error:
-        reason = error.strerror or error
-        raise ConfigError(f"network.classifier_file: {network.classifier_file} is not readable ({reason})") from None
-
-
 def rows_of(class_names: Sequence[str], known: Sequence[str], where: str) -> list[int]:
     """Positions of the names among the known ones. Raises ConfigError naming the first that is missing."""
     place = {name: row for row, name in enumerate(known)}
@@ -255,8 +241,7 @@ def confusable_pairs(classes_CD: Tensor, class_names: Sequence[str], count: int)
 
 def cache_folder(config: Config) -> Path:
     """Where classifiers are kept: beside what else the node caches."""
-    base = config.data.cache_dir
-    return (default_cache_dir() if base is None else Path(base).expanduser().absolute()) / "classifiers"
+    return cache_dir(config) / "classifiers"
 
 
 def cached(folder: Path, class_names: Sequence[str], recipe: Mapping[str, Any], make: Callable[[], Tensor]) -> Tensor:

@@ -10,6 +10,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from text4vis.config.contradictions import check
+from text4vis.config.paths import absolute, absolute_model, start_of
 from text4vis.config.retired import FORMER, RETIRED
 from text4vis.config.schema import Config, ConfigError, schema
 
@@ -30,13 +32,32 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads `path` and applies overrides of the form `section.key=value` (value in YAML), the last one winning.
 
     A file may start from another with `base: other.yaml` (relative to itself). Environment variables in values are
-    expanded (`$DATA/k400`). Raises ConfigError.
+    expanded (`$DATA/k400`). Paths become absolute: those in a file begin at its folder, overrides and what begins with
+    a variable at the working folder. Raises ConfigError.
     """
     return resolve_config(path, overrides)[0]
 
 
-def resolve_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[str, str]]:
-    """`load_config`, and for each key that was given the file it came from, or "--set"."""
+@dataclass(frozen=True)
+class Origins:
+    """Where a configuration's values come from.
+
+    keys: by dotted key, the file, or "--set". written: by absolute path, the key, and the relative path as it is
+    written there.
+    """
+
+    keys: Mapping[str, str]
+    written: dict[str, str] = field(default_factory=dict)
+
+    def explain(self, message: object) -> str:
+        """An error's message, with the origin of each path of the configuration that it names."""
+        text = str(message)
+        named = [words for path, words in self.written.items() if re.search(rf"{re.escape(path)}(?!\w)", text)]
+        return f"{text} ({'; '.join(named)})" if named else text
+
+
+def resolve_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, Origins]:
+    """`load_config`, and where each value that was given comes from."""
     values, origin = _read_yaml(Path(path))
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -47,9 +68,12 @@ def resolve_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Con
         except ValueError as error:
             hint = '; quote a text with braces, e.g. "a video of {}."' if "{}" in text else ""
             raise ConfigError(f"--set {override!r}: the value is not valid YAML ({error}){hint}") from None
-        _assign(values, key.strip(), value)
-        origin[key.strip()] = "--set"
-    return _validate(_expand(values, origin, str(path)), origin, str(path)), origin
+        key = key.strip()
+        _assign(values, key, value)
+        origin = {name: place for name, place in origin.items() if not name.startswith(f"{key}.")}
+        origin |= dict.fromkeys([key, *(name for name, _ in _leaves({key: value}))], "--set")
+    origins = Origins(origin)
+    return _validate(_expand(values, origins, str(path)), origin, str(path)), origins
 
 
 def config_from_dict(values: Mapping[str, Any], where: str) -> Config:
@@ -151,27 +175,64 @@ def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
     values[key] = value
 
 
-def _expand(value: Any, origin: Mapping[str, str], where: str, key: str = "") -> Any:
+def _expand(value: Any, origins: Origins, where: str, key: str = "") -> Any:
+    """The values with environment variables expanded and paths made absolute. Raises ConfigError."""
     if isinstance(value, dict):
-        keys = {name: f"{key}.{name}" if key else str(name) for name in value}
-        return {name: _expand(inner, origin, where, keys[name]) for name, inner in value.items()}
-    if isinstance(value, list):  # the sections within, as those of data.train, have no dotted keys
-        return [
-            {name: _expand(part, origin, where, key) for name, part in inner.items()}
-            if isinstance(inner, dict)
-            else _expand(inner, origin, where, key)
-            for inner in value
-        ]
+        return {
+            name: _expand(inner, origins, where, f"{key}.{name}" if key else str(name)) for name, inner in value.items()
+        }
+    if isinstance(value, list):
+        return [_expand_item(inner, origins, where, key) for inner in value]
     if not isinstance(value, str):
         return value
     expanded = os.path.expandvars(value)
+    origin = origins.keys.get(key, where)
     if unknown := re.search(r"\$([A-Za-z_]\w*|\{[A-Za-z_]\w*\})", expanded):
         name = unknown[1].strip("{}")
         raise ConfigError(
-            f"{key}: the environment variable {name} in {value!r} is not set (from {origin.get(key, where)}); "
+            f"{key}: the environment variable {name} in {value!r} is not set (from {origin}); "
             f"export {name}=/folder, or --set {key}=/path"
         )
-    return expanded
+    kind = _PATHS.get(key)
+    if kind is None:
+        return expanded
+    begins_here = value.startswith("$")  # as in the shell that set the variable
+    folder = Path() if begins_here else start_of(origin)
+    try:
+        found = (absolute if kind == "path" else absolute_model)(expanded, folder)
+    except ValueError as error:
+        raise ConfigError(f"{key}: {value!r} (from {origin}): {error}") from None
+    if found != expanded and not begins_here and origin != "--set":
+        _refuse_former_start(key, expanded, found, origin)
+        origins.written[found] = f"{key}: {value!r} in {origin}"
+    return found
+
+
+_PATHS = {declared.name: declared.path for declared in schema() if declared.path != "no"}
+
+
+def _expand_item(value: Any, origins: Origins, where: str, key: str) -> Any:
+    """An item of a list; of a section in a list, such as `{path, weight}`, the path stands for the whole key."""
+    if isinstance(value, dict):
+        return {
+            name: _expand(inner, origins, where, key if name == "path" else f"{key}.{name}")
+            for name, inner in value.items()
+        }
+    return _expand(value, origins, where, key)
+
+
+def _refuse_former_start(key: str, value: str, found: str, origin: str) -> None:
+    """In version 0.1 the paths of recipes began at the working folder. Raises ConfigError for one that still does:
+    it is there from the working folder, but not from the recipe's.
+    """
+    here = Path(value).absolute()
+    if Path(found).exists() or not here.exists():
+        return
+    there = os.path.relpath(here, Path(origin).parent)
+    raise ConfigError(
+        f"{key}: {value!r} (from {origin}) is {found}, which is not there: paths in a recipe begin at the recipe's "
+        f"folder, no longer at the working folder, where {here} is; write {there!r}, or --set {key}={value}"
+    )
 
 
 def _validate(values: dict[str, Any], origin: Mapping[str, str], where: str) -> Config:

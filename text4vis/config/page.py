@@ -13,6 +13,7 @@ import yaml
 from pydantic import TypeAdapter
 
 from text4vis.config.loading import resolve_config
+from text4vis.config.paths import NETWORK_SUFFIXES
 from text4vis.config.roles import Role
 from text4vis.config.schema import Config, schema
 
@@ -30,6 +31,11 @@ def config_page() -> str:
         "`--set section.key=value` overrides one key, `$NAME` stands for an environment variable. `--print-config`",
         "shows the resolved values and where each came from. `python tools/document_config.py` writes this page.",
         "",
+        "A relative path in a recipe begins at the folder of that file, so a recipe opens from any working folder.",
+        "Behind `--set`, and where it begins with `$NAME`, it begins at the working folder. Addresses and absolute",
+        "paths stay as they are. Where a key takes a name or a path, a path begins with `./`, `../`, `/` or `~`,",
+        f"or ends with {', '.join(f'`{suffix}`' for suffix in NETWORK_SUFFIXES)}.",
+        "",
         "*Decides* says what depends on a key. A run goes on with the values that it began with; those that decide",
         f"{_listed(role for role in Role if role.may_change)} may change. A run also keeps its",
         "global batch, however other ranks, micro batches and accumulation share it.",
@@ -40,7 +46,8 @@ def config_page() -> str:
             section = head
             title = f"`{head}`" if head else "Top level"
             lines += ["", f"## {title}", ""]
-        facts = f"{types[key.name]}; default {_code(key.default)}; decides {key.role}"
+        kind = types[key.name] if key.path == "no" else types[key.name].replace("text", key.path)
+        facts = f"{kind}; default {_code(key.default)}; decides {key.role}"
         lines += _wrapped(f"- `{key.name}` ({facts}): {key.meaning}")
     return "\n".join(lines) + "\n"
 
@@ -57,7 +64,7 @@ def print_config(path: str | Path, overrides: Sequence[str] = ()) -> str:
 
     Raises ConfigError as `load_config` does.
     """
-    config, origin = resolve_config(path, overrides)
+    config, origins = resolve_config(path, overrides)
     lines: list[str] = []
 
     def add(values: dict[str, Any], prefix: str, indent: str) -> None:
@@ -68,7 +75,7 @@ def print_config(path: str | Path, overrides: Sequence[str] = ()) -> str:
                 add(value, f"{key}.", indent + "  ")
             else:
                 line = f"{indent}{name}: {_one_line(value)}"
-                lines.append(f"{line:<48}  # {origin.get(key, 'default')}")
+                lines.append(f"{line:<48}  # {origins.keys.get(key, 'default')}")
 
     add(config.to_dict(), "", "")
     return "\n".join(lines) + "\n"

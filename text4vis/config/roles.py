@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from pydantic import Field
+
+PathKind = Literal["no", "path", "name or path"]
 
 
 class Role(StrEnum):
@@ -36,7 +38,7 @@ class Key:
     """One key of the schema.
 
     name: dotted, such as "data.batch_size". classifiers: the values of `network.classifier` whose class embeddings
-    depend on the key. on_card: whether an export's model card states its value.
+    depend on the key. on_card: whether an export's model card states its value. path: whether its value is a path.
     """
 
     name: str
@@ -45,11 +47,20 @@ class Key:
     role: Role
     classifiers: tuple[str, ...] = ()
     on_card: bool = False
+    path: PathKind = "no"
 
 
-def key(default: Any, role: Role, meaning: str, *, classifiers: tuple[str, ...] = (), on_card: bool = False) -> Any:
+def key(
+    default: Any,
+    role: Role,
+    meaning: str,
+    *,
+    classifiers: tuple[str, ...] = (),
+    on_card: bool = False,
+    path: PathKind = "no",
+) -> Any:
     """Declares a field of a section: its default, its role and its meaning in one line; see `Key` for the others."""
-    facets = {"role": role, "classifiers": list(classifiers), "on_card": on_card}
+    facets = {"role": role, "classifiers": list(classifiers), "on_card": on_card, "path": path}
     return Field(default, description=meaning, json_schema_extra=cast(dict[str, Any], facets))
 
 
@@ -58,4 +69,4 @@ def read_key(name: str, default: Any, declared: Any) -> Key:
     facets: Mapping[str, Any] | None = declared.json_schema_extra
     if facets is None or "role" not in facets:
         raise TypeError(f"{name}: declare it with text4vis.config.roles.key, which gives it a role")
-    return Key(name, declared.description, default, facets["role"], tuple(facets["classifiers"]), facets["on_card"])
+    return Key(name, declared.description, default, **{**facets, "classifiers": tuple(facets["classifiers"])})

@@ -70,9 +70,12 @@ class DataConfig:
         "training shards: a folder, an address, or a list of them; a list of {path, weight}: each has this share of "
         "the samples",
         classifiers=("lda",),
+        path="path",
     )
-    val: Sources = key((), Role.PLACE, "evaluation shards, like data.train")
-    label_list: OptionalStr = key(None, Role.DATA, "CSV `id,name`; default: the class names stored in the shards")
+    val: Sources = key((), Role.PLACE, "evaluation shards, like data.train", path="path")
+    label_list: OptionalStr = key(
+        None, Role.DATA, "CSV `id,name`; default: the class names stored in the shards", path="path"
+    )
     num_segments: Count = key(8, Role.FRAMES, "frames sampled from a video, T")
     dense: Bool = key(False, Role.FRAMES, "sample inside a window of 128 frames instead of over the whole video")
     batch_size: Count = key(32, Role.BATCH, "videos per rank and micro batch")
@@ -120,6 +123,7 @@ class DataConfig:
         Role.REPORTING,
         "class lists (CSV `id,name`) that evaluate.py reports one by one, with mean and deviation; "
         "Kinetics-600's three, say",
+        path="path",
     )
     shuffle: Annotated[StrictStr, Field(pattern=r"^(global|shards:[1-9][0-9]*)$")] = key(
         "global", Role.DATA, "global: any order; shards:K: a window of K shards at a time, for remote stores and disks"
@@ -155,7 +159,12 @@ class DataConfig:
     max_bad_share: Rate = key(
         0.01, Role.EXECUTION, "data.on_error skip: largest share of the videos that a job may skip before it fails"
     )
-    cache_dir: OptionalStr = key(None, Role.EXECUTION, "node-wide folder for remote indexes and shards")
+    cache_dir: OptionalStr = key(
+        None,
+        Role.EXECUTION,
+        "node-wide folder for remote indexes, shards and class embeddings; default: ~/.cache/text4vis",
+        path="path",
+    )
     cache_bytes: Natural = key(
         0, Role.EXECUTION, "keep whole remote shards in cache_dir up to this many bytes; 0: range requests only"
     )
@@ -171,6 +180,7 @@ class NetworkConfig:
         Role.MODEL,
         "CLIP or open_clip name, a model JSON, or a weights file in OpenAI's layout",
         classifiers=("lda",),
+        path="name or path",
     )
     pretrained: OptionalStr = key(
         None,
@@ -178,6 +188,7 @@ class NetworkConfig:
         "open_clip tag or weights file; default: `openai` for CLIP's names, the file beside a JSON",
         classifiers=("lda",),
         on_card=True,
+        path="name or path",
     )
     init: Bool = key(True, Role.TRAINING, "start from pre-trained weights; false: random ones", on_card=True)
     sim_header: Literal["None", "Transf", "Transf_cls", "LSTM", "Conv_1D"] = key(
@@ -214,12 +225,13 @@ class NetworkConfig:
         Role.CLASSIFIER,
         "class embeddings (C, D): .safetensors, .npy or .pt; tools/build_classifier.py writes one",
         classifiers=("file",),
+        path="path",
     )
     lda_videos: Annotated[StrictInt, Field(ge=2)] = key(
         60, Role.CLASSIFIER, "lda: training videos a class, at most", classifiers=("lda",)
     )
     sentence_model: OptionalStr = key(
-        None, Role.CLASSIFIER, "sentence: folder of a Hugging Face text encoder", classifiers=("sentence",)
+        None, Role.CLASSIFIER, "sentence: folder of a Hugging Face text encoder", classifiers=("sentence",), path="path"
     )
     sentence_projection: Bool = key(
         False,
@@ -366,6 +378,7 @@ class Config:
         Role.TRAINING,
         "start from the weights of a run, checkpoint, export or .pt file, whatever its classes",
         on_card=True,
+        path="path",
     )
     data: DataConfig = Field(default_factory=DataConfig)
     network: NetworkConfig = Field(default_factory=NetworkConfig)

@@ -16,15 +16,15 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
 from shards.address import scheme_of
 from shards.format import ShardError
 from text4vis.config.batches import BatchSizes
-from text4vis.config.loading import load_config
+from text4vis.config.loading import resolve_config
 from text4vis.config.schema import Config, ConfigError
 from text4vis.config.sources import addresses
 from text4vis.doctor.probe import SHARED_MEMORY, probe
@@ -52,14 +52,14 @@ def diagnose(config: str | None, overrides: Sequence[str], hostfile: str | None,
     settings: Config | None = None
     if config is not None:
         try:
-            settings = load_config(config, overrides)
+            settings, origins = resolve_config(config, overrides)
             yield Finding("configuration", FINE, f"{config} is complete and free of contradictions")
         except (ConfigError, OSError) as error:
             yield Finding("configuration", PROBLEM, str(error), "change the key that is named")
     if settings is not None:
-        yield from _engine(settings, here)
-        yield from _data(settings)
-        yield from _model_and_output(settings, output)
+        for finding in chain(_engine(settings, here), _data(settings), _model_and_output(settings, output)):
+            is_problem = finding.level == PROBLEM
+            yield replace(finding, message=origins.explain(finding.message)) if is_problem else finding
     if hostfile is not None:
         yield from hosts(Path(hostfile), settings, here, config, output)
 
@@ -71,7 +71,7 @@ def _environment() -> Iterator[Finding]:
             "environment", WARNING, f"{', '.join(set_here)}: a launcher's variables are set in this shell",
             f"unset {' '.join(set_here)}: a program that starts here would run as a rank of that job",
         )  # fmt: skip
-    for path in (Path(".deepspeed_env"), Path.home() / ".deepspeed_env"):
+    for path in (Path(".deepspeed_env"), Path(os.path.expanduser("~/.deepspeed_env"))):  # noqa: PTH111 (no home: as it is)
         if not path.exists():
             continue
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -163,21 +163,23 @@ def _read_features(path: Path, origin: Mapping[str, Any]) -> list[Embeddings]:
 
 
 def class_splits(config: Config, class_names: Sequence[str], labels_N: np.ndarray) -> dict[str, np.ndarray]:
-    """{file: ascending class ids} for the lists in `data.class_splits`.
+    """{name: ascending class ids} for the lists in `data.class_splits`: their file names, or else their paths.
 
     Raises ConfigError for a name that is no class, and for a list whose classes have no videos.
     """
     ids = {name: number for number, name in enumerate(class_names)}
     splits = {}
-    for path in config.data.class_splits:
+    files = [Path(path).name for path in config.data.class_splits]
+    split_names = files if len(set(files)) == len(files) else config.data.class_splits
+    for split_name, path in zip(split_names, config.data.class_splits, strict=True):
         names = parse_labels(path)
         for name in names:
             if name not in ids:
                 near = difflib.get_close_matches(name, class_names, n=1, cutoff=0.6)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise ConfigError(f"data.class_splits: {path}: {name!r} is no class of data.val{hint}")
-        splits[path] = np.unique([ids[name] for name in names])
-        if not np.isin(labels_N, splits[path]).any():
+        splits[split_name] = np.unique([ids[name] for name in names])
+        if not np.isin(labels_N, splits[split_name]).any():
             raise ConfigError(f"data.class_splits: {path}: data.val holds no video of these {len(names)} classes")
     return splits
 

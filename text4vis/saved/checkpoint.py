@@ -43,8 +43,8 @@ class State:
 
     step: optimiser steps taken. updates: those of them that changed the weights; the others were skipped. consumed:
     videos of the stream. evaluated_step: step of the last evaluation. best_top1: per cent, -1 before the first
-    evaluation. figures: of the last evaluation. files: SHA-256 by file name. classifier_file: SHA-256 of
-    `network.classifier_file`, empty without one. mixture: [videos, weight] of each source of a mixture.
+    evaluation. figures: of the last evaluation. files: SHA-256 by file name. inputs: what the files hold
+    that decide the run, by key (`saved.inputs.digests`). mixture: [videos, weight] of each source of a mixture.
     """
 
     step: int
@@ -59,7 +59,7 @@ class State:
     figures: dict[str, Any] = field(default_factory=dict)
     loss_scaler: dict[str, float] = field(default_factory=dict)
     files: dict[FileName, str] = field(default_factory=dict)
-    classifier_file: str = ""
+    inputs: dict[str, str] = field(default_factory=dict)
     mixture: list[tuple[int, float]] = field(default_factory=list)
 
     def to_json(self) -> str:
@@ -124,7 +124,7 @@ def read_state(folder: Path) -> State:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         digest = values.pop("sha256")
-        state = _STATE.validate_python(values)
+        state = _STATE.validate_python(_renamed(values))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"{path}: not a readable checkpoint ({reason[:200]}); delete {folder}") from error
@@ -179,6 +179,12 @@ def sha256_of(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _renamed(values: dict[str, Any]) -> dict[str, Any]:
+    """Version 0.1 recorded one input alone, under a name of its own."""
+    digest = values.get("classifier_file")
+    return {**values, "inputs": {"network.classifier_file": digest}} if digest else values
 
 
 def _digest(values: dict[str, Any]) -> str:

@@ -20,10 +20,12 @@ from torch import Tensor
 
 from text4vis.classifier.embeddings import build_classifier
 from text4vis.config.loading import config_from_dict
-from text4vis.config.schema import Config, ConfigError
+from text4vis.config.roles import Role
+from text4vis.config.schema import Config, ConfigError, keys_of
 from text4vis.model.video_clip import VideoClip, build_model
 from text4vis.saved import checkpoint
 from text4vis.saved.checkpoint import CheckpointError, State
+from text4vis.saved.inputs import SETTLED, RunInputs
 from text4vis.saved.runs import check_same_classes
 from text4vis.saved.weights import (
     EXPORT_FILE,
@@ -31,6 +33,7 @@ from text4vis.saved.weights import (
     Parts,
     load_export,
     load_text4vis,
+    read_classes,
     read_export,
     read_index,
     read_text4vis,
@@ -78,6 +81,16 @@ class SavedModel(ABC):
     def card(self) -> dict[str, Any]:
         """Where the model comes from, in JSON values."""
 
+    @property
+    def settled(self) -> frozenset[str]:
+        """The dotted names of the keys that `load` takes from the model itself, whatever configuration it is given."""
+        return frozenset()
+
+    @property
+    def class_embeddings_CD(self) -> Tensor | None:
+        """The recorded embeddings of `class_names`, float32; None where they are built, as `config` says."""
+        return None
+
     @abstractmethod
     def parts(self, key: str = "model") -> Parts:
         """The model's tensors on the CPU. key: named in errors."""
@@ -86,8 +99,7 @@ class SavedModel(ABC):
     def load(self, config: Config | None = None) -> VideoClip:
         """The model in fp32 on the CPU, for the network and the frames of `config`, by default the recorded one.
 
-        An export brings a network of its own, whatever the configuration. Raises ConfigError also where the weights do
-        not fit the network.
+        `settled` names keys that do not count. Raises ConfigError also where the weights do not fit the network.
         """
 
     @abstractmethod
@@ -119,6 +131,18 @@ class SavedRun(SavedModel):
     def class_names(self) -> list[str]:
         return self.state.class_names
 
+    @cached_property
+    def _inputs(self) -> RunInputs | None:
+        return RunInputs.find(self.run)
+
+    @property
+    def settled(self) -> frozenset[str]:
+        return frozenset(SETTLED if self._inputs else ())
+
+    @property
+    def class_embeddings_CD(self) -> Tensor | None:
+        return None if self._inputs is None else self._inputs.classes(self.class_names)
+
     @property
     def card(self) -> dict[str, Any]:
         state = self.state
@@ -137,16 +161,20 @@ class SavedRun(SavedModel):
     def load(self, config: Config | None = None) -> VideoClip:
         config = config or self.config
         network = replace(config.network, fix_text=True)  # type: ignore[type-var]
+        network = self._inputs.network(network) if self._inputs else network
         model = build_model(network, config.data.num_segments, image_size=config.data.input_size)
+        if self._inputs:
+            self._inputs.load_text(model)
         checkpoint.verify(self.folder, only=[checkpoint.WEIGHTS])
         checkpoint.load_checkpoint(model, self.folder)
         return model
 
     def trained(self) -> TrainedModel:
-        model = self.load()
-        if model.classifier is None:
-            check_same_classes(self.state, self.config, self.path)
-        classes_CD = build_classifier(self.config, model, self.class_names)
+        model, classes_CD = self.load(), self.class_embeddings_CD
+        if classes_CD is None:
+            if model.classifier is None:
+                check_same_classes(self.state, self.config, self.path)
+            classes_CD = build_classifier(self.config, model, self.class_names)
         return TrainedModel(model, self.config, self.class_names, classes_CD, self.card)
 
 
@@ -171,6 +199,14 @@ class SavedExport(SavedModel):
     @property
     def card(self) -> dict[str, Any]:
         return self._index["card"]
+
+    @property
+    def settled(self) -> frozenset[str]:
+        return frozenset(keys_of(Role.MODEL))
+
+    @property
+    def class_embeddings_CD(self) -> Tensor | None:
+        return read_classes(self.path, self.class_names)
 
     def parts(self, key: str = "model") -> Parts:
         return read_export(self.path, key)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from shards.files import require_folder, try_lock
-from text4vis.classifier.embeddings import file_digest
 from text4vis.config.retired import FORMER
 from text4vis.config.schema import Config, schema
 from text4vis.saved import checkpoint
 from text4vis.saved.checkpoint import CheckpointError, State
+from text4vis.saved.inputs import digests, fixed_paths, same_path
 
 logger = logging.getLogger("text4vis")
 
@@ -65,12 +66,17 @@ def find_start(output: Path, resume: str) -> Path | None:
     return None
 
 
-def check_same_run(
-    found: State, config: Config, data_fingerprint: str, mixture: list[tuple[int, float]], folder: Path
+def check_same_run(  # noqa: PLR0917
+    found: State,
+    config: Config,
+    data_fingerprint: str,
+    mixture: list[tuple[int, float]],
+    inputs: Mapping[str, str],
+    folder: Path,
 ) -> None:
     """A run goes on only with the data and the settings it began with. Raises CheckpointError.
 
-    mixture: videos and weight of each source, empty without weights.
+    mixture: videos and weight of each source, empty without weights. inputs: the `digests` of the configuration.
     """
     if found.data_fingerprint != data_fingerprint:
         raise CheckpointError(
@@ -82,7 +88,6 @@ def check_same_run(
             f"{folder}: was trained on another mixture ({_mixture_words(found.mixture)}), data.train now has "
             f"{_mixture_words(mixture)}; undo the change or give another --output"
         )
-    check_same_classes(found, config, folder)
     if config.solver.global_batch not in (None, found.global_batch):
         raise CheckpointError(
             f"{folder}: was trained with a global batch of {found.global_batch}, solver.global_batch is "
@@ -91,9 +96,24 @@ def check_same_run(
     # A run that began before a key existed did what its default does.
     before, now = _flatten(Config().to_dict()) | _flatten(found.config), _flatten(config.to_dict())
     free = {key.name for key in schema() if key.role.may_change} | set(FORMER)
-    changed = [key for key in sorted(before | now) if key not in free and before.get(key) != now.get(key)]
+    paths = fixed_paths()
+    changed = [
+        key
+        for key in sorted(before | now)
+        if key not in free
+        and not (
+            same_path(key, before.get(key), now.get(key), found.inputs, inputs)
+            if key in paths
+            else before.get(key) == now.get(key)
+        )
+    ]
     if changed:
-        values = ", ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed)
+        values = ", ".join(
+            f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
+            if before.get(key) != now.get(key)
+            else f"{key}: {now[key]!r} holds something else than when the run began"
+            for key in changed
+        )
         raise CheckpointError(
             f"{folder}: the configuration differs ({values}); undo the change or give another --output, and "
             f"--set pretrain={folder} if it is to begin with these weights"
@@ -106,7 +126,8 @@ def _mixture_words(mixture: list[tuple[int, float]]) -> str:
 
 def check_same_classes(found: State, config: Config, folder: Path) -> None:
     """Raises CheckpointError where the file of the class embeddings has other bytes than when the run began."""
-    if found.classifier_file and found.classifier_file != file_digest(config.network):
+    key = "network.classifier_file"
+    if key in found.inputs and found.inputs[key] != digests(config).get(key):
         raise CheckpointError(
             f"{folder}: was trained with other class embeddings than {config.network.classifier_file} "
             "(network.classifier_file) holds now; give it the first ones again"

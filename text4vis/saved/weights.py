@@ -26,7 +26,8 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from shards.files import replacing_path
+from shards.files import replacing_path, write_atomically
+from text4vis.classifier.embeddings import TENSOR
 from text4vis.config.schema import ConfigError, NetworkConfig
 from text4vis.model.tensors import State, is_state, load_strictly, read_torch_file, read_weights, write_tensors
 from text4vis.model.video_clip import VideoClip, build_model
@@ -36,7 +37,7 @@ logger = logging.getLogger("text4vis")
 EXPORT_FORMAT = "text4vis-export-1"
 EXPORT_FILE = "export.json"
 MAX_SEGMENTS = 10_000  # no model sees so many frames at once
-CLIP_FILE = "clip.json"
+CLIP_FILE, TEXT_FILE, CLASSES_FILE = "clip.json", "text.safetensors", "classes.safetensors"
 
 
 @dataclass(frozen=True)
@@ -214,16 +215,10 @@ def export_model(  # noqa: PLR0917
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / EXPORT_FILE).unlink(missing_ok=True)
-    clip_config = copy.deepcopy(model.clip_config)
-    if model.text.bpe_path is not None:
-        copied = folder / "bpe.txt.gz"
-        copied.write_bytes(model.text.bpe_path.read_bytes())
-        clip_config["text_cfg"]["tokenizer_kwargs"]["bpe_path"] = copied.name
-    pixels = {"mean": list(model.mean), "std": list(model.std)}
-    _write_json(folder / CLIP_FILE, {"model_cfg": clip_config, "preprocess_cfg": pixels})
-    _write_tensors(folder / "model.safetensors", Parts.of(model.state_dict()).video)
-    _write_tensors(folder / "text.safetensors", model.text.state_dict())
-    _write_tensors(folder / "classes.safetensors", {"class_embeddings": class_embeddings.float()})
+    write_clip(folder, model)
+    write_state(folder / "model.safetensors", Parts.of(model.state_dict()).video)
+    write_state(folder / TEXT_FILE, model.text.state_dict())
+    write_state(folder / CLASSES_FILE, {TENSOR: class_embeddings.float()})
     content = {
         "format": EXPORT_FORMAT,
         "network": TypeAdapter(NetworkConfig).dump_python(network, mode="json"),
@@ -247,14 +242,23 @@ def load_export(folder: str | Path) -> Export:
     model = build_model(network, content["num_segments"])
     parts = read_export(folder)
     load_strictly(model, parts.video, f"{folder}/model.safetensors")
-    model.text.load_strictly(parts.text, f"{folder}/text.safetensors")
+    model.text.load_strictly(parts.text, f"{folder}/{TEXT_FILE}")
     class_names = content["class_names"]
-    class_embeddings = read_weights(folder / "classes.safetensors", "export").get("class_embeddings")
-    if class_embeddings is None or class_embeddings.shape != (len(class_names), model.embed_dim):
-        raise ConfigError(f"{folder}/classes.safetensors: does not match the {len(class_names)} names in {EXPORT_FILE}")
+    class_embeddings = read_classes(folder, class_names)
+    if class_embeddings.shape[1] != model.embed_dim:
+        raise ConfigError(f"{folder}/{CLASSES_FILE}: is {class_embeddings.shape[1]} wide, the model {model.embed_dim}")
     if network.classifier_trainable:
         model.set_classifier(class_embeddings, class_names)
     return Export(model, network, content["config"], class_names, class_embeddings, content["card"])
+
+
+def read_classes(folder: Path, class_names: Sequence[str]) -> Tensor:
+    """The class embeddings (C, D) in the folder of an export or of a run's inputs. Raises ConfigError."""
+    path = folder / CLASSES_FILE
+    classes_CD = read_weights(path, "class embeddings").get(TENSOR)
+    if classes_CD is None or classes_CD.ndim != 2 or len(classes_CD) != len(class_names):
+        raise ConfigError(f"{path}: does not match the {len(class_names)} class names recorded with it")
+    return classes_CD
 
 
 def read_export(folder: Path, key: str = "export") -> Parts:
@@ -286,10 +290,22 @@ def read_index(folder: Path) -> dict[str, Any]:
     return content
 
 
+def write_clip(folder: Path, model: VideoClip) -> None:
+    """Writes clip.json, from which the towers are built again, after the vocabulary that it names. Raises OSError."""
+    clip_config = copy.deepcopy(model.clip_config)
+    if model.text.bpe_path is not None:
+        copied = folder / "bpe.txt.gz"
+        copied.write_bytes(model.text.bpe_path.read_bytes())
+        clip_config["text_cfg"]["tokenizer_kwargs"]["bpe_path"] = copied.name
+    pixels = {"mean": list(model.mean), "std": list(model.std)}
+    _write_json(folder / CLIP_FILE, {"model_cfg": clip_config, "preprocess_cfg": pixels})
+
+
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def _write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
+def write_state(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Writes named tensors as safetensors, complete or not at all. Raises OSError, SafetensorError."""
     with replacing_path(path) as temporary:  # tensors read from an export may be views of this very file
         write_tensors(temporary, state)

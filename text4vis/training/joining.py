@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
 
-from text4vis.cluster.distributed import Ranks
+from text4vis.cluster.distributed import Ranks, from_main
 from text4vis.config.schema import Config, ConfigError
 from text4vis.data.loader import Loader
 from text4vis.saved.checkpoint import CheckpointError, State
+from text4vis.saved.inputs import digests
 from text4vis.saved.runs import check_same_run
 
 
@@ -31,13 +33,29 @@ def check_world_size(config: Config, world_size: int) -> None:
         )
 
 
-def check_joins(found: State, config: Config, loader: Loader, checkpoint: Path, few_shot_list: Path) -> None:
+def first_state(config: Config, loader: Loader, class_names: list[str], global_batch: int) -> State:
+    """The state of a run before its first step. Collective."""
+    return State(
+        step=0,
+        consumed=0,
+        global_batch=global_batch,
+        data_fingerprint=loader.dataset.fingerprint,
+        config=config.to_dict(),
+        class_names=class_names,
+        inputs=from_main(lambda: digests(config)),
+        mixture=loader.planner.order.mixture,
+    )
+
+
+def check_joins(  # noqa: PLR0917
+    found: State, config: Config, loader: Loader, inputs: Mapping[str, str], checkpoint: Path, few_shot_list: Path
+) -> None:
     """The checkpoint is of the run that the job wants: its data, mixture, few-shot videos and settings.
 
-    Raises CheckpointError.
+    inputs: the `digests` of the configuration. Raises CheckpointError.
     """
     planner = loader.planner
-    check_same_run(found, config, loader.dataset.fingerprint, planner.order.mixture, checkpoint)
+    check_same_run(found, config, loader.dataset.fingerprint, planner.order.mixture, inputs, checkpoint)
     _check_few_shot(few_shot_list, planner.few_shot_list())
 
 

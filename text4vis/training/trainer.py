@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from shards.plan import mix64
-from text4vis.classifier.embeddings import build_classifier, file_digest, training_classes
+from text4vis.classifier.embeddings import build_classifier, training_classes
 from text4vis.cluster import distributed
 from text4vis.cluster.stop import NonFiniteError, Stopped, StopRequest
 from text4vis.config.batches import BatchSizes
@@ -29,14 +29,15 @@ from text4vis.data.loader import Batch, Loader, build_loader
 from text4vis.data.traps import log_traps
 from text4vis.evaluation.embedding import evaluate, join_bad_videos, weights_fingerprint
 from text4vis.evaluation.protocols import write_report
-from text4vis.model.video_clip import VideoClip, build_model
+from text4vis.model.video_clip import Classes, VideoClip, build_model
 from text4vis.saved import checkpoint
 from text4vis.saved.checkpoint import State
+from text4vis.saved.inputs import RunInputs
 from text4vis.saved.opening import load_pretrained
 from text4vis.saved.runs import find_start
 from text4vis.training import checkpointing
 from text4vis.training.engine import Engine
-from text4vis.training.joining import check_joins, check_same_classes, check_streams, check_world_size
+from text4vis.training.joining import check_joins, check_same_classes, check_streams, check_world_size, first_state
 from text4vis.training.logs import Meter, gpu_utilisation, memory_bytes, table
 from text4vis.training.losses import Objective
 from text4vis.training.optim import scheduled_rate
@@ -89,11 +90,10 @@ class Trainer:
             check_same_classes(config, self.train_loader.dataset.classes, self.val_loader.dataset.classes)
             samples = config.solver.epochs * self.train_loader.epoch_samples
             self.num_steps = math.ceil(samples / self.sizes.global_batch)
-            self.state = self._first_state() if start is None else self._joined_state(start)
+            self.state = self._state(start)
             self.device = distributed.device()
-            model = self._model()
-            classes = training_classes(config, model, self.class_names).to(self.device)
-            self.objective = Objective(config, classes, self.sizes.micro)
+            model, classes = self._model_and_classes()
+            self.objective = Objective(config, classes.to(self.device), self.sizes.micro)
             self.engine = self._engine(model)
             self._opened = opened.pop_all()
         self.log = RunLog()
@@ -381,7 +381,10 @@ class Trainer:
         logger.info("%s", table("settings", settings))
         if self.start_from is None:
             log_traps(logger, self.config, self.class_names, self.train_loader.dataset)
+        classes = self.objective.classes
         (self.output / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
+        if self.start_from is None or RunInputs.find(self.output) is None:
+            RunInputs.keep(self.output, self.engine.model, classes if isinstance(classes, torch.Tensor) else None)
         if self.config.data.shot:
             few_shot_list = self.train_loader.planner.few_shot_list()
             (self.output / FEW_SHOT_LIST).write_text(few_shot_list, encoding="utf-8")
@@ -405,33 +408,29 @@ class Trainer:
             self.config, split, rank=place.rank, world_size=place.world_size, consumed=consumed, sizes=self.sizes
         )
 
-    def _first_state(self) -> State:
-        return State(
-            step=0,
-            consumed=0,
-            global_batch=self.sizes.global_batch,
-            data_fingerprint=self.train_loader.dataset.fingerprint,
-            config=self.config.to_dict(),
-            class_names=self.class_names,
-            classifier_file=file_digest(self.config.network),
-            mixture=self.train_loader.planner.order.mixture,
-        )
-
-    def _joined_state(self, found: State) -> State:
-        """The state of the checkpoint, if it is of this run."""
+    def _state(self, start: State | None) -> State:
+        """The state of a new run, or that of the checkpoint if it is of the run that is wanted."""
+        first = first_state(self.config, self.train_loader, self.class_names, self.sizes.global_batch)
+        if start is None:
+            return first
         assert self.start_from is not None
-        check_joins(found, self.config, self.train_loader, self.start_from, self.output / FEW_SHOT_LIST)
-        return replace(found, config=self.config.to_dict())
+        check_joins(start, self.config, self.train_loader, first.inputs, self.start_from, self.output / FEW_SHOT_LIST)
+        return replace(start, config=first.config)
 
-    def _model(self) -> VideoClip:
-        """The model with the weights that the run starts from."""
+    def _model_and_classes(self) -> tuple[VideoClip, Classes]:
+        """The model with the weights that the run starts from, and its classes; a run that goes on keeps both."""
         config = self.config
-        model = build_model(config.network, config.data.num_segments, image_size=config.data.input_size)
+        inputs = None if self.start_from is None else RunInputs.find(self.start_from.parent.parent)
+        network = config.network if inputs is None else inputs.network(config.network)
+        model = build_model(network, config.data.num_segments, image_size=config.data.input_size)
+        if inputs is not None:
+            inputs.load_text(model)
         if self.start_from is not None:
             checkpoint.load_checkpoint(model, self.start_from)  # the engine restores only what trains
         elif config.pretrain:
             load_pretrained(model, Path(config.pretrain))
-        return model
+        classes_CD = None if inputs is None else inputs.classes(self.class_names)
+        return model, training_classes(config, model, self.class_names) if classes_CD is None else classes_CD
 
     def _engine(self, model: VideoClip) -> Engine:
         """The engine with the checkpoint's optimiser state and fp32 weights, or the model's own to begin with."""
