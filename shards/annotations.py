@@ -6,6 +6,8 @@ An annotation list holds one video a line, the fields separated by spaces or tab
     path/to/video.mp4 label         a video file, known by the extension at the end of the path
     path/to/video - label           a video file whatever its name
 
+The label is the number of a class, or several joined by commas, `3,17,42`, or `-` for none of the classes.
+
 Names are split off from the right, so they may hold spaces. One path has one spelling: `./a`, `b/../a`, `a//` and,
 below the root, `/root/a` are read as `a`. Empty lines are skipped, and so are comments: lines that begin with `# ` or
 `##`, or hold `#` alone. (`#name 30 4` is a video: real data sets have names that begin with `#`.)
@@ -26,6 +28,8 @@ import numpy as np
 from shards.format import CONTROL_CHARACTER, MAX_FRAMES, ShardError
 from shards.list_lines import LAYOUT, hint, is_video_file, path_below, refuse_more_numbers
 
+Label = int | tuple[int, ...]
+
 _LABEL_LAYOUT = "expected `id,name`, names with commas quoted"
 _MAX_LABEL = 2**31 - 1
 
@@ -34,14 +38,21 @@ _MAX_LABEL = 2**31 - 1
 class Annotation:
     """One video of a list. num_frames is None for a video file; line counts from 1.
 
+    label: the video's class, or a tuple of its classes, ascending, where it has several or none.
+
     num_frames may be 0: published lists hold such lines, for videos that failed to extract. The list is valid; the
     builder reports the video.
     """
 
     name: str
     num_frames: int | None
-    label: int
+    label: Label
     line: int
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """All labels of the video."""
+        return self.label if isinstance(self.label, tuple) else (self.label,)
 
 
 def parse_annotations(
@@ -71,12 +82,12 @@ def parse_annotations(
                 annotation = _parse_line(line, number, root)
             except ValueError as error:
                 raise ShardError(f"{path}:{number}: {error}") from None
-            if annotation.label >= limit:
+            if (largest := max(annotation.labels, default=0)) >= limit:
                 classes = f"the class list {labels_file}" if labels_file else "the class list"
                 raise ShardError(
-                    f"{path}:{number}: label {annotation.label} of {annotation.name!r} has no class: {classes} has "
-                    f"the ids 0 to {limit - 1}; correct the label or add id {annotation.label} to the class list"
-                    + ("; where labels count from 1, subtract 1 from each" if annotation.label == limit else "")
+                    f"{path}:{number}: label {largest} of {annotation.name!r} has no class: {classes} has "
+                    f"the ids 0 to {limit - 1}; correct the label or add id {largest} to the class list"
+                    + ("; where labels count from 1, subtract 1 from each" if largest == limit else "")
                 )
             annotations.append(annotation)
     if not annotations:
@@ -90,7 +101,7 @@ def parse_labels(path: str | Path) -> list[str]:
     path = Path(path)
     names: dict[int, tuple[str, int]] = {}
     with _open_text(path, newline="") as stream:
-        reader = csv.reader(stream, strict=True)
+        reader = csv.reader(stream, strict=True, skipinitialspace=True)
         try:
             header = next(reader, [])
             if [column.strip().lower() for column in header] != ["id", "name"]:
@@ -111,13 +122,19 @@ def parse_labels(path: str | Path) -> list[str]:
                 f"{path}:{names[largest][1]}: id {largest} but no id {number}: ids must be 0 to C-1, each once; add a "
                 f"line for {number} or renumber the classes"
             )
-    return [names[number][0] for number in range(len(names))]
+    first: dict[str, int] = {}
+    for number in range(len(names)):
+        name, line = names[number]
+        if first.setdefault(name, number) != number:
+            raise ShardError(f"{path}:{line}: class {first[name]} is named {name!r} too; name them apart")
+    return list(first)
 
 
-def format_annotation(name: str, num_frames: int | None, label: int) -> str:
+def format_annotation(name: str, num_frames: int | None, label: Label) -> str:
     """The line of a list, without its end, that parses to this. Raises ValueError for a name that no line can hold."""
     count = "" if num_frames is None and is_video_file(name) else f" {'-' if num_frames is None else num_frames}"
-    line = f"{'./' if name[:1] == '#' else ''}{name}{count} {label}"
+    labels = (",".join(map(str, label)) or "-") if isinstance(label, tuple) else label
+    line = f"{'./' if name[:1] == '#' else ''}{name}{count} {labels}"
     try:
         line.encode()
         if "\n" not in name and _parse_line(line, 0) == Annotation(name, num_frames, label, 0):
@@ -152,17 +169,27 @@ def _parse_line(line: str, number: int, root: Path | None = None) -> Annotation:
             num_frames = _integer(count, "frames", line)
             if not 0 <= num_frames <= MAX_FRAMES:
                 raise ValueError(f"frames is {num_frames}; it must be 1 to {MAX_FRAMES}: remove or correct the line")
-    label = _integer(last, "label", line)
-    if not 0 <= label <= _MAX_LABEL:
-        raise ValueError(f"label is {label}; labels are 0 to C-1: correct the line")
+    label = _label(last, line)
     name = path_below(name, root)
     if root is not None:
         refuse_more_numbers(name, num_frames, root)
     return Annotation(name, num_frames, label, number)
 
 
+def _label(text: str, line: str) -> Label:
+    if text == "-":
+        return ()
+    labels = sorted(_integer(part, "label", line) for part in text.split(","))
+    for label, following in zip(labels, [*labels[1:], -1], strict=True):
+        if not 0 <= label <= _MAX_LABEL:
+            raise ValueError(f"label is {label}; labels are 0 to C-1: correct the line")
+        if label == following:
+            raise ValueError(f"label {label} is in {text!r} twice; name it once")
+    return tuple(labels) if len(labels) > 1 else labels[0]
+
+
 def _integer(text: str, column: str, line: str) -> int:
-    digits = text[1:] if text[0] in "+-" else text
+    digits = text[1:] if text[:1] in ("+", "-") else text
     if not (digits.isascii() and digits.isdigit()) or len(digits) > 18:
         raise ValueError(f"{column} is {text!r}, not a whole number; {LAYOUT}{hint(line)}")
     return int(text)

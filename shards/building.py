@@ -28,22 +28,23 @@ from isal import isal_zlib
 
 from shards.files import is_at, replacing, sync, try_lock, write_atomically
 from shards.format import (
+    FORMAT_VERSION,
     INDEX_ROLES,
+    LABELS_ROLE,
     MANIFEST,
-    MEMBER_DTYPE,
-    VIDEO_DTYPE,
+    MULTI_LABEL_VERSION,
     Manifest,
     ShardError,
     ShardInfo,
     fingerprint,
     index_file,
     shard_name,
+    table_dtypes,
 )
 from shards.index import Index
 
 FOLDER = ".building"
 SETTINGS = "settings.json"
-_DTYPES = {"videos": VIDEO_DTYPE, "members": MEMBER_DTYPE, "names": np.dtype(np.uint8)}
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,8 @@ class Workspace:
         """What `record` has written about a shard; None if that is missing or damaged."""
         try:
             with np.load(self._rows_path(number), allow_pickle=False) as arrays:
-                return json.loads(arrays["meta"].tobytes()), {role: arrays[role] for role in INDEX_ROLES}
+                roles = INDEX_ROLES if LABELS_ROLE not in arrays else (*INDEX_ROLES, LABELS_ROLE)
+                return json.loads(arrays["meta"].tobytes()), {role: arrays[role] for role in roles}
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):
             return None
 
@@ -186,8 +188,12 @@ def publish(
     classes: list[str],
     record: dict[str, Any],
     skipped: list[dict[str, Any]],
+    multi_label: bool = False,
 ) -> Manifest:
-    """Writes the index and the manifest over the existing data set's shards and the finished ones."""
+    """Writes the index and the manifest over the existing data set's shards and the finished ones.
+
+    multi_label: of both, whether videos may have several labels, or none.
+    """
     output = workspace.output
     old = existing.manifest if existing else None
     shards = [*(old.shards if old else []), *(shard.info for shard in finished)]
@@ -199,7 +205,7 @@ def publish(
                 *(workspace.table(number, role) for number in numbers),
             ]
         )
-        for role in ("videos", "names")
+        for role in ("videos", "names", *([LABELS_ROLE] if multi_label else []))
     }
 
     def members() -> Iterable[np.ndarray]:
@@ -218,6 +224,7 @@ def publish(
         classes=classes,
         build={"runs": [*(old.build.get("runs", []) if old else []), record]},
         skipped=[*(old.skipped if old else []), *skipped],
+        labels=small.get(LABELS_ROLE),
     )
     clean_up(workspace, manifest)
     return manifest
@@ -235,9 +242,13 @@ def write_index(
     build: dict[str, Any],
     skipped: list[dict[str, Any]],
     tars: str | None = None,
+    labels: np.ndarray | None = None,
 ) -> Manifest:
-    """Writes the index tables, then the manifest in one step. members: pieces of the member table, in order."""
-    identity = fingerprint(videos, names, classes, content)
+    """Writes the index tables, then the manifest in one step. members: pieces of the member table, in order.
+
+    labels: the table of a data set with several labels a video, None for others.
+    """
+    identity = fingerprint(videos, names, classes, content, labels)
     num_members = sum(shard.members for shard in shards)
     (output / "index").mkdir(exist_ok=True)
     tables: dict[str, tuple[int, Iterable[np.ndarray]]] = {
@@ -245,10 +256,13 @@ def write_index(
         "members": (num_members, members),
         "names": (len(names), [names]),
     }
+    if labels is not None:
+        tables[LABELS_ROLE] = len(labels), [labels]
+    dtypes = table_dtypes(labels is not None)
     index: dict[str, dict[str, Any]] = {}
     for role, (length, arrays) in tables.items():
         file = index_file(role, identity)
-        size, crc32 = _write_table(output / file, _DTYPES[role], length, arrays)
+        size, crc32 = _write_table(output / file, dtypes[role], length, arrays)
         index[role] = {"file": file, "bytes": size, "crc32": crc32}
     manifest = Manifest(
         content=content,
@@ -260,6 +274,7 @@ def write_index(
         index=index,
         build=build,
         skipped=skipped,
+        version=FORMAT_VERSION if labels is None else MULTI_LABEL_VERSION,
         tars=tars,
     )
     write_atomically(output / MANIFEST, manifest.to_json().encode())

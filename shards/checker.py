@@ -29,6 +29,7 @@ from shards.format import (
 from shards.images import check_decodes, probe_image
 from shards.index import Index, check_crc32, open_index, read_local_manifest
 from shards.local import pread_exactly
+from shards.shardfile import label_facts
 from shards.similar import hash_videos, similar_pairs
 from shards.text import printable, redact
 from shards.video import probe_video
@@ -165,7 +166,7 @@ def _check_classes(index: Index, labels: Sequence[str] | None, report: DatasetRe
             new = [f"{old!r} to {name!r}" for old, name in zip(classes, labels, strict=True) if old != name]
             some = ", ".join(new[:5]) + (", …" if len(new) > 5 else "")
             report.warnings.append(f"{index.where}: the class list rewords {len(new)} of {len(classes)} names: {some}")
-    empty = np.flatnonzero(np.bincount(index.videos["label"], minlength=len(classes)) == 0).tolist()
+    empty = np.flatnonzero(np.bincount(index.labels, minlength=len(classes)) == 0).tolist()
     if empty:
         names = ", ".join(repr(classes[number]) for number in empty[:5]) + (", …" if len(empty) > 5 else "")
         report.warnings.append(f"{index.where}: {len(empty)} of {len(classes)} classes have no video: {names}")
@@ -231,6 +232,8 @@ class _TarWalk:
         self.bytes = os.fstat(file).st_size
         self.where = where
         self.index = index
+        self.label_counts = index.label_counts
+        self.label_ends = np.cumsum(self.label_counts)
         self.deep = deep
 
     def end_of(self, video: int) -> int:
@@ -303,11 +306,11 @@ class _TarWalk:
         return data[BLOCK_BYTES : BLOCK_BYTES + size]
 
     def _json_problems(self, video: int, key: str, text: bytes, members: np.ndarray) -> Iterator[str]:
-        row = self.index.videos[video]
+        row, manifest = self.index.videos[video], self.index.manifest
+        labels = self.index.labels[self.label_ends[video] - self.label_counts[video] : self.label_ends[video]].tolist()
         expected: dict[str, Any] = {
             "name": self.index.name(video),
-            "label": int(row["label"]),
-            "class": self.index.manifest.classes[int(row["label"])],
+            **label_facts(labels, manifest.classes, manifest.multi_label),
             "num_frames": int(row["num_frames"]),
         }
         for side in ("width", "height"):
@@ -349,7 +352,7 @@ class _TarWalk:
 def _statistics(index: Index) -> dict[str, Any]:
     manifest, videos, members = index.manifest, index.videos, index.members
     frames = videos["num_frames"]
-    per_class = np.bincount(videos["label"], minlength=len(manifest.classes))
+    per_class = np.bincount(index.labels, minlength=len(manifest.classes))
     short_sides = np.minimum(members["width"], members["height"])
     return {
         "fingerprint": manifest.fingerprint,
@@ -364,6 +367,7 @@ def _statistics(index: Index) -> dict[str, Any]:
         "classes": len(manifest.classes),
         "empty_classes": int((per_class == 0).sum()),
         "videos_per_class": _spread(per_class),
+        **({"labels_per_video": _spread(index.label_counts)} if manifest.multi_label else {}),
         "skipped": len(manifest.skipped),
         "well_fed_ranks": max(1, manifest.num_videos // VIDEOS_PER_RANK),
         "videos_per_rank_of_8": manifest.num_videos // 8,

@@ -1,18 +1,16 @@
-"""What a folder of one's own videos, or a table of them, holds: videos, classes and splits, and what is left out.
+"""What a folder of one's own videos holds: videos, classes and splits, and what is left out.
 
     videos/surfing/a.mp4, videos/ice_skating/b/c.mov …     the folder below the root is the class
     videos/train/surfing/a.mp4, videos/test/surfing/…      existing splits, of any usual name, above or below classes
-    path,label[,split]                                     or a CSV with these columns
 
 A file's content says whether it is a video, whatever its name.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,32 +19,48 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from shards.format import ShardError
-from shards.list_lines import is_video_file, path_below
+from shards.list_lines import is_video_file
 from shards.video import VideoError, iter_frames
-from shards.walk import list_files
+from shards.walk import Listing, file_identity, list_files
 
 SPLITS = ("train", "val", "test")
 _SPLIT_NAMES = {
-    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("train", "training", "trainval"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "validate", "dev"), "val"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-_PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".heic", ".ppm", ".pgm", ".npy", ".exr")
+_SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(_SPLIT_NAMES)})(?:set|split|data|videos?|clips?|list)?(?![a-z])")
+_NEUTRAL_WORDS = re.compile(r"(?<![a-z])(?:set|split|part|data|videos?|clips?|list)(?![a-z])|[\W\d_]+")
+_PICTURES = (
+    ".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".ppm", ".pgm", ".npy",
+    ".exr",
+)  # fmt: skip
+# What cameras write beside a video: the same recording once more, small.
+_CAMERA_COPIES = (".lrv", ".lrf", ".thm")
 _UNFINISHED = (".part", ".crdownload", ".ytdl", ".aria2", ".download", ".tmp", ".!ut")
-_PICTURE_HEADS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*")
+_PICTURE_HEADS = re.compile(
+    rb"\xff\xd8\xff|\x89PNG|GIF8|BM|II\*\0|MM\0\*|RIFF....WEBP|....ftyp(?:avif|mif1|heic|heix|heim|heis)", re.DOTALL
+)
 _AMBIGUOUS = (".ts", ".mod", ".rm")  # texts have these names as well: TypeScript, modules, …
-_TABLE_COLUMNS = ("path", "label", "split")
 _SHOWN = 3
 
 
 @dataclass(frozen=True)
 class Video:
-    """A video file below the root, its class as found, its split if one was chosen, and its line in a table."""
+    """A video file below the root, its class as found, its split if one was chosen, and its line in a table.
+
+    label: a tuple of classes, sorted, in a table that names several a video.
+    """
 
     path: str
-    label: str
+    label: str | tuple[str, ...]
     split: str | None = None
     line: int | None = field(default=None, compare=False)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """All classes of the video."""
+        return self.label if isinstance(self.label, tuple) else (self.label,)
 
 
 @dataclass
@@ -74,15 +88,18 @@ def scan_folders(
     root = Path(root)
     if not root.is_dir():
         raise ShardError(f"{root}: no such folder; give the folder that holds a sub-folder of videos for each class")
-    found, paths, files = _look_at_all(root, known, workers, progress)
+    found, paths, listing = _look_at_all(root, known, workers, progress)
     if not paths:
         raise ShardError(f"{root}: {_no_videos(root, found)}")
     videos = _classify(root, paths, found.notices)
     found.videos = [video for video in videos if video.path not in found.broken]
     empty = sorted(
-        {PurePosixPath(path).parts[0] for path in files if "/" in path}
+        {PurePosixPath(path).parts[0] for path in listing.files if "/" in path}
         - {PurePosixPath(path).parts[0] for path in paths}
     )
+    if listing.empty_folders:
+        count = len(listing.empty_folders)
+        found.notices.append(f"{count} empty {_plural(count, 'folder', 'folders')}: {_some(listing.empty_folders)}")
     if empty:
         pictures = {PurePosixPath(path).parts[0] for path in found.left_out.get("picture", ())}
         what = "pictures and no videos" if pictures.issuperset(empty) else "no videos"
@@ -98,8 +115,8 @@ def find_videos(root: str | Path) -> tuple[list[str], dict[str, list[str]]]:
 
 def _look_at_all(
     root: Path, known: Collection[str], workers: int | None, progress: Callable[[int], object] | None
-) -> tuple[Found, list[str], list[str]]:
-    """Looks at all files: what was found, without classes, and the paths of all videos (broken ones too) and files."""
+) -> tuple[Found, list[str], Listing]:
+    """Looks at all files: what was found, without classes, the paths of all videos (broken ones too), and all files."""
     listing = list_files(root)
     found = Found([], listing.left_out)
     kinds = {path: _kind_by_name(root, path) for path in listing.files if path not in known}
@@ -108,7 +125,7 @@ def _look_at_all(
     for path, kind in kinds.items():
         if kind:
             found.left_out[kind].append(path)
-    return found, [path for path in listing.files if not kinds.get(path)], listing.files
+    return found, [path for path in listing.files if not kinds.get(path)], listing
 
 
 def check_videos(root: Path, videos: Sequence[Video], where: str, workers: int | None = None) -> Found:
@@ -119,6 +136,7 @@ def check_videos(root: Path, videos: Sequence[Video], where: str, workers: int |
             f"{where}:{missing[0].line}: {len(missing)} of {len(videos)} videos are not in {root}: "
             f"{_some(video.path for video in missing)}; correct the paths, or put the files there"
         )
+    _refuse_one_file_twice(root, videos, where)
     found = Found([])
     kinds = {video.path: _kind_by_name(root, video.path) for video in videos}
     unknown = [path for path, kind in kinds.items() if kind is None]
@@ -134,11 +152,25 @@ def check_videos(root: Path, videos: Sequence[Video], where: str, workers: int |
     return found
 
 
+def _refuse_one_file_twice(root: Path, videos: Sequence[Video], where: str) -> None:
+    """Raises ShardError where links make two paths of one file."""
+    first: dict[tuple[int, int], Video] = {}
+    for video in videos:
+        twin = first.setdefault(file_identity(root / video.path), video)
+        if twin is not video:
+            raise ShardError(
+                f"{where}:{video.line}: {video.path!r} is the file of line {twin.line}, {twin.path!r}; remove one of "
+                "the two"
+            )
+
+
 def _kind_by_name(root: Path, path: str) -> str | None:
     """Why a file is left out, as far as its name and size say; None where its content has to."""
     name = path.lower()
     if name.endswith(_PICTURES):
         return "picture"
+    if name.endswith(_CAMERA_COPIES):
+        return "a camera's small copy"
     if name.endswith(_UNFINISHED):
         return "unfinished download"
     return "empty" if (root / path).stat().st_size == 0 else None
@@ -168,7 +200,7 @@ def _kinds_by_content(
 def _why_no_video(path: Path) -> str:
     """Why a file is no video; empty if it opens and has a frame. A file that begins like a picture needs two frames."""
     try:
-        wanted = 2 if _head(path).startswith(_PICTURE_HEADS) else 1
+        wanted = 2 if _PICTURE_HEADS.match(_head(path)) else 1
         frames = sum(1 for _ in islice(iter_frames(path), wanted))
     except VideoError as error:
         return str(error)
@@ -180,7 +212,7 @@ def _why_no_video(path: Path) -> str:
 def _may_be_other(path: Path) -> bool:
     """Whether a file with a video's name that is no video may be a picture or a text."""
     head = _head(path)
-    return head.startswith(_PICTURE_HEADS) or (path.name.lower().endswith(_AMBIGUOUS) and b"\0" not in head)
+    return bool(_PICTURE_HEADS.match(head)) or (path.name.lower().endswith(_AMBIGUOUS) and b"\0" not in head)
 
 
 def _head(path: Path) -> bytes:
@@ -203,8 +235,26 @@ def _no_videos(root: Path, found: Found) -> str:
 
 def split_name(name: str) -> str | None:
     """train, val or test for a name of that split, such as `Train`, `validation`, `test_set` or `val_256`."""
-    match = re.fullmatch(r"([a-z]+?)(?:[-_ ]?(?:set|split|data|videos?|\d+))?", name.lower())
-    return _SPLIT_NAMES.get(match[1]) if match else None
+    split, rest = _split_and_rest(name)
+    return None if rest else split
+
+
+def _split_and_rest(name: str) -> tuple[str | None, str]:
+    """The split that a name tells, and the words that say something else: `val`, `ucf` of `UCF101_val_videos`."""
+    lower = name.lower()
+    words = _SPLIT_WORD.findall(lower)
+    split = _SPLIT_NAMES[words[0]] if len(words) == 1 else None
+    return split, _NEUTRAL_WORDS.sub(" ", _SPLIT_WORD.sub(" ", lower)).strip()
+
+
+def _ready_splits(names: Collection[str]) -> dict[str, str] | None:
+    """Name to split where names differ in the split alone: `train` and `val`, or `ucf_train` and `ucf_test`."""
+    told = {name: _split_and_rest(name) for name in names}
+    splits = {name: split for name, (split, _) in told.items() if split}
+    rests = {rest for _, rest in told.values()}
+    if len(splits) < len(told) or len(rests) > 1 or (rests != {""} and len(set(splits.values())) == 1):
+        return None
+    return splits
 
 
 def _classify(root: Path, paths: Sequence[str], notices: list[str]) -> list[Video]:
@@ -213,43 +263,78 @@ def _classify(root: Path, paths: Sequence[str], notices: list[str]) -> list[Vide
     for path in paths:
         if len(parts[path]) == 1:
             raise ShardError(f"{root / path}: lies in no class folder; move it into one, or name its class in a CSV")
-    top = {part[0]: split_name(part[0]) for part in parts.values()}
-    splits = {split for split in top.values() if split}
-    others = [name for name, split in top.items() if not split]
-    if splits and not others:
+    tops = {part[0] for part in parts.values()}
+    if above := _ready_splits(tops):
         for path in paths:
             if len(parts[path]) == 2:
                 raise ShardError(
                     f"{root / path}: lies in the split {parts[path][0]!r} and in no class folder; expected "
                     f"{parts[path][0]}/CLASS/{parts[path][1]}, or a CSV that names classes and splits"
                 )
-        return _noted(notices, "above", top, [Video(path, parts[path][1], top[parts[path][0]]) for path in paths])
-    if splits - {"train"}:
-        named = _some(name for name, split in top.items() if split)
+        if all(split_name(part[1]) for part in parts.values()):
+            raise ShardError(
+                f"{root / paths[0]}: lies in a split within a split, {'/'.join(parts[paths[0]][:2])!r}; move the class "
+                "folders up, so that they lie in the first"
+            )
+        return _with_notice(
+            notices,
+            "above",
+            above,
+            [Video(path, one_spelling(parts[path][1]), above[parts[path][0]]) for path in paths],
+        )
+    _refuse_half_splits(root, parts.values(), notices)
+    second = {path: parts[path][1] if len(parts[path]) > 2 else "" for path in paths}
+    if (below := _ready_splits(set(second.values()))) and len(set(below.values())) > 1:
+        return _with_notice(
+            notices, "below", below, [Video(path, one_spelling(parts[path][0]), below[second[path]]) for path in paths]
+        )
+    inside = {path: split_name(second[path]) for path in paths}
+    if len(set(inside.values()) - {None}) > 1:
+        one, other = (next(path for path in paths if bool(inside[path]) is split) for split in (True, False))
+        notices.append(
+            f"no splits are taken from folders: {one!r} lies in one named like a split, but {other!r} in none"
+        )
+    return [Video(path, one_spelling(parts[path][0])) for path in paths]
+
+
+def one_spelling(name: str) -> str:
+    """One spelling of a class: macOS writes letters and their accents apart."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _refuse_half_splits(root: Path, parts: Collection[tuple[str, ...]], notices: list[str]) -> None:
+    """Raises ShardError where some folders are named like splits and others not, unless these are classes."""
+    tops = sorted({part[0] for part in parts})
+    splits = [top for top in tops if split_name(top)]
+    others = [top for top in tops if top not in splits]
+    owners = defaultdict(set)
+    for part in parts:
+        if len(part) > 2:
+            owners[part[1]].add(part[0])
+    shared = sorted(name for name, tops_of in owners.items() if len(tops_of) > 1)
+    if {split_name(top) for top in splits} - {"train"} or (splits and shared):
         raise ShardError(
-            f"{root}: named like a split: {named}; beside them, not named like one: {_some(others)}; move one kind "
-            "elsewhere, or name classes and splits in a CSV"
+            f"{root}: named like a split: {_some(splits)}; beside them, not named like one: {_some(others)}; rename "
+            "these `train`, `val` or `test`, move them elsewhere, or name classes and splits in a CSV"
         )
     if splits:
+        notices.append(f"{_some(splits)} is taken for a class, for {_some(others)} is no split")
+    if shared and not all(map(split_name, shared)):
         notices.append(
-            f"{_some(name for name in top if top[name])} is taken for a class, for {_some(others)} is no split"
+            f"{_some(sorted(owners[shared[0]]))} are taken for classes; if these are splits, for {_some(shared)} "
+            f"{_plural(len(shared), 'is', 'are')} in several of them, rename them `train`, `val` or `test`"
         )
-    second = {path: split_name(parts[path][1]) if len(parts[path]) > 2 else None for path in paths}
-    if all(second.values()) and len(set(second.values())) > 1:
-        names = {parts[path][1]: second[path] for path in paths}
-        return _noted(notices, "below", names, [Video(path, parts[path][0], second[path]) for path in paths])
-    if len(set(second.values()) - {None}) > 1:
-        inside, outside = (next(path for path in paths if bool(second[path]) is split) for split in (True, False))
-        notices.append(
-            f"no splits are taken from folders: {inside!r} lies in one named like a split, but {outside!r} in none"
-        )
-    return [Video(path, parts[path][0]) for path in paths]
 
 
-def _noted(notices: list[str], place: str, names: dict[str, str | None], videos: list[Video]) -> list[Video]:
-    shown = ", ".join(f"{name!r} as {split}" for name, split in names.items())
+def _with_notice(notices: list[str], place: str, names: dict[str, str], videos: list[Video]) -> list[Video]:
+    shown = ", ".join(f"{name!r} as {split}" for name, split in sorted(names.items()))
     notices.append(f"existing splits {place} the class folders are used: {shown}")
     return videos
+
+
+def classes_of(videos: Iterable[Video]) -> set[str]:
+    """The classes that occur."""
+    return {label for video in videos for label in video.labels}
 
 
 def settle_splits(videos: Sequence[Video], notices: list[str]) -> list[Video]:
@@ -272,7 +357,7 @@ def settle_splits(videos: Sequence[Video], notices: list[str]) -> list[Video]:
     elif not counts["val"]:
         notices.append("there is a train split alone: a share of it is drawn for val")
         return [replace(video, split=None) for video in videos]
-    labels = {split: {video.label for video in videos if video.split == split} for split in SPLITS}
+    labels = {split: classes_of(video for video in videos if video.split == split) for split in SPLITS}
     everywhere = set().union(*labels.values())
     for split, own in labels.items():
         if own and (lacking := sorted(everywhere - own)):
@@ -281,66 +366,6 @@ def settle_splits(videos: Sequence[Video], notices: list[str]) -> list[Video]:
                 f"{len(lacking)} of {len(everywhere)} classes have no video in {split} ({_some(lacking)}): {what}"
             )
     return list(videos)
-
-
-def read_table(path: str | Path, root: str | Path | None = None) -> list[Video]:
-    """The videos of a CSV (UTF-8; commas, semicolons or tabs) with the columns path, label and, if wanted, split.
-
-    Raises ShardError, one line of `file:line`, the value and the fix.
-    """
-    path, root = Path(path), None if root is None else Path(root)
-    text = _read_text(path)
-    first = text.split("\n", 1)[0]
-    delimiter = next((mark for mark in ";\t" if mark in first and "," not in first), ",")
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
-    videos: dict[str, Video] = {}
-    try:
-        header = [column.strip().lower() for column in next(reader, [])]
-        if sorted(header) not in (sorted(_TABLE_COLUMNS), sorted(_TABLE_COLUMNS[:2])):
-            raise ShardError(
-                f"{path}:1: the header is {','.join(header)!r}; the first line must be `path,label` or "
-                "`path,label,split`"
-            )
-        for row in reader:
-            if row:
-                video = _read_row(row, header, path, reader.line_num, root)
-                if video.path in videos:
-                    raise ShardError(
-                        f"{path}:{video.line}: {video.path!r} is there twice, first on line {videos[video.path].line}; "
-                        "remove one of the two"
-                    )
-                videos[video.path] = video
-    except csv.Error as error:
-        raise ShardError(f"{path}:{reader.line_num}: {error}; quote names that hold commas") from None
-    if not videos:
-        raise ShardError(f"{path}: no videos below the header; expected lines of `{','.join(header)}`")
-    return list(videos.values())
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ShardError(f"{path}: {error.strerror or error}; give a readable CSV file") from None
-    except UnicodeDecodeError as error:
-        raise ShardError(f"{path}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
-
-
-def _read_row(row: list[str], header: list[str], path: Path, line: int, root: Path | None) -> Video:
-    where = f"{path}:{line}"
-    if len(row) != len(header):
-        raise ShardError(f"{where}: {len(row)} columns in {','.join(row)!r}; expected `{','.join(header)}`")
-    values = dict(zip(header, (cell.strip() for cell in row), strict=True))
-    for column in ("path", "label"):
-        if not values[column]:
-            raise ShardError(f"{where}: no {column}; expected e.g. `surfing/clip.mp4,surfing`")
-    split = values.get("split") or None
-    if split is not None and split_name(split) is None:
-        raise ShardError(f"{where}: split is {split!r}; expected train, val, test or nothing")
-    try:
-        return Video(path_below(values["path"], root), values["label"], split and split_name(split), line)
-    except ValueError as error:
-        raise ShardError(f"{where}: {error}") from None
 
 
 def _plural(count: int, one: str, many: str) -> str:

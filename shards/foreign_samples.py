@@ -43,6 +43,7 @@ _VIDEOS = {
 }
 _LABELS = ("cls", "json", "txt")
 _JSON_KEYS = ("label", "class", "cls", "category")
+_SEVERAL = "but a sample of such tars takes one: unpack them and build shards from a list with several labels a video"
 # webdataset passes over such members too.
 _META = re.compile(r"__[^/]*__($|/)")
 _MAX_SIDE = 65_535
@@ -226,6 +227,10 @@ def _label_of(files: dict[str, _File], label_key: str | None) -> int | str:
                 return _number_or_name(value)
             if type(value) is int:
                 return value
+            if isinstance(value, list):
+                raise _SampleError(f"{key!r} of its json is a list, {_SEVERAL}")
+        if label_key is None and isinstance(facts, dict) and isinstance(facts.get("labels"), list):
+            raise _SampleError(f"'labels' of its json is a list, {_SEVERAL}")
     if label_key is None and "txt" in files:
         return _number_or_name(_text(files["txt"][1]))
     places = f"cls, txt and the keys {', '.join(_JSON_KEYS)} of json"
@@ -246,4 +251,6 @@ def _text(data: bytes) -> str:
 def _number_or_name(text: str) -> int | str:
     if not text or CONTROL_CHARACTER.search(text):
         raise _SampleError(f"its label {printable(text[:40])!r} is no class")
+    if re.fullmatch(r"\d+(,\d+)+", text, re.ASCII):
+        raise _SampleError(f"its label {printable(text[:40])!r} stands for several classes, {_SEVERAL}")
     return int(text) if re.fullmatch(r"\d{1,9}", text, re.ASCII) else text

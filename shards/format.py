@@ -7,10 +7,15 @@ A data set is a folder (or an address with the same files under it):
     index/videos-F.npy          (N,) VIDEO_DTYPE: one row a video, in the order of the shards
     index/members-F.npy         (M,) MEMBER_DTYPE: one row a frame (or stored video); memory-mapped, never loaded whole
     index/names-F.npy           (bytes,) uint8: the original names, UTF-8, one after the other
+    index/labels-F.npy          only where videos have several labels or none: (L,) int32, their labels, video by video
     manifest.json               written last: its presence says that the data set is complete; names the index files
 
 F is the first half of the data set's fingerprint: videos that are added later come with new index files, so the old
 manifest stays valid until the new one replaces it.
+
+A data set in which every video has one label is of format version 1. One in which some have several, or none, is of
+version 2, which older programs refuse: `num_labels` takes the place of `label` in the table of videos, and KEY.json
+holds the lists `labels` and `classes` in place of `label` and `class`.
 
 Opening costs O(videos). Where frame k of a video lies is one row of `members`, so a reader fetches just the frames
 that it wants. The tars stand on their own: without index and manifest `tar` and `webdataset` still read them.
@@ -29,10 +34,12 @@ import numpy as np
 from isal import isal_zlib
 
 FORMAT_VERSION = 1
+MULTI_LABEL_VERSION = 2
 BLOCK_BYTES = 512
 
 MANIFEST = "manifest.json"
 INDEX_ROLES = ("videos", "members", "names")
+LABELS_ROLE = "labels"  # of format version 2, beside the others
 MAX_FRAMES = 1_000_000  # six digits of a frame's member name
 MAX_MEMBER_BYTES = 2**32 - 1
 
@@ -57,6 +64,15 @@ VIDEO_DTYPE = np.dtype(
         ("label", "<i4"),
     ]
 )
+
+MULTI_LABEL_VIDEO_DTYPE = np.dtype([*VIDEO_DTYPE.descr[:-1], ("num_labels", "<u4")])
+LABEL_DTYPE = np.dtype("<i4")
+
+
+def table_dtypes(multi_label: bool) -> dict[str, np.dtype]:
+    """{role: dtype} of the index tables of a data set."""
+    dtypes = {"videos": VIDEO_DTYPE, "members": MEMBER_DTYPE, "names": np.dtype(np.uint8)}
+    return dtypes | {"videos": MULTI_LABEL_VIDEO_DTYPE, LABELS_ROLE: LABEL_DTYPE} if multi_label else dtypes
 
 
 # Refused in names of classes and videos: terminals, logs and text encoders each treat them differently.
@@ -91,7 +107,8 @@ class Manifest:
     content: "frames" (one member a frame) or "video" (the encoded file is the one member).
     classes: class names, the label is the position. build: the settings the data set was built with.
     skipped: inputs that were left out on request, as {"name", "line", "reason"}.
-    index: for each role of INDEX_ROLES its {"file", "bytes", "crc32"}.
+    index: for each of `roles` its {"file", "bytes", "crc32"}.
+    version: FORMAT_VERSION, or MULTI_LABEL_VERSION where videos have several labels or none.
     tars: None for shards that we wrote. Else the place of tars that others wrote, below which the names of `shards`
         lie: an address, or "." for beside the manifest.
     """
@@ -108,6 +125,16 @@ class Manifest:
     version: int = FORMAT_VERSION
     tars: str | None = None
 
+    @property
+    def multi_label(self) -> bool:
+        """Whether a video may have several labels, or none."""
+        return self.version == MULTI_LABEL_VERSION
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles of the index tables."""
+        return tuple(table_dtypes(self.multi_label))
+
     def to_json(self) -> str:
         """The text of `manifest.json`."""
         content = asdict(self)
@@ -123,10 +150,10 @@ class Manifest:
         """
         try:
             raw = json.loads(text)
-            if raw.get("version") != FORMAT_VERSION:
+            if raw.get("version") not in (FORMAT_VERSION, MULTI_LABEL_VERSION):
                 raise ShardError(
-                    f"{where}: format version {raw.get('version')!r}, this program reads {FORMAT_VERSION}; rebuild the "
-                    "data set with build_shards"
+                    f"{where}: format version {raw.get('version')!r}, this program reads {FORMAT_VERSION} and "
+                    f"{MULTI_LABEL_VERSION}; rebuild the data set with build_shards"
                 )
             raw["shards"] = [ShardInfo(**shard) for shard in raw["shards"]]
             manifest = cls(**raw)
@@ -170,7 +197,7 @@ def _check_manifest(manifest: Manifest) -> None:
     require(
         sum(shard.members for shard in manifest.shards) == manifest.num_members, "shards do not add up to num_members"
     )
-    require(set(manifest.index) == set(INDEX_ROLES), f"index has the roles {sorted(manifest.index)}")
+    require(set(manifest.index) == set(manifest.roles), f"index has the roles {sorted(manifest.index)}")
     for role, entry in manifest.index.items():
         require(set(entry) == {"file", "bytes", "crc32"}, f"index {role} has the keys {sorted(entry)}")
         require(
@@ -190,7 +217,7 @@ def tar_place_problem(name: object) -> str | None:
 
 
 def index_file(role: str, fingerprint: str) -> str:
-    """Path inside the data set of an index table; role is one of INDEX_ROLES."""
+    """Path inside the data set of an index table; role is one of `Manifest.roles`."""
     return f"index/{role}-{fingerprint[:32]}.npy"
 
 
@@ -250,15 +277,20 @@ def video_crc32(members: np.ndarray) -> int:
     return isal_zlib.crc32(np.ascontiguousarray(members["crc32"]).astype("<u4").tobytes())
 
 
-def fingerprint(videos: np.ndarray, names: np.ndarray, classes: list[str], content: str) -> str:
+def fingerprint(
+    videos: np.ndarray, names: np.ndarray, classes: list[str], content: str, labels: np.ndarray | None = None
+) -> str:
     """Identity of a data set's content and order: names, labels, frame counts and checksums, class names.
 
     Where the bytes lie (shard, block) does not enter: the same videos in the same order have the same fingerprint
-    however they are cut into shards.
+    however they are cut into shards. labels: the table of a data set with several labels a video.
     """
     digest = hashlib.sha256()
-    digest.update(json.dumps([FORMAT_VERSION, content, classes], ensure_ascii=False).encode())
-    for column in ("name_size", "num_frames", "crc32", "label"):
-        digest.update(np.ascontiguousarray(videos[column]).tobytes())
+    version, column = (FORMAT_VERSION, "label") if labels is None else (MULTI_LABEL_VERSION, "num_labels")
+    digest.update(json.dumps([version, content, classes], ensure_ascii=False).encode())
+    for name in ("name_size", "num_frames", "crc32", column):
+        digest.update(np.ascontiguousarray(videos[name]).tobytes())
     digest.update(np.ascontiguousarray(names).tobytes())
+    if labels is not None:
+        digest.update(np.ascontiguousarray(labels).tobytes())
     return digest.hexdigest()

@@ -15,27 +15,26 @@ from isal import isal_zlib
 
 from shards.format import (
     BLOCK_BYTES,
-    INDEX_ROLES,
+    LABELS_ROLE,
     MANIFEST,
-    MEMBER_DTYPE,
-    VIDEO_DTYPE,
     Manifest,
     SampleError,
     ShardError,
     fingerprint,
+    table_dtypes,
 )
 
 # Far above any real manifest (1,400 shards take 150 kB); a hostile server cannot fill the memory.
 MAX_MANIFEST_BYTES = 256 << 20
 _REBUILD = "copy the data set again or rebuild it with build_shards"
-_DTYPES = {"videos": VIDEO_DTYPE, "members": MEMBER_DTYPE, "names": np.dtype(np.uint8)}
 
 
 @dataclass(frozen=True)
 class Index:
     """Tables of one data set. where: its address as it may be shown.
 
-    videos (N,) VIDEO_DTYPE and names (bytes,) uint8 are checked; members (M,) MEMBER_DTYPE is mapped and not.
+    videos (N,) VIDEO_DTYPE and names (bytes,) uint8 are checked; members (M,) MEMBER_DTYPE is mapped and not. labels:
+    (L,) int32, the labels of video 0, then those of video 1, and so on, ascending within a video.
     """
 
     where: str
@@ -43,6 +42,14 @@ class Index:
     videos: np.ndarray
     members: np.ndarray
     names: np.ndarray
+    labels: np.ndarray
+
+    @property
+    def label_counts(self) -> np.ndarray:
+        """Labels of each video, (N,) int64: 1 each unless `manifest.multi_label`."""
+        if self.manifest.multi_label:
+            return self.videos["num_labels"].astype(np.int64)
+        return np.ones(len(self.videos), np.int64)
 
     def name(self, video: int) -> str:
         """Original name. Bytes that are no UTF-8 become lone surrogates."""
@@ -89,8 +96,9 @@ def read_local_manifest(folder: Path) -> Manifest:
 
 def open_index(where: str, manifest: Manifest, files: dict[str, Path]) -> Index:
     """Opens and checks the index tables; `files` holds a local path for each role. Raises ShardError."""
-    tables = {role: _open_table(role, files[role], manifest.index[role]) for role in INDEX_ROLES}
-    videos, members, names = (tables[role] for role in INDEX_ROLES)
+    dtypes = table_dtypes(manifest.multi_label)
+    tables = {role: _open_table(role, files[role], manifest.index[role], dtypes[role]) for role in manifest.roles}
+    videos, members, names = tables["videos"], tables["members"], tables["names"]
     if len(videos) != manifest.num_videos or len(members) != manifest.num_members or len(videos) == 0:
         raise ShardError(
             f"{where}: the index holds {len(videos)} videos with {len(members)} members, the manifest says "
@@ -98,9 +106,12 @@ def open_index(where: str, manifest: Manifest, files: dict[str, Path]) -> Index:
         )
     # Columns lie together in memory afterwards, and nothing that another process does to the file changes them.
     videos = np.array(videos)
+    labels = np.array(tables[LABELS_ROLE]) if manifest.multi_label else videos["label"]
     _check_videos(where, manifest, videos, len(members), len(names))
+    _check_labels(where, manifest, videos, labels)
     try:
-        identity = fingerprint(videos, names, manifest.classes, manifest.content)
+        several = labels if manifest.multi_label else None
+        identity = fingerprint(videos, names, manifest.classes, manifest.content, several)
     except UnicodeEncodeError as error:
         raise ShardError(f"{where}: a class name is not valid text ({error}); {_REBUILD}") from None
     if identity != manifest.fingerprint:
@@ -108,10 +119,10 @@ def open_index(where: str, manifest: Manifest, files: dict[str, Path]) -> Index:
             f"{where}: the index has the fingerprint {identity[:16]}..., the manifest says "
             f"{manifest.fingerprint[:16]}...; they belong to different data sets: {_REBUILD}"
         )
-    return Index(where, manifest, videos, members, names)
+    return Index(where, manifest, videos, members, names, labels)
 
 
-def _open_table(role: str, path: Path, entry: dict[str, Any]) -> np.ndarray:
+def _open_table(role: str, path: Path, entry: dict[str, Any], dtype: np.dtype) -> np.ndarray:
     try:
         size = path.stat().st_size
     except OSError as error:
@@ -123,7 +134,7 @@ def _open_table(role: str, path: Path, entry: dict[str, Any]) -> np.ndarray:
     except Exception as error:
         # A damaged header makes numpy's parser raise almost anything.
         raise ShardError(f"{path}: not an index table ({type(error).__name__}: {error}); {_REBUILD}") from error
-    if table.dtype != _DTYPES[role] or table.ndim != 1:
+    if table.dtype != dtype or table.ndim != 1:
         raise ShardError(f"{path}: holds {table.dtype} {table.shape}, not the table of {role}; {_REBUILD}")
     # The checksum of the member table would cost O(frames); each of its rows is checked against the frame it leads to.
     if role != "members":
@@ -154,11 +165,29 @@ def _check_videos(where: str, manifest: Manifest, videos: np.ndarray, num_member
         f"the name ends behind the {names_bytes} bytes of names": (videos["name_start"] > names_bytes)
         | (videos["name_size"] > names_bytes - np.minimum(videos["name_start"], names_bytes)),
         f"there are {len(manifest.shards)} shards": videos["shard"] >= len(manifest.shards),
-        f"there are {len(manifest.classes)} classes": (videos["label"] < 0)
-        | (videos["label"] >= len(manifest.classes)),
     }
+    if not manifest.multi_label:
+        outside = (videos["label"] < 0) | (videos["label"] >= len(manifest.classes))
+        checks[f"there are {len(manifest.classes)} classes"] = outside
     for complaint, bad in checks.items():
         if bad.any():
             row = int(np.flatnonzero(bad)[0])
-            values = dict(zip(VIDEO_DTYPE.names or (), videos[row].tolist(), strict=True))
+            values = dict(zip(videos.dtype.names or (), videos[row].tolist(), strict=True))
             raise ShardError(f"{where}: row {row} of the video table is wrong ({complaint}): {values}; {_REBUILD}")
+
+
+def _check_labels(where: str, manifest: Manifest, videos: np.ndarray, labels: np.ndarray) -> None:
+    """Raises ShardError where the table of labels does not fit to the videos and classes."""
+    if not manifest.multi_label:
+        return
+    counts = videos["num_labels"].astype(np.int64)
+    if counts.sum() != len(labels):
+        raise ShardError(f"{where}: {len(labels)} labels in the index for {counts.sum()} of its videos; {_REBUILD}")
+    if len(labels) and not 0 <= labels.min() <= labels.max() < len(manifest.classes):
+        raise ShardError(
+            f"{where}: the index has the labels {labels.min()} to {labels.max()} for {len(manifest.classes)} classes; "
+            f"{_REBUILD}"
+        )
+    same_video = np.diff(np.repeat(np.arange(len(videos)), counts)) == 0
+    if (np.diff(labels)[same_video] <= 0).any():
+        raise ShardError(f"{where}: the labels of a video in the index are not in ascending order; {_REBUILD}")

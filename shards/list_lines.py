@@ -37,7 +37,8 @@ def path_below(name: str, root: Path | None) -> str:
     it, unless a file has that very name. Raises ValueError with the value and the fix.
     """
     if not name.isprintable() and CONTROL_CHARACTER.search(name):
-        raise ValueError(f"the path {name!r} holds a control character; rename the file")
+        fix = "end lines with LF or CRLF" if "\r" in name else "rename the file"
+        raise ValueError(f"the path {name!r} holds a control character; {fix}")
     written = name
     if root is not None and "\\" in name and not os.path.lexists(root / name):
         name = name.replace("\\", "/")
@@ -80,7 +81,7 @@ def _refuse_root_twice(name: str, root: Path) -> None:
 
 
 def refuse_more_numbers(name: str, num_frames: int | None, root: Path) -> None:
-    """Raises ValueError where a line has a start, times or several labels that would pass as part of the name.
+    """Raises ValueError where a line has a start, times or labels side by side that would pass as part of the name.
 
     The files decide, for names may end in numbers: `clip 3 30 0` are 30 frames where there is a folder `clip 3`.
     """
@@ -94,8 +95,8 @@ def refuse_more_numbers(name: str, num_frames: int | None, root: Path) -> None:
             return
         head, count = match[1], 2 + len(match[2].split())
     raise ValueError(
-        f"{count} numbers follow {head!r}; {LAYOUT}. A list has no place for offsets, times or several labels: cut "
-        "clips out beforehand (ffmpeg -ss START -to END), and give each video one label"
+        f"{count} numbers follow {head!r}; {LAYOUT}. A list has no place for offsets or times: cut clips out "
+        "beforehand (ffmpeg -ss START -to END); several labels are joined by commas: 3,17,42"
     )
 
 
@@ -109,8 +110,8 @@ def hint(line: str) -> str:
         reason = "a list has no header: remove this line"
     elif line[0] in "\"'":
         reason = "quotes count as part of the name: remove them, names may hold spaces"
-    elif re.fullmatch(r"\[?\d+(?:[,;|]\d+)+\]?", fields[-1]):
-        reason = "several labels: a list gives each video one"
+    elif re.fullmatch(r"\[?\d+(?:[,;|]\d+)+\]?,?", fields[-1]) and (video or len(fields) > 2):
+        reason = "several labels are joined by commas: 3,17,42"
     elif re.search(r"[,;]", line) and (len(fields) == 1 or re.search(r"[,;]\s*[\w ]*$", line)):
         reason = "the fields are separated by commas or the like: separate them by spaces"
     elif video and re.fullmatch(r"-?[\d.:]+[ \t].*", video[2]):

@@ -10,7 +10,7 @@ from typing import Any
 from shards.address import local_path, scheme_of
 from shards.cache import ShardCache, entry_name, fetch_once
 from shards.cached import CachedShards
-from shards.format import INDEX_ROLES, MANIFEST, Manifest, ShardError
+from shards.format import MANIFEST, Manifest, ShardError
 from shards.index import MAX_MANIFEST_BYTES, Index, check_crc32, open_index, read_local_manifest
 from shards.local import LocalShards, ShardSource
 from shards.remote import RemoteFiles, RemoteShards
@@ -54,7 +54,7 @@ def open_part(address: str, options: Options, transfers: Transfers) -> Part:
         return _open_remote(address, options, transfers)
     folder = local_path(address)
     manifest = read_local_manifest(folder)
-    files = {role: folder / manifest.index[role]["file"] for role in INDEX_ROLES}
+    files = {role: folder / manifest.index[role]["file"] for role in manifest.roles}
     index = open_index(printable(str(folder)), manifest, files)
     place = manifest.tars
     if place is None or place == ".":
@@ -94,7 +94,7 @@ def _remote_source(remote: RemoteFiles, manifest: Manifest, options: Options) ->
 
 
 def _open_fetched_index(remote: RemoteFiles, manifest: Manifest, folder: Path) -> Index:
-    files = {role: _fetch_index(remote, manifest.index[role], folder) for role in INDEX_ROLES}
+    files = {role: _fetch_index(remote, manifest.index[role], folder) for role in manifest.roles}
     try:
         return open_index(remote.where, manifest, files)
     except ShardError:

@@ -14,14 +14,15 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from shards.annotations import Annotation, format_annotation, parse_annotations, parse_labels
+from shards.annotations import Annotation, Label, format_annotation, parse_annotations, parse_labels
 from shards.files import require_folder, write_atomically
-from shards.folders import SPLITS, Found, Video, check_videos, read_table, scan_folders, settle_splits
+from shards.folders import SPLITS, Found, Video, check_videos, classes_of, scan_folders, settle_splits
 from shards.format import MANIFEST, ShardError
 from shards.plan import epoch_order
+from shards.tables import read_table
 from shards.walk import describe
 from shards.writer import build_shards
 
@@ -88,13 +89,12 @@ def prepare_lists(
         found = check_videos(root, read_table(table, root), str(table), workers)
     _settle_broken(root, found, skip_broken)
     videos = settle_splits(found.videos, found.notices)
+    if table is None:
+        _refuse_root_above(root, videos, found.notices)
     kept = _kept_splits(lists) if finished or record.get("settings") == settings else {}
     videos = split_videos(videos, val_share, seed, kept=kept, closed=finished)
-    if finished and readable_names(videos) != parse_labels(output / LABELS):
-        raise ShardError(
-            f"{output}: the classes are others than when {shards_folder(output, finished[0])} was built; put the "
-            f"videos back, or delete {output} and run again"
-        )
+    if finished:
+        _refuse_other_classes(output, videos, finished[0])
     left = [video.path for video in videos if video.split is None]
     open_lists = {split: listed for split, listed in lists.items() if split not in finished}
     changed = _changes(open_lists, [video for video in videos if video.split not in finished])
@@ -109,6 +109,15 @@ def prepare_lists(
     if left:
         prepared.notices.append(_left_of_finished(output, left, finished))
     return prepared
+
+
+def _refuse_other_classes(output: Path, videos: Sequence[Video], finished: str) -> None:
+    """Raises ShardError if the classes are no longer those of the split `finished`, whose shards are built."""
+    if readable_names(videos) != parse_labels(output / LABELS):
+        raise ShardError(
+            f"{output}: the classes are others than when {shards_folder(output, finished)} was built; put the videos "
+            f"back, or delete {output} and run again"
+        )
 
 
 def _settle_broken(root: Path, found: Found, skip_broken: bool) -> None:
@@ -127,6 +136,21 @@ def _settle_broken(root: Path, found: Found, skip_broken: bool) -> None:
         raise ShardError(f"{root}: none of the {len(found.broken)} videos opens, the first is {first!r}")
 
 
+def _refuse_root_above(root: Path, videos: Sequence[Video], notices: list[str]) -> None:
+    """A root one folder too high makes one class of everything, and its model is always right and of no use."""
+    labels = {video.label for video in videos}
+    if len(labels) > 1:
+        return
+    notices.append(f"all {len(videos)} videos are of one class, {labels.pop()!r}: a model needs two to tell apart")
+    tops = {PurePosixPath(video.path).parts[0] for video in videos}
+    below = {PurePosixPath(video.path).parts[1] for video in videos if video.path.count("/") > 1}
+    if len(tops) == 1 and len(below) > 1:
+        raise ShardError(
+            f"{root}: {notices[-1]}; if the folders in it are classes or splits ({_some(sorted(below))}), give "
+            f"{root / tops.pop()}"
+        )
+
+
 def split_videos(
     videos: Sequence[Video],
     val_share: float,
@@ -137,6 +161,7 @@ def split_videos(
 ) -> list[Video]:
     """The same videos, each with a split: `val_share` of every class validates, drawn by `seed`.
 
+    Of videos with several classes `val_share` of all validates: no draw gives every class its share.
     A class keeps at least one video to train on, and gives at least one to val where it has two. Splits that somebody
     chose stay. kept: paths to the splits that they have already. closed: splits that take no more videos; a video
     that would go there gets None. Raises ValueError.
@@ -145,8 +170,9 @@ def split_videos(
         raise ValueError(f"val share: expected a number between 0 and 1, got {val_share}")
     kept = kept or {}
     splits: dict[str, str | None] = {video.path: video.split for video in videos}
-    for number, label in enumerate(sorted({video.label for video in videos})):
-        own = [video.path for video in videos if video.label == label and video.split is None]
+    group = {video.path: video.label if isinstance(video.label, str) else "" for video in videos}
+    for number, label in enumerate(sorted(set(group.values()))):
+        own = [video.path for video in videos if group[video.path] == label and video.split is None]
         if not own:
             continue
         wanted = min(max(1, round(val_share * len(own))), len(own) - 1)
@@ -176,7 +202,7 @@ def readable(label: str) -> str:
 
 def readable_names(videos: Sequence[Video]) -> list[str]:
     """Class names by label, in the order of the classes. Raises ShardError when two would read the same."""
-    labels = sorted({video.label for video in videos})
+    labels = sorted(classes_of(videos))
     names = [readable(label) for label in labels]
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
@@ -194,7 +220,7 @@ def write_lists(videos: Sequence[Video], output: str | Path, *, finished: Collec
     """
     output = Path(output)
     names = readable_names(videos)
-    numbers = {label: number for number, label in enumerate(sorted({video.label for video in videos}))}
+    numbers = {label: number for number, label in enumerate(sorted(classes_of(videos)))}
     counts = {split: sum(video.split == split for video in videos) for split in SPLITS}
     for split in SPLITS[:2]:
         if not counts[split]:
@@ -203,7 +229,7 @@ def write_lists(videos: Sequence[Video], output: str | Path, *, finished: Collec
     try:
         for split in SPLITS:
             own = [video for video in videos if video.split == split]
-            lines = [f"{format_annotation(video.path, None, numbers[video.label])}\n" for video in own]
+            lines = [f"{format_annotation(video.path, None, _label(video, numbers))}\n" for video in own]
             if lines and split not in finished:
                 lists[list_file(split)] = "".join(lines).encode()
     except ValueError as error:
@@ -215,6 +241,11 @@ def write_lists(videos: Sequence[Video], output: str | Path, *, finished: Collec
     if not counts["test"] and "test" not in finished:
         (output / list_file("test")).unlink(missing_ok=True)
     return {split: count for split, count in counts.items() if count}
+
+
+def _label(video: Video, numbers: Mapping[str, int]) -> Label:
+    labels = tuple(numbers[label] for label in video.labels)
+    return labels[0] if len(labels) == 1 else labels
 
 
 def format_labels(names: Sequence[str]) -> bytes:

@@ -23,6 +23,7 @@ from isal import isal_zlib
 
 from shards.address import expand_sources
 from shards.ahead import look_ahead
+from shards.annotations import Label
 from shards.cached import CachedShards
 from shards.format import ShardError, video_crc32
 from shards.local import Check, LocalShards
@@ -145,7 +146,9 @@ class ShardDataset:
         counts = [len(part.index.videos) for part in parts]
         self._starts = [0, *itertools.accumulate(counts)]
         self._shard_starts = np.cumsum([0, *(len(part.index.manifest.shards) for part in parts)])[:-1].tolist()
-        self.labels = self._column("label")
+        self.multi_label = any(part.index.manifest.multi_label for part in parts)
+        self._all_labels = np.concatenate([part.index.labels.astype(np.int64) for part in parts])
+        self._label_ends = np.cumsum(np.concatenate([part.index.label_counts for part in parts]))
         self.num_frames = self._column("num_frames")
         self.shard_of = self._column("shard") + np.repeat(self._shard_starts, counts)
         self.classes: list[str] = list(first.manifest.classes)
@@ -165,6 +168,27 @@ class ShardDataset:
 
     def __len__(self) -> int:
         return self._starts[-1]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The one label of each video, (N,) int64. Raises ShardError where videos may have several, or none."""
+        if self.multi_label:
+            raise ShardError(
+                f"{', '.join(self.places)}: videos have several labels here, or none, where each needs one; give "
+                "a data set of one label a video"
+            )
+        return self._all_labels
+
+    def label_of(self, sample: int) -> Label:
+        """The label of a video; where videos may have several, or none, a tuple of them, ascending."""
+        if not self.multi_label:
+            return int(self._all_labels[sample])
+        start = self._label_ends[sample - 1] if sample else 0
+        return tuple(self._all_labels[start : self._label_ends[sample]].tolist())
+
+    def class_counts(self, num_classes: int = 0) -> np.ndarray:
+        """Videos of each class from 0 to the largest label, (C,) int64, C at least `num_classes`."""
+        return np.bincount(self._all_labels, minlength=num_classes)
 
     @property
     def places(self) -> list[str]:

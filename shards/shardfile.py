@@ -6,18 +6,20 @@ import errno
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from shards.annotations import Annotation
 from shards.format import (
     BLOCK_BYTES,
-    INDEX_ROLES,
+    LABEL_DTYPE,
+    LABELS_ROLE,
     MEMBER_DTYPE,
-    VIDEO_DTYPE,
     frame_suffix,
+    table_dtypes,
     tar_header,
     video_crc32,
 )
@@ -31,16 +33,23 @@ _MAX_SIDE = 65_535
 
 
 class ShardFile:
-    """A tar that is being written, and its index rows. position: bytes written so far."""
+    """A tar that is being written, and its index rows. position: bytes written so far.
 
-    def __init__(self, number: int, path: Path, content: str, first_member: int, first_name: int) -> None:
+    multi_label: whether the data set's videos may have several labels, or none.
+    """
+
+    def __init__(
+        self, number: int, path: Path, content: str, first_member: int, first_name: int, *, multi_label: bool = False
+    ) -> None:
         self.number = number
         self.path = path
         self.position = 0
         self._content = content
+        self._multi_label = multi_label
         self.videos: list[tuple[int, ...]] = []
         self._members: list[np.ndarray] = []
         self._names: list[bytes] = []
+        self._labels: list[int] = []
         self._next_member = first_member
         self._next_name = first_name
         self._vectors: list[bytes] = []
@@ -50,14 +59,18 @@ class ShardFile:
         self._sync_error: OSError | None = None
         self._file: int | None = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
 
-    def add_video(self, key: str, chunks: Iterator[Chunk], annotation: Annotation, class_name: str) -> int:
-        """Writes a video and its rows; returns the number of members. Raises InputError: then `truncate`."""
+    def add_video(self, key: str, chunks: Iterator[Chunk], annotation: Annotation, classes: Sequence[str]) -> int:
+        """Writes a video and its rows; returns the number of members. Raises InputError: then `truncate`.
+
+        classes: the names of all classes by label.
+        """
+        facts = label_facts(annotation.labels, classes, self._multi_label)
         rows: list[np.ndarray] = []
         members, json_block, json_size = 0, 0, 0
         for chunk in chunks:
             if not rows:
                 # The JSON comes first in the tar and is known last: keep its place with the longest it can be.
-                json_size = len(_json_member(annotation, class_name, chunk, _MAX_SIDE, _MAX_SIDE))
+                json_size = len(_json_member(annotation.name, facts, chunk, _MAX_SIDE, _MAX_SIDE))
                 json_block = self.position // BLOCK_BYTES + 1
                 self._write(tar_header(f"{key}.json", json_size), bytes(json_size))
             rows.append(self._add_members(key, members, chunk))
@@ -65,7 +78,7 @@ class ShardFile:
             last = chunk
         table = np.concatenate(rows)
         width, height = _common_size(table)
-        text = _json_member(annotation, class_name, last, width, height).ljust(json_size)
+        text = _json_member(annotation.name, facts, last, width, height).ljust(json_size)
         self._flush()
         self._pwrite(text, json_block * BLOCK_BYTES)
         name = annotation.name.encode()
@@ -80,9 +93,10 @@ class ShardFile:
                 json_block,
                 json_size,
                 video_crc32(table),
-                annotation.label,
+                len(annotation.labels) if self._multi_label else annotation.labels[0],
             )
         )
+        self._labels += annotation.labels
         self._members.append(table)
         self._names.append(name)
         self._next_member += members
@@ -108,9 +122,12 @@ class ShardFile:
         os.fsync(self._file)
         os.close(self._file)
         self._file = None
-        names = np.frombuffer(b"".join(self._names), np.uint8)
-        tables = np.array(self.videos, VIDEO_DTYPE), np.concatenate(self._members), names
-        return dict(zip(INDEX_ROLES, tables, strict=True))
+        tables = {
+            "videos": np.array(self.videos, table_dtypes(self._multi_label)["videos"]),
+            "members": np.concatenate(self._members),
+            "names": np.frombuffer(b"".join(self._names), np.uint8),
+        }
+        return tables | {LABELS_ROLE: np.array(self._labels, LABEL_DTYPE)} if self._multi_label else tables
 
     def discard(self) -> None:
         """Removes an unfinished tar."""
@@ -180,11 +197,17 @@ class ShardFile:
             self._sync.join()
 
 
-def _json_member(annotation: Annotation, class_name: str, chunk: Chunk, width: int | None, height: int | None) -> bytes:
+def label_facts(labels: Sequence[int], classes: Sequence[str], multi_label: bool) -> dict[str, Any]:
+    """What a video's JSON says of its labels."""
+    if multi_label:
+        return {"labels": list(labels), "classes": [classes[label] for label in labels]}
+    return {"label": labels[0], "class": classes[labels[0]]}
+
+
+def _json_member(name: str, facts: dict[str, Any], chunk: Chunk, width: int | None, height: int | None) -> bytes:
     content = {
-        "name": annotation.name,
-        "label": annotation.label,
-        "class": class_name,
+        "name": name,
+        **facts,
         "num_frames": chunk.num_frames,
         "width": width,
         "height": height,

@@ -32,7 +32,7 @@ from av.stream import Disposition
 # FFmpeg also "opens" playlists and scripts, which make it read other files and addresses, and pictures: only these.
 _FORMATS = (
     "mov,mp4,avi,matroska,webm,mpegts,mpeg,mpegvideo,flv,asf,ogg,m4v,gif,apng,dv,mxf,rm,nut,ivf,wtv,"
-    "h264,hevc,vvc,obu,av1,h261,h263,vc1,vc1test,yuv4mpegpipe,dhav,gxf,amv,nuv"
+    "h264,hevc,vvc,obu,av1,h261,h263,vc1,vc1test,yuv4mpegpipe,dhav,gxf,amv,nuv,mjpeg,mpjpeg,swf,roq"
 )
 
 # Matroska, WebM, FLV and ASF round times to a millisecond: a frame counts as shown up to half of one before its time.
@@ -42,9 +42,15 @@ _DEFAULT_FPS = 25.0
 _LONGEST_STEP, _LONGEST_STEPS = 30 * 3600.0, {"mpegts": 10.0, "mpeg": 10.0}
 _REORDERED_FRAMES = 8  # frames may come out of order for so long; a clock that stays behind was reset
 _PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
-_NVDEC_CODECS = {"h264", "hevc", "mpeg4", "vp8", "vp9", "libdav1d", "av1"}
-_UNSPECIFIED, _LIMITED, _BT601 = 2, 1, {5, 6}  # ITU-T H.273
-_MATRICES = {0, 1, 2, 4, 7, 9} | _BT601  # also RGB, BT.709, unspecified, FCC, SMPTE 240M, BT.2020
+# Of these a decoder that begins at a key frame shows what one does that begins with the file. Others lack a palette
+# then, or their containers take every frame for a key frame.
+_SEEKABLE_CODECS = {
+    "h264", "hevc", "vvc", "vp8", "vp9", "av1", "libdav1d", "mpeg4", "mpeg2video", "mpeg1video", "msmpeg4", "wmv2",
+    "mjpeg", "prores", "dnxhd", "ffv1", "huffyuv", "ffvhuff", "utvideo",
+}  # fmt: skip
+_NO_TIMESTAMPS = 0x80  # AVFMT_NOTIMESTAMPS: a stream without a container, whose times FFmpeg's parser guesses
+UNSPECIFIED = 2  # of colour matrices, by ITU-T H.273
+_MATRICES = {0, 1, UNSPECIFIED, 4, 5, 6, 7, 9}  # RGB, BT.709, …, FCC, BT.601 twice, SMPTE 240M, BT.2020
 
 Use = Callable[[np.ndarray], np.ndarray]
 Source = str | Path | bytes
@@ -100,10 +106,10 @@ def probe_video(source: Source) -> VideoInfo:
 
     Raises VideoError.
     """
-    with _opened(source) as (container, stream):
-        clock = _Clock()
+    with opened_video(source) as (container, stream):
+        clock = _Clock(timed=not container.format.flags & _NO_TIMESTAMPS)
         size: tuple[int, int] | None = None
-        for frame in _decoded(container, stream):
+        for frame in decoded_frames(container, stream):
             clock.add(frame)
             if size is None:
                 height, width, _ = _RgbConverter()(frame).shape
@@ -119,8 +125,8 @@ def probe_video(source: Source) -> VideoInfo:
 
 def iter_frames(source: Source, *, threads: int = 1) -> Iterator[np.ndarray]:
     """All frames in order, each (H, W, 3) uint8 RGB of one size. Raises VideoError."""
-    with _opened(source, threads) as (container, stream):
-        yield from map(_RgbConverter(), _decoded(container, stream))
+    with opened_video(source, threads) as (container, stream):
+        yield from map(_RgbConverter(), decoded_frames(container, stream))
 
 
 def decode_frames(
@@ -140,7 +146,7 @@ class FrameReader:
 
     def __init__(self, source: Source, *, num_frames: int | None = None, threads: int = 1) -> None:
         self._source, self._num_frames, self._threads = source, num_frames, threads
-        self._table: _PacketTable | None = None
+        self._table: PacketTable | None = None
         self._looked = False
 
     def read(self, indices: Sequence[int] | np.ndarray, use: Use | None = None) -> list[np.ndarray]:
@@ -155,7 +161,7 @@ class FrameReader:
         if wanted[0] < 0:
             raise IndexError(f"frame {wanted[0]} of a video")
         found: dict[int, np.ndarray] | None = None
-        with _opened(self._source, self._threads) as (container, stream):
+        with opened_video(self._source, self._threads) as (container, stream):
             table = self._packets(container, stream)
             if table is not None and wanted[-1] < len(table.pts):
                 found = _decode_seeking(container, stream, table, wanted, use)
@@ -163,41 +169,17 @@ class FrameReader:
             found = _decode_from_start(self._source, wanted, self._threads, use)
         return [found[int(index)] for index in indices]
 
-    def _packets(self, container: InputContainer, stream: av.VideoStream) -> _PacketTable | None:
+    def _packets(self, container: InputContainer, stream: av.VideoStream) -> PacketTable | None:
         """Read once; None where packets do not tell the frames' numbers."""
         if not self._looked:
-            table = _PacketTable.read(container, stream)
+            table = PacketTable.read(container, stream)
             self._table = table if table is not None and self._num_frames in (None, len(table.pts)) else None
             self._looked = True
         return self._table
 
 
-def nvdec_shows_the_same(source: Source, num_frames: int) -> bool:
-    """Whether DALI's decoder on an NVIDIA GPU gives this video's frames the numbers and pixels that they have here.
-
-    It turns no picture, counts the packets that edit lists hide, and takes every video for BT.601, limited range.
-    Only chroma is interpolated differently. num_frames: by the index. False for a damaged file.
-    """
-    try:
-        with _opened(source) as (container, stream):
-            table = _PacketTable.read(container, stream)
-            if table is None or table.discards or len(table.pts) != num_frames or len(container.streams.video) > 1:
-                return False
-            container.seek(table.key_pts[0], stream=stream, backward=True)
-            frame = next(_decoded(container, stream))
-            return (
-                stream.codec_context.name in _NVDEC_CODECS
-                and frame.format.name == "yuv420p"
-                and not (frame.width % 2 or frame.height % 2 or frame.interlaced_frame or _turning(frame))
-                and int(frame.colorspace) in _BT601 | {_UNSPECIFIED}
-                and int(frame.color_range) in (0, _LIMITED)
-            )
-    except (VideoError, StopIteration):
-        return False
-
-
 @dataclass(frozen=True)
-class _PacketTable:
+class PacketTable:
     """Presentation times of all frames in order, and of the key frames, in the stream's time base.
 
     discards: whether there are packets that are decoded and not shown, as edit lists want it.
@@ -208,8 +190,11 @@ class _PacketTable:
     discards: bool
 
     @classmethod
-    def read(cls, container: InputContainer, stream: av.VideoStream) -> _PacketTable | None:
-        """None where packets do not tell the frames' order: without times, with equal ones, or a clock that jumps."""
+    def read(cls, container: InputContainer, stream: av.VideoStream) -> PacketTable | None:
+        """None where packets do not tell the frames' order: without times, with equal ones, or a clock that jumps; and
+        where decoding has to begin with the file."""
+        if stream.codec_context.name not in _SEEKABLE_CODECS:
+            return None
         pts: list[int] = []
         key_pts: list[int] = []
         discards = False
@@ -229,7 +214,7 @@ class _PacketTable:
 
 
 def _decode_seeking(
-    container: InputContainer, stream: av.VideoStream, table: _PacketTable, wanted: list[int], use: Use | None
+    container: InputContainer, stream: av.VideoStream, table: PacketTable, wanted: list[int], use: Use | None
 ) -> dict[int, np.ndarray] | None:
     """The wanted frames, or None when the decoder's frames do not follow the packet table."""
     found: dict[int, np.ndarray] = {}
@@ -240,10 +225,12 @@ def _decode_seeking(
         key = table.key_pts[bisect_right(table.key_pts, table.pts[index]) - 1]
         if frames is None or key > table.pts[position]:
             container.seek(key, stream=stream, backward=True)
-            frames = _decoded(container, stream)
+            frames = decoded_frames(container, stream)
             position = -1
         for frame in frames:
             if frame.pts is None or (frame.width, frame.height) != size:
+                return None
+            if frame.is_corrupt and frame.pts >= key:  # concealed with what lies before, so begin there
                 return None
             number = bisect_right(table.pts, frame.pts) - 1
             if number < 0 or table.pts[number] != frame.pts or (position >= 0 and number != position + 1):
@@ -264,8 +251,8 @@ def _decode_from_start(source: Source, wanted: list[int], threads: int, use: Use
     remaining = set(wanted)
     count = 0
     convert = _RgbConverter()
-    with _opened(source, threads) as (container, stream):
-        for frame in _decoded(container, stream):
+    with opened_video(source, threads) as (container, stream):
+        for frame in decoded_frames(container, stream):
             if count in remaining or count == 0:  # the first one decides the size of all
                 image = convert(frame)
             if count in remaining:
@@ -278,7 +265,7 @@ def _decode_from_start(source: Source, wanted: list[int], threads: int, use: Use
 
 
 @contextmanager
-def _opened(source: Source, threads: int = 1) -> Iterator[tuple[InputContainer, av.VideoStream]]:
+def opened_video(source: Source, threads: int = 1) -> Iterator[tuple[InputContainer, av.VideoStream]]:
     """Container and the stream that is played; what goes wrong in the body is a VideoError too."""
     try:
         with _open(source) as container:
@@ -315,10 +302,15 @@ def _played(container: InputContainer) -> av.VideoStream:
     return max(known, key=rank)
 
 
-def _decoded(container: InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
-    """Decoded frames in order. Packets before a recording's first key frame that do not decode give no frame."""
+def decoded_frames(container: InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
+    """Decoded frames in order. Packets before a recording's first key frame that do not decode give no frame.
+
+    An empty packet, as AVI and Ogg have them, repeats the frame before it: that one stays on the screen.
+    """
     started = False
     for packet in container.demux(stream):
+        if packet.size == 0 and packet.dts is not None:  # without a time it is the end
+            continue
         try:
             frames = packet.decode()
         except av.error.InvalidDataError:
@@ -341,10 +333,10 @@ class _RgbConverter:
         self._graphs: dict[Any, av.filter.Graph] = {}
 
     def __call__(self, frame: av.VideoFrame) -> np.ndarray:
-        turning = _turning(frame)
+        turning = turning_filters(frame)
         if int(frame.colorspace) not in _MATRICES:  # newer versions of FFmpeg refuse it, older convert like this
-            frame.colorspace = 9 if int(frame.colorspace) == 10 else _UNSPECIFIED
-        frame.color_trc = frame.color_primaries = _UNSPECIFIED  # not converted
+            frame.colorspace = 9 if int(frame.colorspace) == 10 else UNSPECIFIED
+        frame.color_trc = frame.color_primaries = UNSPECIFIED  # not converted
         key = (frame.format.name, frame.width, frame.height, int(frame.colorspace), int(frame.color_range), turning)
         if key not in self._graphs:
             self._graphs[key] = self._graph(frame, turning)
@@ -367,7 +359,7 @@ class _RgbConverter:
         return graph
 
 
-def _turning(frame: av.VideoFrame) -> tuple[_Filter, ...]:
+def turning_filters(frame: av.VideoFrame) -> tuple[_Filter, ...]:
     """The filters by which `ffmpeg` turns and mirrors a frame."""
     matrix = cast("Any", frame.side_data).get(Type.DISPLAYMATRIX)  # the stubs have it map texts
     a, b, _, c, d = np.frombuffer(bytes(36) if matrix is None else bytes(matrix), np.int32)[:5].tolist()
@@ -387,13 +379,15 @@ def _turning(frame: av.VideoFrame) -> tuple[_Filter, ...]:
 class _Clock:
     """The times of a video's frames, from what the container says of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, timed: bool) -> None:
+        self._timed = timed
         self._stamps: list[tuple[float | None, float | None]] = []  # presentation and decoding time, seconds
         self._last_frame = 0.0  # how long it is shown
 
     def add(self, frame: av.VideoFrame) -> None:
         base = frame.time_base or 1
-        pts, dts = (None if stamp is None else float(stamp * base) for stamp in (frame.pts, frame.dts))
+        stamps = (frame.pts, frame.dts) if self._timed else (None, None)
+        pts, dts = (None if stamp is None else float(stamp * base) for stamp in stamps)
         self._stamps.append((pts, dts))
         self._last_frame = float(frame.duration * base)
 

@@ -26,10 +26,14 @@ _SHOWN = 3
 
 @dataclass
 class Listing:
-    """files: paths below the root, sorted, every real file once. left_out: reason to paths."""
+    """files: paths below the root, sorted, every real file once. left_out: reason to paths.
+
+    empty_folders: those that hold nothing, or nothing but what is hidden.
+    """
 
     files: list[str]
     left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    empty_folders: list[str] = field(default_factory=list)
 
 
 def is_hidden(name: str) -> bool:
@@ -47,7 +51,7 @@ def list_files(root: str | Path) -> Listing:
     walk.visit("")
     while walk.links:
         walk.follow(walk.links.popleft())
-    return Listing(sorted(walk.files.values()), walk.left_out)
+    return Listing(sorted(walk.files.values()), walk.left_out, sorted(walk.empty_folders))
 
 
 class _Walk:
@@ -55,11 +59,12 @@ class _Walk:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.above = {_identity(path) for path in root.resolve().parents}
-        self.folders = {_identity(root)}
+        self.above = {file_identity(path) for path in root.resolve().parents}
+        self.folders = {file_identity(root)}
         self.files: dict[tuple[int, int], str] = {}
         self.links: deque[str] = deque()
         self.left_out: dict[str, list[str]] = defaultdict(list)
+        self.empty_folders: list[str] = []
 
     def visit(self, start: str) -> None:
         """The real folders and files below `start`; what links lead to comes later."""
@@ -67,7 +72,10 @@ class _Walk:
         while waiting:
             place = waiting.pop()
             inner: list[str] = []
-            for entry in _entries(self.root / place):
+            entries = _entries(self.root / place)
+            if place and all(is_hidden(entry.name) for entry in entries):
+                self.empty_folders.append(place)
+            for entry in entries:
                 path = f"{place}/{entry.name}" if place else entry.name
                 is_folder = entry.is_dir(follow_symlinks=False)
                 if is_hidden(entry.name):
@@ -86,7 +94,7 @@ class _Walk:
     def follow(self, link: str) -> None:
         path = self.root / link
         try:
-            identity = _identity(path)
+            identity = file_identity(path)
         except OSError:
             self.left_out[LINK_BROKEN].append(link)
             return
@@ -102,13 +110,13 @@ class _Walk:
             self.left_out[LINK_AGAIN].append(link)
 
     def _is_new_folder(self, path: str) -> bool:
-        identity = _identity(self.root / path)
+        identity = file_identity(self.root / path)
         is_new = identity not in self.folders
         self.folders.add(identity)
         return is_new
 
     def _add_file(self, path: str) -> None:
-        first = self.files.setdefault(_identity(self.root / path), path)
+        first = self.files.setdefault(file_identity(self.root / path), path)
         if first != path:
             self.left_out[LINK_AGAIN].append(f"{path} = {first}")
 
@@ -121,7 +129,8 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         raise ShardError(f"{folder}: {error.strerror or error}; make the folder readable, or move it away") from None
 
 
-def _identity(path: Path) -> tuple[int, int]:
+def file_identity(path: Path) -> tuple[int, int]:
+    """What tells one file from another, whatever the path to it. Raises OSError."""
     found = path.stat()
     return found.st_dev, found.st_ino
 

@@ -151,6 +151,7 @@ class _Builder:
         self.num_videos = old.num_videos if old else 0
         self.num_members = old.num_members if old else 0
         self.name_bytes = len(existing.names) if existing else 0
+        self.multi_label = old.multi_label if old else any(len(item.labels) != 1 for item in build.annotations)
 
     def run(self, workers: int) -> Manifest:
         """Builds the shards that are not there yet, then the data set."""
@@ -214,15 +215,15 @@ class _Builder:
 
     def _new_shard(self) -> ShardFile:
         number = self.first_shard + len(self.finished)
-        return ShardFile(
-            number, self.workspace.part(number), self.build.options.store, self.num_members, self.name_bytes
-        )
+        part = self.workspace.part(number)
+        content, multi_label = self.build.options.store, self.multi_label
+        return ShardFile(number, part, content, self.num_members, self.name_bytes, multi_label=multi_label)
 
     def _add_video(self, shard: ShardFile, chunks: Iterator[Chunk], annotation: Annotation) -> None:
         start = shard.position
         key = video_key(self.num_videos + len(shard.videos))
         try:
-            members = shard.add_video(key, chunks, annotation, self.build.labels[annotation.label])
+            members = shard.add_video(key, chunks, annotation, self.build.labels)
         except InputError as error:
             if self.build.record["on_error"] == "fail":
                 place = f"{self.build.list_name}:{annotation.line}: {str(self.build.root / error.path)!r}"
@@ -262,6 +263,7 @@ class _Builder:
             classes=self.build.labels,
             record=self.build.record,
             skipped=sorted(skipped, key=lambda entry: entry["line"]),
+            multi_label=self.multi_label,
         )
 
 
@@ -277,11 +279,14 @@ def _check_annotations(annotations: Sequence[Annotation], labels: Sequence[str],
     if not annotations:
         raise ShardError(f"{list_name}: no videos; give a list with at least one")
     for annotation in annotations:
-        if not 0 <= annotation.label < len(labels):
+        wrong = next((label for label in annotation.labels if not 0 <= label < len(labels)), None)
+        if wrong is not None:
             raise ShardError(
-                f"{list_name}:{annotation.line}: label {annotation.label} of {annotation.name!r} has no class: the "
-                f"class list has the ids 0 to {len(labels) - 1}; correct the label or add the class"
+                f"{list_name}:{annotation.line}: label {wrong} of {annotation.name!r} has no class: the class list has "
+                f"the ids 0 to {len(labels) - 1}; correct the label or add the class"
             )
+    if not any(annotation.labels for annotation in annotations):
+        raise ShardError(f"{list_name}: none of the {len(annotations)} videos has a label; write them in place of `-`")
 
 
 def _list_digest(annotations: Sequence[Annotation]) -> str:
@@ -362,6 +367,12 @@ def _open_for_append(build: _Build, manifest: Manifest) -> Index:
         raise ShardError(
             f"{output}: class {number} is {old!r} there and {new!r} in the class list; classes can be added at the end "
             "but not changed"
+        )
+    several = next((item for item in build.annotations if len(item.labels) != 1), None)
+    if several is not None and not manifest.multi_label:
+        raise ShardError(
+            f"{build.list_name}:{several.line}: {several.name!r} has {len(several.labels)} labels, but every video in "
+            f"{output} has one; build all videos together into another --output"
         )
     index = open_index(str(output), manifest, {role: output / entry["file"] for role, entry in manifest.index.items()})
     text = index.names.tobytes()

@@ -65,6 +65,7 @@ def measure(arguments: argparse.Namespace, config: Config) -> None:
 
     Raises ConfigError, ShardError, CheckpointError, OSError.
     """
+    import numpy as np
     import torch
 
     from text4vis.classifier.embeddings import build_classifier
@@ -83,7 +84,7 @@ def measure(arguments: argparse.Namespace, config: Config) -> None:
         saved = open_saved(arguments.model)
         is_its_list = saved.config is not None and saved.config.data.label_list == config.data.label_list
         names = class_names(config, loader.dataset, recorded=saved.class_names if is_its_list else None)
-        splits = class_splits(config, names, loader.dataset.labels)
+        splits = class_splits(config, names, np.flatnonzero(loader.dataset.class_counts()))
         differing = {} if saved.config is None else differences(saved.config, config, saved.settled)
         if differing and ranks.is_main:
             print(f"evaluate: warning: {warning(arguments.model, differing)}", file=sys.stderr)
@@ -140,16 +141,22 @@ def warning(path: Path, differing: Mapping[str, tuple[Any, Any]]) -> str:
 
 def show(report: dict[str, Any]) -> None:
     """The main figures, a line for each protocol."""
-    rows = table(("",), ("videos", "classes", "top-1 %", "top-5 %"), title=report["data"] or None)
+    from text4vis.evaluation.protocols import is_multi_label
+
+    several = is_multi_label(report)
+    shares = {"mAP %": "map"} if several else {}
+    shares |= {"top-1 %": "top1", "top-5 %": "top5"}
+    rows = table(("",), ("videos", "classes", *shares), title=report["data"] or None)
     for row in report["by_views"]:
         counts = (str(report[key]) for key in ("videos", "classes"))
-        rows.add_row(f"{row['clips']} x {row['crops']} views", *counts, f"{row['top1']:.2f}", f"{row['top5']:.2f}")
+        figures = ("-" if row[key] is None else f"{row[key]:.2f}" for key in shares.values())
+        rows.add_row(f"{row['clips']} x {row['crops']} views", *counts, *figures)
     for key in ("half_classes", "class_splits"):
         if over := report[key]:
             each = over["splits"]
             counts = (f"{sum(split[what] for split in each) / len(each):.0f}" for what in ("videos", "classes"))
-            shares = (f"{over[f'{top}_mean']:.2f} ± {over[f'{top}_std']:.2f}" for top in ("top1", "top5"))
-            rows.add_row(f"{len(each)} {key.replace('_', ' ')}", *counts, *shares)
+            spreads = (f"{over[f'{top}_mean']:.2f} ± {over[f'{top}_std']:.2f}" for top in ("top1", "top5"))
+            rows.add_row(f"{len(each)} {key.replace('_', ' ')}", *counts, *spreads)
     screen = console()
     screen.print(rows)
     for entry in report["skipped"]:
@@ -163,11 +170,23 @@ def show(report: dict[str, Any]) -> None:
             f"{known['ece_calibrated']:.1f} %; answers that aim at 95 % right: {best['answered']:.0f} % of videos"
             + ("" if best["right_of_answered"] is None else f", {best['right_of_answered']:.1f} % of them right")
         )
+    if several:
+        screen.print(several_words(report))
+        return
     precision = "" if report["map"] is None else f"mAP {report['map']:.2f} %, "
     screen.print(
         f"mean class accuracy {report['mean_class_accuracy']:.2f} %, {precision}"
         f"chance of top-1 {report['chance']:.2f} %"
     )
+
+
+def several_words(report: dict[str, Any]) -> str:
+    """What a report says of the thresholds of classes where videos have several labels."""
+    left_out = f"{report['unlabelled']} videos without a label count for F1 alone; " if report["unlabelled"] else ""
+    f1 = "too few videos to measure F1"
+    if report["f1"] is not None:
+        f1 = f"F1 at each class's threshold {report['f1']:.2f} %, of all pairs {report['f1_micro']:.2f} %"
+    return f"{left_out}{f1}; chance {report['chance']:.2f} %"
 
 
 def main() -> int:

@@ -65,6 +65,7 @@ def _cells(statistics: dict[str, Any]) -> dict[str, str]:
         "shorter side, pixels": spread("short_side"),
         "classes (empty)": f"{statistics['classes']} ({statistics['empty_classes']})",
         "videos per class": spread("videos_per_class"),
+        **({"labels per video": spread("labels_per_video")} if "labels_per_video" in statistics else {}),
         "skipped when built": f"{statistics['skipped']:,}",
         f"ranks with >= {VIDEOS_PER_RANK} videos each per epoch": f"at most {statistics['well_fed_ranks']:,}",
         "ranks, if a reader splits by shard": f"at most {statistics['shards']:,}",

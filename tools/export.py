@@ -3,12 +3,13 @@
 Examples:
     python tools/export.py runs/demo --output exported
     python tools/export.py runs/demo --output exported --onnx       # also a graph that runs without torch
+    python tools/export.py exported --onnx                          # adds the graph to an export
 
 text4vis.load and tools/predict.py open the folder; docs/deployment.md describes its files. The model card quotes the
 run's last evaluation, or the report of text4vis/evaluate.py that --report names.
 
-CHECKPOINT is a run's folder (its best weights are exported), one of its checkpoints, or a .pt file of the original
-project, which needs --config and --labels. Exit codes: 0 done, 1 failed, 2 wrong usage.
+CHECKPOINT is a run's folder (its best weights are exported), one of its checkpoints, an export, or a .pt file of the
+original project, which needs --config and --labels. Exit codes: 0 done, 1 failed, 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from text4vis.config.schema import ConfigError
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "checkpoint", type=Path, metavar="CHECKPOINT", help="run, checkpoint, or the original's .pt file"
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="run, checkpoint, export, or the original's .pt file"
     )
-    parser.add_argument("--output", required=True, type=Path, help="folder to write")
+    parser.add_argument("--output", type=Path, help="folder to write; default: the export that is added to")
     parser.add_argument("--config", type=Path, help="recipe of a .pt file")
     parser.add_argument("--labels", type=Path, help="class names (CSV `id,name`) of a .pt file")
     parser.add_argument("--report", type=Path, help="evaluation for the model card; default: the run's last one")
@@ -60,10 +61,24 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.onnx:
         serving.require_packages()
     source = saved.open_saved(arguments.checkpoint)
+    if arguments.output is None and source.kind != "export":
+        raise ConfigError(
+            f"--output: name the folder to write; only an export, which {source.path} is not, is added to"
+        )
+    if arguments.output is None and not (arguments.onnx or arguments.report):
+        raise ConfigError(
+            f"{source.path}: is an export already; add to it with --onnx or --report, or name an --output"
+        )
     trained = trained_model(source, arguments)
-    report = arguments.report or serving.last_report(source)
-    graph = serving.export(arguments.output, trained, report=report, onnx=arguments.onnx)
-    print(f"exported {len(trained.class_names)} classes to {arguments.output}")
+    output = arguments.output or source.path
+    if source.kind == "export" and output.resolve() == source.path.resolve():
+        graph = serving.add_to_export(output, trained, report=arguments.report, onnx=arguments.onnx)
+        print(f"added to {output}")
+    else:
+        graph = serving.export(
+            output, trained, report=arguments.report or serving.last_report(source), onnx=arguments.onnx
+        )
+        print(f"exported {len(trained.class_names)} classes to {output}")
     if graph is not None:
         compared = "not compared with PyTorch: onnxruntime is not installed"
         if graph.difference is not None:

@@ -7,9 +7,10 @@ Examples:
     python tools/predict.py match.mp4 --model exported --window 4 --picture timeline.png
 
 A folder of images is one video; a folder of video files stands for all videos in it and in its sub-folders. With
---window a video is scanned in windows of that many seconds, each half a window after the last. A video that cannot be
-read is named and skipped, and the exit code is 1. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C;
---json and --csv then hold the predictions made so far.
+--window a video is scanned in windows of that many seconds, each half a window after the last. A model of several
+labels a video shows every class above its threshold instead of the --top likeliest. A video that cannot be read is
+named and skipped, and the exit code is 1. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C; --json
+and --csv then hold the predictions made so far.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ from text4vis.common.progress import Progress
 from text4vis.config.schema import ConfigError
 
 # Keys of a video: "video", "top" (a list of {"class", "probability"}), "calibrated", and "sure" and "candidates" if
-# asked for; of a window: "video", "start", "end", "top"; of a video that cannot be read: "video", "error".
+# asked for; "present", like "top", for models of several labels a video; of a window: "video", "start", "end", "top";
+# of a video that cannot be read: "video", "error".
 Row = dict[str, Any]
 
 
@@ -169,6 +171,8 @@ def recognise(recogniser: serving.Predictor, videos: list[str], arguments: argpa
                 row["sure"] = result.sure
             if result.candidates is not None:
                 row["candidates"] = result.candidates
+            if result.present is not None:
+                row["present"] = top_rows(result.present)
             yield [row]
 
 
@@ -185,11 +189,13 @@ def show(rows: list[Row], screen: Console) -> None:
             drawn.add_row(seconds, best["class"], f"{100 * best['probability']:.1f}")
     else:
         drawn = table(("class",), ("%",))
-        for entry in rows[0]["top"]:
+        for entry in rows[0].get("present") or rows[0]["top"]:
             drawn.add_row(entry["class"], f"{100 * entry['probability']:.1f}")
     screen.print(rows[0]["video"], style="bold")
     if rows[0].get("sure") is False:
         screen.print("unsure", style="yellow")
+    if rows[0].get("present") == []:
+        screen.print("none of the classes; the likeliest are", style="yellow")
     screen.print(drawn)
     if (candidates := rows[0].get("candidates")) is not None:
         screen.print(f"one of: {', '.join(candidates) or 'none of the classes'}")
@@ -201,7 +207,7 @@ def write_csv(path: Path, rows: list[Row]) -> None:
         writer.writerow(["video", "start", "end", "rank", "class", "probability", "error"])
         for row in rows:
             head = [row["video"], row.get("start", ""), row.get("end", "")]
-            for rank, entry in enumerate(row.get("top", []), start=1):
+            for rank, entry in enumerate(row["present"] if "present" in row else row.get("top", []), start=1):
                 writer.writerow([*head, rank, entry["class"], entry["probability"], ""])
             if "error" in row:
                 writer.writerow([*head, "", "", "", row["error"]])

@@ -64,7 +64,10 @@ def write_lists(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
     output = arguments.output
     contents = {output / "labels.csv": format_labels(official.names)}
     for split, found in matched.items():
-        lines = [f"{_line(path, video_labels)}\n" for path, video_labels in found.videos]
+        lines = [
+            f"{format_annotation(path, None, several[0] if len(several) == 1 else several)}\n"
+            for path, several in found.videos
+        ]
         if lines:
             contents[output / f"{split}.txt"] = "".join(lines).encode()
             _refuse_finished(output, split, contents[output / f"{split}.txt"])
@@ -91,11 +94,6 @@ def _refuse_finished(output: Path, split: str, content: bytes) -> None:
             f"{output / split}: these shards are finished, and {len(changed)} lines of {path.name} have changed since"
             f"{first}; delete {output / split} to build it anew, or name another --output"
         )
-
-
-def _line(path: str, labels: tuple[int, ...]) -> str:
-    """`PATH 3`, `PATH 3,17` for several labels, `PATH -` for none."""
-    return format_annotation(path, None, 0).removesuffix("0") + (",".join(map(str, labels)) or "-")
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("videos", type=Path, help="folder with a sub-folder of videos for each class")
     add("--output", required=True, type=Path, metavar="DIR", help="folder of the lists and the shards")
-    add("--table", type=Path, metavar="CSV", help="`path,label[,split]` instead of class folders")
+    add("--table", type=Path, metavar="CSV", help="`path,label[,split]`, or `labels` joined by |, for class folders")
     add("--val-share", type=float, default=0.2, metavar="P", help="share of each class for validation (0.2)")
     add("--seed", type=int, default=0, metavar="S", help="seed of the split and of the order of the videos (0)")
     add("--lists-only", action="store_true", help="write the lists and stop, to edit them first")

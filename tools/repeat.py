@@ -28,9 +28,11 @@ from text4vis.common.stages import Stage, StageError, perform, with_set
 from text4vis.config.loading import load_config
 from text4vis.config.schema import ConfigError
 from text4vis.evaluation.comparison import read_report, summarise
+from text4vis.evaluation.protocols import is_multi_label
 
 TRAIN = Path(__file__).resolve().parent.parent / "text4vis" / "train.py"
 METRICS = {"top1": "top-1 %", "top5": "top-5 %", "mean_class_accuracy": "mean class %"}
+METRICS_OF_SEVERAL = {"map": "mAP %", "f1": "F1 %", "top1": "top-1 %", "top5": "top-5 %"}  # labels a video
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -66,12 +68,20 @@ def stage_of(arguments: argparse.Namespace, seed: int) -> Stage:
     return Stage(f"seed-{seed}", [[*command, *with_set(settings)]], recipe)
 
 
+def columns(reports: Mapping[int, Any]) -> dict[str, str]:
+    """{key: heading} of the figures that all reports hold."""
+    several = all(map(is_multi_label, reports.values()))
+    names = METRICS_OF_SEVERAL if several else METRICS
+    return {key: name for key, name in names.items() if all(report[key] is not None for report in reports.values())}
+
+
 def show(reports: Mapping[int, Any], means: Mapping[str, tuple[float, float]]) -> None:
-    rows = table(("seed",), tuple(METRICS.values()))
+    names = columns(reports)
+    rows = table(("seed",), tuple(names.values()))
     for seed, report in reports.items():
-        rows.add_row(str(seed), *(f"{report[key]:.2f}" for key in METRICS))
+        rows.add_row(str(seed), *(f"{report[key]:.2f}" for key in names))
     rows.add_section()
-    rows.add_row("mean ± deviation", *("{:.2f} ± {:.2f}".format(*means[key]) for key in METRICS))
+    rows.add_row("mean ± deviation", *("{:.2f} ± {:.2f}".format(*means[key]) for key in names))
     console().print(rows)
 
 
@@ -84,7 +94,7 @@ def run(arguments: argparse.Namespace, seeds: Sequence[int]) -> None:
     summary = {
         "config": arguments.config,
         "set": [shown(setting) for setting in arguments.set],
-        "runs": [{"seed": seed, **{key: report[key] for key in METRICS}} for seed, report in reports.items()],
+        "runs": [{"seed": seed, **{key: report[key] for key in columns(reports)}} for seed, report in reports.items()],
         "mean": {key: mean for key, (mean, _) in means.items()},
         "std": {key: deviation for key, (_, deviation) in means.items()},
     }

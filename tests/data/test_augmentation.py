@@ -164,6 +164,19 @@ def test_frames_are_decoded_in_their_final_size_unless_operations_see_them_first
     assert paper.decoded_size == (240, 320) and paper.part == plain.region
 
 
+def test_what_has_no_chance_never_happens():
+    class Zeros:
+        """A generator that draws the least numbers there are."""
+
+        def random(self, size=None):
+            return 0.0 if size is None else np.zeros(size)
+
+    never = draw(DataConfig(flip=0, grey=0, blur=0, solarize=0), 10, Zeros())
+    assert not (never.flip or never.grey or never.blur or never.solarize)
+    always = draw(DataConfig(flip=1, grey=0.01, blur=0.01, solarize=0.01), 10, Zeros())
+    assert always.flip and always.grey and always.blur and always.solarize
+
+
 def test_blur_and_solarisation_come_as_often_as_asked():
     data = DataConfig(blur=0.3, solarize=0.1)
     drawn = [draw(data, 10, generator(2, 0, sample)) for sample in range(4000)]

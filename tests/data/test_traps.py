@@ -24,12 +24,17 @@ class Videos(SimpleNamespace):
     def __len__(self) -> int:
         return len(self.labels)
 
+    def class_counts(self, num_classes):
+        return np.bincount(self.labels, minlength=num_classes)
+
     def frame_sizes(self, _sample, numbers):
         return [(self.side, self.side + 84)] * len(numbers)
 
 
-def videos(labels, num_frames=30, side=112):
-    return Videos(labels=np.array(labels), num_frames=np.full(len(labels), num_frames), side=side)
+def videos(labels, num_frames=30, side=112, multi_label=False):
+    return Videos(
+        labels=np.array(labels), num_frames=np.full(len(labels), num_frames), side=side, multi_label=multi_label
+    )
 
 
 NAMES = ["surfing", "ice skating"]
@@ -108,6 +113,18 @@ def test_frames_larger_than_needed():
     (trap,) = traps.large_frames(small, [4 * small.scale_size, 4 * small.scale_size, 0])
     assert "about 16 times" in trap.message and f"--short-side {small.scale_size}" in trap.fix
     assert not list(traps.large_frames(small, [small.scale_size])) and not list(traps.large_frames(small, [0]))
+
+
+def test_bf16_on_a_processor_without_it(monkeypatch):
+    monkeypatch.setattr(traps.torch.cuda, "is_available", lambda: False)
+    for capability, precision, said in (
+        ("AVX2", "bf16", True), ("AVX512", "bf16", False), ("AVX2", "fp32", False),
+    ):  # fmt: skip
+        monkeypatch.setattr(traps.torch.backends.cpu, "get_cpu_capability", lambda answer=capability: answer)
+        found = list(traps.slow_arithmetic(config(f"engine.precision={precision}")))
+        assert [trap.fix for trap in found] == ["engine.precision: fp32"] * said
+    monkeypatch.setattr(traps.torch.cuda, "is_available", lambda: True)
+    assert not list(traps.slow_arithmetic(config("engine.precision=bf16")))
 
 
 def test_all_traps_are_looked_for():

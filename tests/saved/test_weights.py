@@ -27,7 +27,7 @@ def logits(model, frames=None):
         return model.eval()(frames, torch.eye(3, model.embed_dim))
 
 
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("prefix", ["", "module.", "module._orig_mod."])
 @pytest.mark.parametrize("header", ["Transf", "None"])
 @pytest.mark.parametrize("save", [save_train, save_train_nce])
 def test_original_checkpoints_give_the_same_logits(network, tmp_path, save, header, prefix):
@@ -219,7 +219,7 @@ def test_a_damaged_export_is_an_error_that_names_the_file(tmp_path, network):
     state = load_file(folder / "model.safetensors")
 
     (folder / "export.json").write_text(json.dumps(index | {"class_names": NAMES[:2]}))
-    with pytest.raises(ConfigError, match=r"classes\.safetensors: does not match the 2 names"):
+    with pytest.raises(ConfigError, match=r"classes\.safetensors: does not match the 2 class names"):
         load_export(folder)
     (folder / "export.json").write_text(json.dumps(index | {"format": "other"}))
     with pytest.raises(ConfigError, match="not of format"):

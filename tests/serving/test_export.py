@@ -4,7 +4,7 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ import text4vis
 from text4vis.classifier.embeddings import build_classifier
 from text4vis.config.schema import Config, ConfigError, DataConfig, NetworkConfig
 from text4vis.evaluation.embedding import weights_fingerprint
+from text4vis.evaluation.multi_label import Decision
 from text4vis.evaluation.protocols import class_scores
 from text4vis.model import heads
 from text4vis.model.video_clip import build_model
@@ -122,6 +123,19 @@ def test_the_program_beside_it_predicts_without_torch(exported, tmp_path):
     np.testing.assert_allclose([float(share) for _, share in found], [share for _, share in top], atol=CLOSE)
 
 
+def test_the_program_names_the_classes_that_reach_their_thresholds():
+    from text4vis.serving.standalone import answers
+
+    decision = Decision(0.5, -10.0, (0.2, 0.9, 0.5, 0.1))
+    logits_C = np.array([19.0, 22.0, 23.0, 10.0], np.float32)
+    scores_C = decision.probabilities(logits_C)
+    assert decision.shown(scores_C).tolist() == [True, False, True, False]
+    expected = [(2, pytest.approx(scores_C[2])), (0, pytest.approx(scores_C[0]))]
+    assert answers(logits_C, json.loads(json.dumps(asdict(decision)))) == expected
+    assert answers(logits_C - 50, asdict(decision)) == []
+    assert [label for label, _ in answers(logits_C, None)] == [2, 1, 0, 3]
+
+
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("size", [(50, 40), (40, 71), (33, 33)])
 def test_the_program_sees_the_same_frames(exported, dense, size):
@@ -198,6 +212,40 @@ def test_a_folder_of_other_files_is_left_alone(exported, tmp_path):
     with pytest.raises(ConfigError, match=r"--output: .* holds other files, no export; .*name a new or empty folder"):
         export(tmp_path, exported[0])
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+def command(monkeypatch, *words) -> int:
+    """Exit code of tools/export.py."""
+    monkeypatch.syspath_prepend("tools")
+    import export as program
+
+    monkeypatch.setattr(sys, "argv", ["export.py", *map(str, words)])
+    return program.main()
+
+
+def test_a_graph_and_an_evaluation_are_added_to_an_export(exported, tmp_path, monkeypatch, capsys):
+    """Its weights stay untouched; what is not asked for stays, in the folder and in a copy."""
+    trained, complete = exported
+    folder, copy = tmp_path / "export", tmp_path / "copy"
+    export(folder, trained)
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert command(monkeypatch, folder, "--onnx") == 0
+    weights = [name for name in before if name.endswith(".safetensors")]
+    assert len(weights) == 3 and all((folder / name).stat().st_mtime_ns == before[name] for name in weights)
+    assert command(monkeypatch, folder, "--output", folder, "--report", complete.parent / "report.json") == 0
+    assert command(monkeypatch, folder, "--output", copy) == 0
+    found, copied, expected = (json.loads((place / "export.json").read_text()) for place in (folder, copy, complete))
+    assert found["card"]["onnx"].keys() == expected["card"].pop("onnx").keys() and copied["card"].pop("onnx") is None
+    del found["card"]["onnx"]  # how far a graph is from PyTorch differs from time to time
+    assert found == expected == copied
+    pages = [re.sub(r"\| (bytes|largest) .*", "", (place / "README.md").read_text()) for place in (folder, complete)]
+    assert pages[0] == pages[1]
+    frames = random_frames(2, T, S)[:, None].numpy()
+    own, others = (session(place / "model.onnx").run(["logits"], {"frames": frames})[0] for place in (folder, complete))
+    np.testing.assert_allclose(own, others, atol=CLOSE)
+    assert {path.name for path in folder.iterdir()} == {path.name for path in complete.iterdir()}
+    capsys.readouterr()
+    assert command(monkeypatch, folder) == 1 and "add to it with --onnx or --report" in capsys.readouterr().err
 
 
 def test_an_export_that_was_killed_is_written_again(exported, tmp_path, monkeypatch):

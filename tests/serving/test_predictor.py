@@ -19,7 +19,7 @@ from tiny import tiny_network
 from videos import write_video
 
 import text4vis
-from shards.video import _PacketTable
+from shards.video import PacketTable
 from text4vis.classifier.embeddings import build_classifier
 from text4vis.config.schema import Config, DataConfig
 from text4vis.model.video_clip import build_model
@@ -52,6 +52,7 @@ def videos(tmp_path_factory) -> Path:
     (base / "frames").mkdir()
     for number in range(1, 11):
         Image.fromarray(np.full((40, 60, 3), 10 * number, np.uint8)).save(base / "frames" / f"img_{number}.png")
+    (base / "frames" / "._img_1.png").write_bytes(b"what macOS keeps about img_1.png on other disks")
     return base
 
 
@@ -193,8 +194,8 @@ def test_labels_are_embedded_once(export, videos, monkeypatch):
 
 def test_a_long_scan_keeps_one_small_picture_a_window(export, videos, monkeypatch):
     """Neither the frames of the windows nor what the packets tell, which is read once."""
-    tables, read = [], _PacketTable.read
-    monkeypatch.setattr(_PacketTable, "read", lambda *given: tables.append(read(*given)) or tables[-1])
+    tables, read = [], PacketTable.read
+    monkeypatch.setattr(PacketTable, "read", lambda *given: tables.append(read(*given)) or tables[-1])
     timeline = text4vis.load(export).scan(videos / "deep" / "video1.mp4", window_seconds=0.5, batch_size=2)
     assert len(timeline.thumbnails) == len(timeline.seconds_W2) > 8 and len(tables) == 1
     assert all(picture.base is None and picture.shape == (32, 32, 3) for picture in timeline.thumbnails)

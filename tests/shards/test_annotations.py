@@ -75,6 +75,7 @@ def test_blank_lines_comments_crlf_and_bom_are_accepted(tmp_path):
         ("a/../../b 1 0", ["leaves the root"]),
         ("a\0b 1 0", ["control character"]),
         (b"ok 1 0\nca\xe9 1 0\n", [":2:", "0xe9", "UTF-8"]),
+        ("a.mp4 0\rb.mp4 1\r", ["control character", "end lines with LF or CRLF"]),
         ("#comment without a space", ["comment begins with"]),
         ("# nothing else\n", ["no annotations"]),
     ],
@@ -97,7 +98,7 @@ def test_missing_file(tmp_path):
 
 
 def test_labels_in_any_order(tmp_path):
-    content = '\ufeffid,name\r\n1,"jump, high"\r\n\r\n0, run \r\n2,"say ""hi"""'
+    content = '\ufeffid, name\r\n1, "jump, high"\r\n\r\n0, run \r\n2,"say ""hi"""'
     assert labels(tmp_path, content) == ["run", "jump, high", 'say "hi"']
 
 
@@ -115,6 +116,7 @@ def test_labels_in_any_order(tmp_path):
         ("id,name\n0\n", [":2:", "1 columns"]),
         ("id,name\n0,\n", [":2:", "no name"]),
         ('id,name\n0,"run\n', ["unexpected end"]),
+        ("id,name\n0,run\n2,jump\n1, run\n", [":4:", "class 0 is named 'run' too"]),
         (b"id,name\n0,caf\xe9\n", [":2:", "0xe9"]),
     ],
 )
@@ -273,7 +275,9 @@ def test_paths_have_one_spelling(tmp_path, root, text, expected):
         ("v.mp4 3 5", ["2 numbers follow 'v.mp4'"]),
         ("v.mp4 0.0 10.5 3", ["'10.5'", "times or offsets"]),
         ("v.mp4 00:00:10 00:00:20 3", ["times or offsets"]),
-        ("v.mp4 3,5", ["'3,5'", "several labels"]),
+        ("v.mp4 3;5", ["several labels are joined by commas"]),
+        ("v.mp4 3,5,", ["several labels are joined by commas"]),
+        ("v.mp4 3,5,3", ["label 3 is in", "twice"]),
         ("clip 30 [3;5]", ["several labels"]),
         ("v.mp4 surfing", ["'surfing'", "its id in the class list"]),
         ("v.mp4 ice skating", ["its id in the class list"]),

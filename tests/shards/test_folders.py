@@ -7,12 +7,14 @@ from tempfile import TemporaryDirectory
 
 import av
 import numpy as np
+import PIL.Image
 import pytest
 from frame_folders import jpeg
 from videos import write_video
 
-from shards.folders import Video, check_videos, find_videos, read_table, scan_folders, settle_splits, split_name
+from shards.folders import Video, check_videos, find_videos, scan_folders, settle_splits, split_name
 from shards.format import ShardError
+from shards.tables import read_table
 from shards.walk import describe, list_files
 
 
@@ -158,7 +160,9 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "split"),
     [("train", "train"), ("Training", "train"), ("TEST", "test"), ("valid", "val"), ("validation", "val"),
-     ("val_256", "val"), ("test-set", "test"), ("eval", "test"), ("trainer", None), ("train ride", None)],
+     ("val_256", "val"), ("test-set", "test"), ("eval", "test"), ("trainer", None), ("train ride", None),
+     ("trainlist01", "train"), ("Training Set", "train"), ("train_split_1", "train"), ("01_val", "val"),
+     ("trainval", "train"), ("train (1)", "train"), ("bullet_train", None), ("contest", None), ("日本 train", None)],
 )  # fmt: skip
 def test_names_of_splits(name, split):
     assert split_name(name) == split
@@ -167,7 +171,8 @@ def test_names_of_splits(name, split):
 @pytest.mark.parametrize(
     ("folders", "splits"),
     [(("train", "val", "test"), ("train", "val", "test")), (("Training", "Validation"), ("train", "val")),
-     (("TRAIN", "TEST"), ("train", "val"))],
+     (("TRAIN", "TEST"), ("train", "val")), (("ucf101_train", "ucf101_val"), ("train", "val")),
+     (("01-train", "02-val", "03-test"), ("train", "val", "test")), (("train_rgb", "val_rgb"), ("train", "val"))],
 )  # fmt: skip
 @pytest.mark.parametrize("above", [True, False])
 def test_existing_splits_are_used_and_reported(tmp_path, folders, splits, above):
@@ -208,6 +213,56 @@ def test_half_a_split_is_refused(tmp_path, paths, message):
     put(tmp_path, *paths)
     with pytest.raises(ShardError, match=message):
         scan_folders(tmp_path)
+
+
+@pytest.mark.parametrize("other", ["holdout", "test_public"])
+def test_a_split_of_another_name_beside_train_is_no_class(tmp_path, other):
+    put(tmp_path, *(f"{split}/{c}/1.mp4" for split in ("train", other) for c in ("run", "walk")))
+    with pytest.raises(ShardError, match=f"named like a split: 'train'; beside them, not named like one: '{other}'"):
+        scan_folders(tmp_path)
+
+
+def test_folders_that_may_be_splits_are_said(tmp_path):
+    put(tmp_path, *(f"{split}/{c}/1.mp4" for split in ("tr", "te") for c in ("run", "walk")))
+    assert scan_folders(tmp_path).notices == [
+        "'te', 'tr' are taken for classes; if these are splits, for 'run', 'walk' are in several of them, rename them "
+        "`train`, `val` or `test`"
+    ]
+
+
+def test_a_split_within_a_split_is_refused(tmp_path):
+    put(tmp_path, *(f"{split}/{split}/{c}/1.mp4" for split in ("train", "test") for c in ("run", "walk")))
+    with pytest.raises(ShardError, match="lies in a split within a split, 'test/test'; move the class folders up"):
+        scan_folders(tmp_path)
+
+
+def test_a_class_has_one_spelling_whatever_the_system_writes(tmp_path):
+    put(tmp_path, "train/caf\u00e9/1.mp4", "val/cafe\u0301/2.mp4")
+    assert {video.label for video in scan_folders(tmp_path).videos} == {"caf\u00e9"}
+    (tmp_path / "v.csv").write_text("path,label\na.mp4,caf\u00e9\nb.mp4,cafe\u0301\n", encoding="utf-8")
+    assert {video.label for video in read_table(tmp_path / "v.csv")} == {"caf\u00e9"}
+
+
+def test_empty_folders_are_named(tmp_path):
+    put(tmp_path, "a/1.mp4", "hidden/.1.mp4")
+    (tmp_path / "surfing").mkdir()
+    assert scan_folders(tmp_path).notices == ["2 empty folders: 'hidden', 'surfing'"]
+
+
+@pytest.mark.parametrize("form", ["WEBP", "AVIF", "GIF", "TIFF"])
+@pytest.mark.parametrize("name", ["still", "still.mp4"])
+def test_a_picture_is_no_video_of_one_frame(tmp_path, form, name):
+    put(tmp_path, "a/1.mp4", f"a/{name}")
+    PIL.Image.new("RGB", (64, 64), "red").save(tmp_path / "a" / name, form)
+    found = scan_folders(tmp_path)
+    assert [video.path for video in found.videos] == ["a/1.mp4"] and found.left_out["no video"] == [f"a/{name}"]
+
+
+def test_a_camera_s_small_copies_are_left_out(tmp_path):
+    put(tmp_path, "a/GX01.MP4", "a/GX01.LRV")
+    found = scan_folders(tmp_path)
+    assert [video.path for video in found.videos] == ["a/GX01.MP4"]
+    assert describe(found.left_out) == "1 file left out: 1 a camera's small copy ('a/GX01.LRV')"
 
 
 def test_a_class_may_be_called_train(tmp_path):
@@ -253,7 +308,8 @@ def test_bad_tables_are_named(tmp_path, text, message):
     "text",
     ["path,label,split\n{a},run,Train\nb.mp4,walk,TESTING\n",
      "\ufeffpath;label;split\r\n{a};run;train\r\nb.mp4;walk;test\r\n",
-     "label\tsplit\tpath\nrun\ttraining\t./{a}\nwalk\teval\tc/../b.mp4\n"],
+     "label\tsplit\tpath\nrun\ttraining\t./{a}\nwalk\teval\tc/../b.mp4\n",
+     'path, "label", split\n{a}, "run", trainlist01\n"b.mp4", walk, testlist01\n'],
 )  # fmt: skip
 @pytest.mark.parametrize("spelling", ["sub/1, 2.mp4", r"sub\1, 2.mp4"])
 def test_tables_as_people_export_them(tmp_path, text, spelling):
@@ -280,6 +336,9 @@ def test_files_of_a_table_are_looked_at(tmp_path):
     assert [video.path for video in found.videos] == ["a.mp4"] and list(found.broken) == ["c.mp4"]
     with pytest.raises(ShardError, match=r"v.csv:4: 'b.txt' is no video"):
         check_videos(tmp_path, [*table, Video("b.txt", "x", None, 4)], "v.csv")
+    (tmp_path / "link.mp4").symlink_to("a.mp4")
+    with pytest.raises(ShardError, match=r"v.csv:4: 'link.mp4' is the file of line 2, 'a.mp4'; remove one"):
+        check_videos(tmp_path, [*table, Video("link.mp4", "y", None, 4)], "v.csv")
     with pytest.raises(ShardError, match=r"v.csv:4: 2 of 3 videos are not in .*: 'd.mp4', 'e.mp4'"):
         check_videos(tmp_path, [table[0], Video("d.mp4", "x", None, 4), Video("e.mp4", "x", None, 5)], "v.csv")
 

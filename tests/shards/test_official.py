@@ -374,4 +374,5 @@ def test_the_command_writes_several_labels_a_video(tmp_path):
                    tmp_path / "v", "--output", tmp_path / "d", "--lists-only")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "d/train.txt").read_text() == "A B.mp4 0,2\nC.mp4 1\nD 10.mp4 -\n"
+    assert [video.label for video in parse_annotations(tmp_path / "d/train.txt", 3)] == [(0, 2), 1, ()]
     assert parse_labels(tmp_path / "d/labels.csv")[2] == "Eating a towel/s, fast"

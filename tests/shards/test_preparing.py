@@ -152,6 +152,15 @@ def test_unedited_lists_follow_the_input_and_edited_ones_do_not(tmp_path):
     assert prepare_lists(tmp_path / "v", tmp_path / "d", skip_broken=True).labels == ["jog", "walk"]
 
 
+def test_a_root_one_folder_too_high_is_no_class(tmp_path):
+    for name in ("v/data/train/run/1.mp4", "v/data/train/walk/1.mp4", "v/data/val/run/1.mp4", "v/data/val/walk/1.mp4"):
+        write_video(tmp_path / name, 10)
+    with pytest.raises(ShardError, match=rf"one class, 'data': .* \('train', 'val'\), give {tmp_path}/v/data$"):
+        prepare_lists(tmp_path / "v", tmp_path / "d")
+    assert not (tmp_path / "d").exists()
+    assert prepare_lists(tmp_path / "v" / "data", tmp_path / "d").labels == ["run", "walk"]
+
+
 def test_another_seed_makes_other_lists_until_shards_are_there(tmp_path):
     for number in range(12):
         write_video(tmp_path / "v/a" / f"{number}.mp4", number, frames=1)

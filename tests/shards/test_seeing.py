@@ -11,6 +11,7 @@ import pytest
 from videos import ORIENTATIONS, encode, ffmpeg_shows, pictures, turned
 
 from shards.images import encode_jpeg
+from shards.nvdec import nvdec_shows_the_same
 from shards.video import (
     FrameReader,
     VideoError,
@@ -18,7 +19,6 @@ from shards.video import (
     frames_at,
     frames_at_rate,
     iter_frames,
-    nvdec_shows_the_same,
     probe_video,
 )
 
@@ -60,6 +60,11 @@ CODECS = [
     ("qtrle", "argb", "mov", {}),
     ("gif", "rgb8", "gif", {}),
     ("apng", "rgba", "apng", {}),
+    ("mjpeg", "yuvj420p", "mjpeg", {}),
+    ("mjpeg", "yuvj420p", "mjpg", {}),
+    ("rpza", "rgb555le", "mov", {}),
+    ("h261", "yuv420p", "h261", {}),
+    ("flv", "yuv420p", "swf", {}),
 ]
 
 
@@ -109,7 +114,70 @@ def test_containers_without_index_or_duration_and_clocks_that_start_elsewhere(tm
 
 
 def size_for(codec: str) -> tuple[int, int]:
+    if codec == "h261":
+        return 176, 144
     return (96, 64) if codec == "libx265" else (48, 32)  # x265 writes behind its buffers when the picture is smaller
+
+
+@pytest.mark.parametrize(("name", "codec", "pix_fmt", "size"), [
+    ("v.h261", "h261", "yuv420p", (176, 144)),  # every packet is called a key frame, and is none
+    ("v.mov", "rpza", "rgb555le", (48, 32)),
+    ("v.avi", "rawvideo", "pal8", (48, 32)),  # the palette comes with the first packet alone
+])  # fmt: skip
+def test_frames_that_need_the_beginning_of_the_file_have_it(tmp_path, name, codec, pix_fmt, size):
+    path, rng = tmp_path / name, np.random.default_rng(0)
+    if pix_fmt == "pal8":
+        write_palette_video(path, rng)
+    else:
+        encode(path, codec, pix_fmt, images=pictures(20, *size))
+    frames = list(iter_frames(path))
+    for number in (0, 7, len(frames) - 1):
+        reader = FrameReader(path, num_frames=len(frames))
+        for wanted in ([number], [number, 3]):
+            np.testing.assert_array_equal(reader.read(wanted)[0], frames[number])
+
+
+def write_palette_video(path, rng) -> None:
+    palette = np.concatenate([rng.integers(0, 256, (256, 3), np.uint8), np.full((256, 1), 255, np.uint8)], axis=1)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("rawvideo", rate=20)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "pal8"
+        for _ in range(10):
+            numbers = rng.integers(0, 256, (32, 48), np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray((numbers, palette), "pal8")))
+        container.mux(stream.encode())
+
+
+def test_an_empty_packet_leaves_the_frame_before_on_the_screen(tmp_path):
+    """Ogg's Theora writes them for frames that repeat."""
+    whole = encode(tmp_path / "whole.nut", "mpeg4")
+    with av.open(str(whole)) as source, av.open(str(tmp_path / "v.nut"), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for number, packet in enumerate(source.demux(video=0)):
+            if packet.size:
+                put = packet if number not in (2, 5) else av.Packet(0)
+                put.pts, put.dts, put.time_base, put.stream = packet.pts, packet.dts, packet.time_base, stream
+                target.mux(put)
+    info = probe_video(tmp_path / "v.nut")
+    np.testing.assert_allclose(info.times_N, [0, 0.05, 0.15, 0.2])
+    assert info.shown(0, 0.2).tolist() == [0, 1, 1, 2]
+    assert_as_ffmpeg_shows(tmp_path / "v.nut")
+
+
+def test_a_damaged_key_frame_looks_the_same_by_number(tmp_path):
+    """The decoder conceals what is missing with the frames before, so these have to be decoded first."""
+    rng = np.random.default_rng(0)
+    images = [image // 2 + rng.integers(0, 64, image.shape, np.uint8) for image in pictures(40, 96, 64)]
+    path = encode(tmp_path / "v.avi", images=images, options={"g": "10", "bf": "0", "preset": "ultrafast"})
+    data = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        keys = [packet for packet in container.demux(video=0) if packet.is_keyframe]
+        middle = keys[2].pos + 8 + keys[2].size // 2
+    data[middle : middle + 40] = bytes(40)
+    frames = list(iter_frames(bytes(data)))
+    for number in (20, 29, 39):
+        (frame,) = decode_frames(bytes(data), [number], num_frames=40)
+        np.testing.assert_array_equal(frame, frames[number])
 
 
 @pytest.mark.parametrize("matrix", [1, 5, 7, 9], ids=["BT.709", "BT.601", "SMPTE 240M", "BT.2020"])

@@ -22,7 +22,7 @@ from shards.checker import check_datasets
 from shards.extraction import extract_frames
 from shards.format import ShardError
 from shards.index import open_index, read_local_manifest
-from shards.video import FrameReader, VideoError, _PacketTable, decode_frames, frames_at_rate, iter_frames, probe_video
+from shards.video import FrameReader, PacketTable, VideoError, decode_frames, frames_at_rate, iter_frames, probe_video
 from shards.writer import build_shards
 
 EXTRACT = Path(__file__).parents[2] / "tools" / "extract_frames.py"
@@ -99,8 +99,8 @@ def test_a_wrong_frame_count_means_decoding_from_the_start(videos, name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_reader_gives_the_same_frames_call_after_call_and_reads_the_packets_once(videos, name, monkeypatch):
-    tables, read = [], _PacketTable.read
-    monkeypatch.setattr(_PacketTable, "read", lambda *given: tables.append(read(*given)) or tables[-1])
+    tables, read = [], PacketTable.read
+    monkeypatch.setattr(PacketTable, "read", lambda *given: tables.append(read(*given)) or tables[-1])
     reader = FrameReader(videos / name, num_frames=45)
     for wanted in ([40, 3], [3], [12, 13, 12]):
         assert [shown_number(frame) for frame in reader.read(wanted)] == wanted

@@ -11,7 +11,7 @@ from shard_data import make_dataset, serve
 
 from shards.plan import Stream, epoch_order, share_positions
 from shards.reader import open_dataset
-from shards.weave import arranged, stable_places, windows_of_samples
+from shards.weave import arranged, small_numbers, stable_places, windows_of_samples
 
 sizes_of_shards = st.lists(st.integers(1, 12), min_size=1, max_size=30)
 
@@ -150,6 +150,12 @@ def test_a_shard_on_a_border_is_cut_once_through_its_ids():
     assert windows_of_samples(shard_of[::-1], np.array([2, 0, 1]), 1, np.array([8, 7])).tolist() == [
         0, 0, 0, 0, 0, 3, 3, 3, 3, 3, 1, 1, 1, 2, 2,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("num_values", [1, 1 << 16, (1 << 16) + 1, 1 << 40])
+def test_numbers_fit_their_type_and_have_16_bits_where_they_can(num_values):
+    kind = small_numbers(num_values)
+    assert np.iinfo(kind).max >= num_values - 1 and (kind is np.uint16) == (num_values <= 1 << 16)
 
 
 def test_places_are_those_of_a_stable_sort_over_all_blocks(monkeypatch):

@@ -28,18 +28,23 @@ class Model(nn.Module):
         self.frozen = nn.Linear(7, 7).requires_grad_(False)
         self.head = nn.Linear(7, 3)
         self.logit_scale = nn.Parameter(torch.ones(1))
+        self.register_buffer("offset", torch.full((3,), 0.25))
 
     def forward(self, inputs):
         hidden = torch.tanh(self.frozen(self.visual(inputs.to(self.visual.weight.dtype))))
-        return self.logit_scale.float() * self.head(hidden).float()
+        return self.logit_scale.float() * self.head(hidden).float() + self.offset
 
 
-def start(precision: str, stage: int, offload: str, optim: str, state: dict | None = None):
-    config = Config(
+def configuration(precision: str, stage: int, offload: str, optim: str, **solver: object) -> Config:
+    return Config(
         data=DataConfig(batch_size=4),
-        solver=SolverConfig(lr=1e-2, clip_ratio=0.5, clip_gradient=0.5, optim=optim, weight_decay=0.1),
+        solver=SolverConfig(lr=1e-2, clip_ratio=0.5, clip_gradient=0.5, optim=optim, weight_decay=0.1, **solver),
         engine=EngineConfig(precision=precision, zero_stage=stage, offload=offload),
     )
+
+
+def start(precision: str, stage: int, offload: str, optim: str, state: dict | None = None, **solver: object) -> Engine:
+    config = configuration(precision, stage, offload, optim, **solver)
     model = Model()
     if state is not None:
         model.load_state_dict(state["weights"])

@@ -31,9 +31,18 @@ def jpeg(seed: int, width: int = 48, height: int = 32, **options) -> bytes:
 
 
 def make_frame_folders(
-    base: Path, counts: Sequence[int], *, num_classes: int = 3, prefix: str = "class/video", first_seed: int = 0
+    base: Path,
+    counts: Sequence[int],
+    *,
+    num_classes: int = 3,
+    prefix: str = "class/video",
+    first_seed: int = 0,
+    labels: Sequence[str] | None = None,
 ) -> FrameFolders:
-    """Folders `prefix_0000` … of `counts` frames named img_00001.jpg …, labels in turn, and the two lists."""
+    """Folders `prefix_0000` … of `counts` frames named img_00001.jpg …, and the two lists.
+
+    labels: the label field of each video, such as "0,2"; by default the classes in turn.
+    """
     root = base / "frames"
     lines, names, seed = [], [], first_seed
     for number, count in enumerate(counts):
@@ -44,8 +53,8 @@ def make_frame_folders(
             (folder / f"img_{frame:05d}.jpg").write_bytes(jpeg(seed))
             seed += 1
         names.append(name)
-        lines.append(f"{name} {count} {number % num_classes}")
-    annotations, labels = base / f"{root.name}.txt", base / "labels.csv"
+        lines.append(f"{name} {count} {labels[number] if labels else number % num_classes}")
+    annotations, classes = base / f"{root.name}.txt", base / "labels.csv"
     annotations.write_text("\n".join(lines))
-    labels.write_text("id,name\n" + "".join(f"{number},class {number}\n" for number in range(num_classes)))
-    return FrameFolders(root, annotations, labels, names)
+    classes.write_text("id,name\n" + "".join(f"{number},class {number}\n" for number in range(num_classes)))
+    return FrameFolders(root, annotations, classes, names)

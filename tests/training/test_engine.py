@@ -10,10 +10,8 @@ from launch import finish, free_port, run, start, start_rank
 from project import TRAIN, losses
 
 from text4vis.cluster import distributed
-from text4vis.config.batches import BatchSizes
 from text4vis.config.loading import load_config
-from text4vis.config.schema import Config, ConfigError, DataConfig, EngineConfig, SolverConfig
-from text4vis.training.engine import Engine, engine_config
+from text4vis.config.schema import ConfigError
 from text4vis.training.logs import Metrics
 
 
@@ -103,28 +101,6 @@ def test_the_state_moves_between_all_stages_and_a_wrong_step_changes_nothing(ran
             assert result["loss"] == result["last"] == 0, result
 
 
-def test_fp16_keeps_its_loss_scale_and_needs_a_gpu():
-    from types import SimpleNamespace
-
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
-
-    def with_scaler() -> Engine:
-        engine = object.__new__(Engine)
-        scaler = DynamicLossScaler(2.0**16, 1000, 1, 2, False)
-        engine.runtime = SimpleNamespace(fp16_enabled=lambda: True, optimizer=SimpleNamespace(loss_scaler=scaler))
-        return engine
-
-    used, fresh = with_scaler(), with_scaler()
-    for key, value in {"cur_scale": 2.0**15, "cur_iter": 7, "last_overflow_iter": 3, "cur_hysteresis": 1}.items():
-        setattr(used.runtime.optimizer.loss_scaler, key, value)
-    fresh.restore_loss_scaler(json.loads(json.dumps(used.loss_scaler_state())))
-    assert vars(fresh.runtime.optimizer.loss_scaler) == vars(used.runtime.optimizer.loss_scaler)
-    assert fresh.loss_scaler_state()["cur_scale"] == 2.0**15
-    if not torch.cuda.is_available():
-        with pytest.raises(ConfigError, match="fp16 on GPUs only"):
-            Engine(torch.nn.Linear(1, 1), Config(engine=EngineConfig(precision="fp16")), BatchSizes(1, 1, 1))
-
-
 @pytest.mark.slow
 def test_srun_and_mpirun_start_the_same_job(project, tmp_path):
     """The variables that the two launchers set, with real processes in the place of theirs."""
@@ -168,21 +144,6 @@ def test_a_wrong_number_of_ranks_is_an_error_and_a_dry_run_leaves_nothing(projec
         assert any(name in line and value in line for line in text.splitlines()), row
     assert "GB on the rank that used most" in text
     assert not output.exists()
-
-
-def test_deepspeeds_dictionary_follows_from_ours():
-    solver = SolverConfig(grad_accumulation_steps=2, clip_gradient=1.0)
-    config = Config(
-        data=DataConfig(batch_size=4), solver=solver,
-        engine=EngineConfig(precision="fp16", zero_stage=3, offload="parameters"),
-    )  # fmt: skip
-    derived = engine_config(config, BatchSizes.of(config, 3), 1000)
-    assert derived["train_batch_size"] == 24 and derived["gradient_clipping"] == 1.0
-    assert derived["fp16"]["enabled"] and not derived["bf16"]["enabled"]
-    zero = derived["zero_optimization"]
-    assert zero["stage"] == 3 and zero["offload_param"]["device"] == zero["offload_optimizer"]["device"] == "cpu"
-    assert derived["zero_optimization"]["reduce_bucket_size"] == 1000, "a bucket no larger than the model"
-    assert "offload_param" not in engine_config(Config(), BatchSizes(1, 1, 1), 10**10)["zero_optimization"]
 
 
 @pytest.mark.parametrize(

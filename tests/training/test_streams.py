@@ -12,9 +12,6 @@ from shards.mixture import Mixture
 from shards.plan import share_positions
 from shards.reader import open_dataset
 from shards.writer import build_shards
-from text4vis.cluster.distributed import Ranks
-from text4vis.config.schema import ConfigError
-from text4vis.training.joining import check_streams
 
 STREAMS, GLOBAL_BATCH, SMALL = 4, 12, 9
 
@@ -107,23 +104,3 @@ def test_hosts_that_cannot_share_the_streams_are_told_which_can(project, sources
     results = on_hosts(project, tmp_path / "run", "", settings(sources), hosts=3)
     message = "4 streams cannot be shared equally by 3 hosts (this one has 1 of 3 ranks); start 1 or 2 or 4 hosts"
     assert [code for code, _ in results] == [1] * 3 and all(message in text for _, text in results), results
-
-
-@pytest.mark.parametrize(
-    ("streams", "batch", "place", "message"),
-    [
-        (4, 10, Ranks(0, 1, 0, 1), "in a new run set data.streams to 2, or solver.global_batch to 8 or 12"),
-        (8, 4, Ranks(0, 1, 0, 1), "in a new run set data.streams to 4, or solver.global_batch to 8"),
-        (4, 24, Ranks(2, 6, 0, 2), "shared equally by 3 hosts .* 2 of 6 ranks.* set data.streams to a multiple of 3"),
-        (2, 8, Ranks(3, 4, 0, 1), "2 streams cannot be shared equally by 4 hosts"),
-    ],
-)  # fmt: skip
-def test_streams_that_do_not_fit_are_an_error(streams, batch, place, message):
-    with pytest.raises(ConfigError, match=f"data.streams: .*{message}"):
-        check_streams(streams, batch, place)
-
-
-@pytest.mark.parametrize("place", [Ranks(0, 1, 0, 1), Ranks(5, 8, 1, 2), Ranks(7, 8, 7, 8), Ranks(1, 4, 1, 3)])
-def test_streams_that_fit(place):
-    check_streams(4, 24, place)
-    check_streams(1, 7, Ranks(2, 7, 0, 3))

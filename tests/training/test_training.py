@@ -147,16 +147,3 @@ def test_mistakes_end_in_one_line_and_exit_code_1(project, tmp_path, arguments, 
     code, output = finish(start(TRAIN, *project.arguments(tmp_path / "out"), *arguments))[0]
     lines = [line for line in output.splitlines() if line.startswith("train: error:")]
     assert code == 1 and len(lines) == 1 and message in lines[0] and "Traceback" not in output
-
-
-def test_splits_that_name_other_classes_are_refused():
-    """Labels of both splits are counted under the names of one."""
-    from text4vis.config.loading import config_from_dict
-    from text4vis.config.schema import Config, ConfigError
-    from text4vis.training.joining import check_same_classes
-
-    check_same_classes(Config(), ["a", "b"], ["a", "b"])
-    check_same_classes(config_from_dict({"data": {"label_list": "x.csv"}}, "test"), ["a", "b"], ["b", "a"])
-    for other in (["b", "a"], ["a"], ["a", "b", "c"]):
-        with pytest.raises(ConfigError, match=r"data\.val: its shards name .* data\.label_list"):
-            check_same_classes(Config(), ["a", "b"], other)

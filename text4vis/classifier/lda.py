@@ -37,6 +37,8 @@ def lda_classifier(config: Config, class_names: Sequence[str]) -> Tensor:
     with build_loader(config, "train") as training:
         dataset = training.dataset
         where = f"network.classifier: lda: {', '.join(dataset.places)}"
+        if dataset.multi_label:
+            raise ConfigError(f"{where}: needs one label a video, but videos have several; use another classifier")
         labels = rows_of(class_names, dataset.classes, where)
         ids_N = training.planner.videos
         ids_N = ids_N[few_shot_subset(dataset.labels[ids_N], config.network.lda_videos, config.seed, at_most=True)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from text4vis.config.schema import DENSE_WINDOW, Config, ConfigError, decay_epochs
+from text4vis.config.schema import DENSE_WINDOW, MULTI_LABEL_LOSSES, Config, ConfigError, decay_epochs
 from text4vis.config.sources import WeightedSource
 from text4vis.config.templates import TEMPLATE_SETS, prompts
 
@@ -60,9 +60,15 @@ def _check_solver(config: Config, fail: Callable[[str, str], None]) -> None:
     solver = config.solver
     if not all(0 <= beta < 1 for beta in solver.betas):
         fail("solver.betas", f"expected two numbers in [0, 1), got {list(solver.betas)}")
-    for key in ("mixup", "cutmix", "smoothing"):
-        if getattr(solver, key) and solver.loss_type != "CE":
-            fail(f"solver.{key}", f"needs solver.loss_type CE; {solver.loss_type} has soft targets of its own")
+    for key, losses in (
+        ("mixup", ("CE", *MULTI_LABEL_LOSSES)), ("cutmix", ("CE", *MULTI_LABEL_LOSSES)), ("smoothing", ("CE",))
+    ):  # fmt: skip
+        if getattr(solver, key) and solver.loss_type not in losses:
+            why = "decides on each class by itself" if solver.multi_label else "has soft targets of its own"
+            fail(f"solver.{key}", f"needs solver.loss_type {' or '.join(losses)}; {solver.loss_type} {why}")
+    for key, default in (("asl_gammas", (0.0, 4.0)), ("asl_margin", 0.05)):
+        if getattr(solver, key) != default and solver.loss_type != "ASL":
+            fail(f"solver.{key}", f"is of solver.loss_type ASL, but that is {solver.loss_type}")
     milestones = decay_epochs(solver)
     if solver.type == "multistep" and not milestones:
         fail(

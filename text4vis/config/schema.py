@@ -44,6 +44,7 @@ class ConfigError(Exception):
     """A configuration that cannot be used. The message names the key, the value, its origin and the fix."""
 
 
+MULTI_LABEL_LOSSES = ("BCE", "ASL")
 _section = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 
 
@@ -293,12 +294,17 @@ class SolverConfig:
         Role.EXECUTION,
         "a loss or gradient that is not finite: stop and name the videos, or skip the step and count it",
     )
-    loss_type: Literal["CE", "NCE", "DS"] = key(
+    loss_type: Literal["CE", "NCE", "DS", "BCE", "ASL"] = key(
         "CE",
         Role.TRAINING,
-        "CE: cross entropy over all classes; NCE: videos against the batch's texts; DS: dual softmax",
+        "CE: cross entropy over all classes; NCE: videos against the batch's texts; DS: dual softmax; for videos with "
+        "several labels BCE: binary cross entropy of each class, or ASL: asymmetric loss",
         on_card=True,
     )
+    asl_gammas: Annotated[tuple[NonNegative, NonNegative], BeforeValidator(pair)] = key(
+        (0.0, 4.0), Role.TRAINING, "ASL: how much easy positives and easy negatives are played down"
+    )
+    asl_margin: Rate = key(0.05, Role.TRAINING, "ASL: negatives below this probability cost nothing")
     smoothing: Rate = key(0.0, Role.TRAINING, "label smoothing of the cross entropy", on_card=True)
     mixup: NonNegative = key(
         0.0, Role.TRAINING, "blend pairs of videos, shares from Beta(mixup, mixup); 0: off", on_card=True
@@ -306,6 +312,11 @@ class SolverConfig:
     cutmix: NonNegative = key(
         0.0, Role.TRAINING, "paste boxes between pairs of videos, areas from Beta; 0: off", on_card=True
     )
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether the loss decides on each class by itself, so that a video may have several."""
+        return self.loss_type in MULTI_LABEL_LOSSES
 
 
 @_section

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from shards.annotations import parse_labels
 from shards.format import ShardError
 from shards.reader import ShardDataset, open_dataset
@@ -43,9 +46,34 @@ def class_names(config: Config, dataset: ShardDataset, recorded: list[str] | Non
         return list(dataset.classes)
     is_gone = recorded is not None and not Path(config.data.label_list).exists()
     names = list(recorded or ()) if is_gone else parse_labels(config.data.label_list)
-    if len(dataset) and int(dataset.labels.max()) >= len(names):
+    largest = len(dataset.class_counts()) - 1
+    if largest >= len(names):
         raise ConfigError(
             f"data.label_list: {config.data.label_list} names {len(names)} classes, but the shards hold label "
-            f"{int(dataset.labels.max())}; give the list that the shards were built with"
+            f"{largest}; give the list that the shards were built with"
         )
     return names
+
+
+def check_labels(config: Config, split: str, dataset: ShardDataset) -> None:
+    """Training's loss can take as many labels a video as the split has. Raises ConfigError."""
+    if dataset.multi_label and not config.solver.multi_label:
+        raise ConfigError(
+            f"solver.loss_type: {config.solver.loss_type} takes one label a video, but videos of data.{split} "
+            f"({', '.join(dataset.places)}) have several, or none; set solver.loss_type to BCE or ASL"
+        )
+
+
+def positive_share(dataset: ShardDataset, num_classes: int) -> float:
+    """The share of all (video, class) pairs that belong together, 0 to 1."""
+    return float(dataset.class_counts().sum() / (len(dataset) * num_classes))
+
+
+def multi_hot(labels: Tensor, num_classes: int) -> Tensor:
+    """Which of C = `num_classes` classes videos have, (B, C) bool.
+
+    labels: of a batch, (B,) int64, or (B, C') bool with the shards' number of classes; all labels are below C.
+    """
+    if labels.dtype != torch.bool:
+        return labels[:, None] == torch.arange(num_classes, device=labels.device)
+    return torch.nn.functional.pad(labels, (0, num_classes - labels.shape[1]))

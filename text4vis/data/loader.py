@@ -36,7 +36,8 @@ class Batch:
     """What the model sees.
 
     frames: (B, V, T, 3, S, S) uint8 on the decoding device, channels last in memory; V is 1 in training.
-    labels, ids: (B,) int64 on the CPU; ids are positions in the data set.
+    labels: (B,) int64 on the CPU; (B, C) bool, whether a video has each of the data set's classes, where videos may
+    have several labels, or none. ids: (B,) int64 on the CPU, positions in the data set.
     """
 
     frames: torch.Tensor
@@ -181,7 +182,7 @@ class Loader:
         decoded = pipelined(read, decoder.start, decoder.finish, 1, recover=repair.redecode, errors=undecodable)
         for videos, frames_BVTSS3 in pipelined(decoded, finisher.start, Finishing.result, 2):
             if videos:  # in evaluation nothing may be left of a batch
-                yield _batch(BatchPlan(videos), frames_BVTSS3)
+                yield _batch(self.planner.batch_plan(videos), frames_BVTSS3)
 
     @property
     def _skips(self) -> bool:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from shards.annotations import Label
 from shards.format import SampleError
 from shards.images import MAX_FRAME_PIXELS
 from shards.plan import eval_slice, few_shot_subset
@@ -53,12 +54,13 @@ class VideoPlan(NamedTuple):
     """One video of a batch.
 
     sample: its position in the data set. epoch: training's pass over the data; 0 in evaluation. label: the stored one,
-    or its mirror image where a flip swaps labels. frames: k of them, numbers ascending.
+    or its mirror image where a flip swaps labels; a tuple of them where videos may have several, or none. frames: k of
+    them, numbers ascending.
     """
 
     sample: int
     epoch: int
-    label: int
+    label: Label
     frames: tuple[FramePlan, ...]
 
     @property
@@ -69,9 +71,13 @@ class VideoPlan(NamedTuple):
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The plan of one batch: B videos in the order of the batch's rows."""
+    """The plan of one batch: B videos in the order of the batch's rows.
+
+    num_classes: C of a data set whose videos may have several labels, or none; None where each has one.
+    """
 
     videos: list[VideoPlan]
+    num_classes: int | None = None
 
     @property
     def ids(self) -> np.ndarray:
@@ -80,8 +86,13 @@ class BatchPlan:
 
     @property
     def labels(self) -> np.ndarray:
-        """Labels, (B,) int64."""
-        return np.array([video.label for video in self.videos], np.int64)
+        """Labels, (B,) int64; with `num_classes` whether a video has each, (B, C) bool."""
+        if self.num_classes is None:
+            return np.array([video.label for video in self.videos], np.int64)
+        targets_BC = np.zeros((len(self.videos), self.num_classes), bool)
+        for row, video in enumerate(self.videos):
+            targets_BC[row, video.label] = True
+        return targets_BC
 
     @property
     def requests(self) -> list[tuple[int, np.ndarray]]:
@@ -125,6 +136,11 @@ class Planner:
         data = self.config.data
         if self.split != "train" or not data.shot:
             return None
+        if self.dataset.multi_label:
+            raise ConfigError(
+                f"data.shot: {data.shot} videos of each class cannot be chosen where videos have several labels; leave "
+                "it out"
+            )
         seed = self.config.seed if data.shot_seed is None else data.shot_seed
         try:
             return few_shot_subset(self.dataset.labels, data.shot, seed)
@@ -223,7 +239,11 @@ class Planner:
 
     def plan(self, ids: np.ndarray, epochs: np.ndarray) -> BatchPlan:
         """The plan of the batch of these videos, `ids` and `epochs` (B,) int64. Raises SampleError as `plan_video`."""
-        return BatchPlan([self.plan_video(*pair) for pair in zip(ids.tolist(), epochs.tolist(), strict=True)])
+        return self.batch_plan([self.plan_video(*pair) for pair in zip(ids.tolist(), epochs.tolist(), strict=True)])
+
+    def batch_plan(self, videos: list[VideoPlan]) -> BatchPlan:
+        """The plan of a batch that holds these videos."""
+        return BatchPlan(videos, len(self.dataset.classes) if self.dataset.multi_label else None)
 
     def plan_video(self, sample: int, epoch: int) -> VideoPlan:
         """The plan of one video, which depends on (seed, epoch, sample) alone.
@@ -232,11 +252,11 @@ class Planner:
         shards.images.MAX_FRAME_PIXELS.
         """
         data = self.config.data
-        num_frames, label = int(self.dataset.num_frames[sample]), int(self.dataset.labels[sample])
+        num_frames, label = int(self.dataset.num_frames[sample]), self.dataset.label_of(sample)
         if self.augments:
             drawn = augmentation.draw(data, num_frames, augmentation.generator(self.config.seed, epoch, sample))
             if drawn.flip:
-                label = self._mirrored.get(label, label)
+                label = self._mirror(label)
             geometry = partial(augmentation.train_geometry, drawn, side=data.input_size)
             return VideoPlan(sample, epoch, label, self._plan_frames(sample, drawn.indices, geometry))
         indices = sampling.test_indices(num_frames, data.num_segments, self.num_clips, data.dense)
@@ -261,6 +281,11 @@ class Planner:
             ids, epochs = self.order.share(start, global_batch, self.rank, self.world_size)
             for first in range(0, len(ids), self.batch_size):
                 yield ids[first : first + self.batch_size], epochs[first : first + self.batch_size]
+
+    def _mirror(self, label: Label) -> Label:
+        if isinstance(label, tuple):
+            return tuple(self._mirrored.get(one, one) for one in label)
+        return self._mirrored.get(label, label)
 
     @cached_property
     def _mirrored(self) -> dict[int, int]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from shards.reader import ShardDataset
 from text4vis.config.schema import Config
@@ -32,15 +33,16 @@ class Trap:
 
 def find_traps(config: Config, names: Sequence[str], train: ShardDataset) -> list[Trap]:
     """The traps of a training run on this data set; names: class names by label. Reads no frame."""
-    counts_C = np.bincount(train.labels, minlength=len(names))
+    counts_C = train.class_counts(len(names))
     videos = np.unique(np.linspace(0, len(train) - 1, _SIZED_VIDEOS).round().astype(np.int64)).tolist()
     sides = [min(train.frame_sizes(video, np.zeros(1, np.int64))[0]) for video in videos]
     return [
         *sided_classes(config, names),
         *nearly_equal_names(config, names),
-        *rare_classes(config, names, counts_C),
+        *rare_classes(config, names, counts_C, multi_label=train.multi_label),
         *short_videos(config, train.num_frames),
         *large_frames(config, sides),
+        *slow_arithmetic(config),
     ]
 
 
@@ -104,7 +106,9 @@ def nearly_equal_names(config: Config, names: Sequence[str]) -> Iterator[Trap]:
         )
 
 
-def rare_classes(config: Config, names: Sequence[str], counts_C: np.ndarray) -> Iterator[Trap]:
+def rare_classes(
+    config: Config, names: Sequence[str], counts_C: np.ndarray, *, multi_label: bool = False
+) -> Iterator[Trap]:
     """Classes with very few videos to train on, unless few-shot training was asked for."""
     none = [names[label] for label in np.flatnonzero(counts_C == 0).tolist()]
     if none:
@@ -118,7 +122,9 @@ def rare_classes(config: Config, names: Sequence[str], counts_C: np.ndarray) -> 
         yield Trap(
             f"{_count(len(few), 'class has', 'classes have')} fewer than {FEW_VIDEOS} videos to train on "
             f"({shown}{_more(few)})",
-            "add videos, or give all classes the same weight: data.shot: "
+            "add videos of them"
+            if multi_label
+            else "add videos, or give all classes the same weight: data.shot: "
             f"{int(counts_C[counts_C > 0].min())} trains on that many videos of each",
         )
 
@@ -145,6 +151,16 @@ def large_frames(config: Config, sides: Sequence[int]) -> Iterator[Trap]:
             f"frames are {side} pixels on their shorter side, and data.scale_size makes {config.scale_size} of them: "
             f"decoding takes about {(side / config.scale_size) ** 2:.0f} times as long as needed",
             f"build the shards with --short-side {config.scale_size}",
+        )
+
+
+def slow_arithmetic(config: Config) -> Iterator[Trap]:
+    """bf16 on a processor that does not compute it: a matrix product took 48 times as long as in fp32."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if config.engine.precision == "bf16" and not torch.cuda.is_available() and capability == "AVX2":
+        yield Trap(
+            "engine.precision: bf16 on a processor without AVX-512, where a step may take 50 times as long as in fp32",
+            "engine.precision: fp32",
         )
 
 

@@ -144,7 +144,7 @@ def _engine(config: Config, here: Mapping[str, Any]) -> Iterator[Finding]:
 
 def _data(config: Config) -> Iterator[Finding]:
     """Opens both data sets and makes a batch of each."""
-    from text4vis.data.datasets import class_names
+    from text4vis.data.datasets import check_labels, class_names
     from text4vis.data.loader import build_loader
     from text4vis.data.traps import find_traps
 
@@ -157,6 +157,7 @@ def _data(config: Config) -> Iterator[Finding]:
                 batch = next(batches)
                 batches.close()
                 names = class_names(config, loader.dataset)
+                check_labels(config, split, loader.dataset)
                 classes[split] = names
                 count = len(loader.dataset)
                 traps = find_traps(config, names, loader.dataset) if split == "train" else []

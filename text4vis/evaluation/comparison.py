@@ -24,12 +24,12 @@ PROTOCOL = (
     "data_fingerprint", "videos", "skipped", "classes_fingerprint", "classes", "classifier", "template",
     "views.clips", "views.crops", "views.sampling", "views.fusion",
 )  # fmt: skip
-FIGURES = ("top1", "top5", "mean_class_accuracy", "map")
+FIGURES = ("top1", "top5", "mean_class_accuracy", "map", "f1", "f1_micro")
 SPLIT_FIGURES = ("top1_mean", "top5_mean")
 # Keys of a report that are neither settings nor single figures.
 CONTENT = (
-    "date", "model", "step", "top1_correct", "top5_correct", "chance", "not_finite", "calibration", "per_class",
-    "confusion", "predictions",
+    "date", "model", "step", "top1_correct", "top5_correct", "chance", "not_finite", "calibration", "decision",
+    "per_class", "confusion", "predictions",
 )  # fmt: skip
 # Classifiers whose class embeddings do not depend on the template.
 WORDLESS = ("random", "orthogonal", "lda", "file", "trained")
@@ -43,6 +43,7 @@ class _ClassRow(_Checked):
     name: str = Field(alias="class")
     videos: NonNegativeInt
     correct: NonNegativeInt
+    average_precision: float | None = None
 
 
 class _ViewsRow(_Checked):
@@ -62,7 +63,8 @@ class _Splits(_Checked):
 
 
 class _Predictions(_Checked):
-    labels: list[NonNegativeInt]
+    labels: list[NonNegativeInt] | list[list[NonNegativeInt]]
+    said: list[list[NonNegativeInt]] = []
     predicted: list[NonNegativeInt]
     probability: list[float | None]
     label_probability: list[float | None]
@@ -89,6 +91,12 @@ class _Calibration(_Checked):
     reliability_calibrated: Annotated[list[_Bin], Field(min_length=1)]
 
 
+class _Decision(_Checked):
+    slope: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    intercept: Annotated[float, Field(allow_inf_nan=False)]
+    thresholds: list[Annotated[float, Field(ge=0, le=1)]]
+
+
 class _Report(_Checked):
     """The parts of a report that this package calculates with."""
 
@@ -96,6 +104,8 @@ class _Report(_Checked):
     top1: float
     top1_correct: NonNegativeInt
     top5: float | None = None
+    f1: float | None = None
+    f1_micro: float | None = None
     mean_class_accuracy: float | None = None
     map: float | None = None
     skipped: list[_Skipped] = []
@@ -104,6 +114,7 @@ class _Report(_Checked):
     half_classes: _Splits | None = None
     class_splits: _Splits | None = None
     calibration: _Calibration | None = None
+    decision: _Decision | None = None
     per_class: list[_ClassRow]
     confusion: list[list[NonNegativeInt]] = []
     predictions: _Predictions | None = None
@@ -139,7 +150,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class ClassFigure(Figure):
-    """The share of a class that is right. videos: of the class in report A."""
+    """The `class_share` of a class. videos: of the class in report A."""
 
     videos: int
 
@@ -200,16 +211,38 @@ def read_report(path: Path) -> dict[str, Any]:
         if report.confusion and sides != {len(report.per_class)}:
             raise ValueError("confusion: not a row and a column for each class")
         if one := report.predictions:
-            if len({len(one.labels), len(one.predicted), len(one.probability), len(one.label_probability)}) > 1:
+            columns = [
+                one.labels,
+                one.predicted,
+                one.probability,
+                one.label_probability,
+                *([one.said] if one.said else []),
+            ]
+            if len(set(map(len, columns))) > 1:
                 raise ValueError("predictions: columns of unequal length")
-            if max([*one.labels, *one.predicted], default=0) >= len(report.per_class):
+            named = [label for entry in [*one.labels, *one.said] for label in labels_in(entry)]
+            if max([*named, *one.predicted], default=0) >= len(report.per_class):
                 raise ValueError("predictions: a class that is not in per_class")
+        if report.decision and len(report.decision.thresholds) != len(report.per_class):
+            raise ValueError("decision: not a threshold for each class")
     except ValidationError as error:
         first = error.errors()[0]
         raise _damaged(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     except ValueError as error:
         raise _damaged(path, str(error)) from None
     return content
+
+
+def labels_in(entry: int | list[int]) -> list[int]:
+    """The labels of a video in a report's predictions: one, or a list of several or none."""
+    return entry if isinstance(entry, list) else [entry]
+
+
+def class_share(row: Mapping[str, Any]) -> float:
+    """What tells in per cent how well a class is recognised, from its row of `per_class`: the share of its videos that
+    are right, or its average precision where videos have several labels. The class has videos."""
+    known = row.get("average_precision")
+    return 100 * row["correct"] / row["videos"] if known is None else known
 
 
 def _damaged(path: Path, reason: str) -> ConfigError:
@@ -309,7 +342,7 @@ def _classes(a: Report, b: Report) -> list[ClassFigure]:
     for row in a["per_class"]:
         other = of_b.get(row["class"], {"videos": 0})
         if row["videos"] and other["videos"]:
-            x, y = (100 * one["correct"] / one["videos"] for one in (row, other))
+            x, y = class_share(row), class_share(other)
             changes.append(ClassFigure(row["class"], x, y, y - x, row["videos"]))
     return sorted(changes, key=lambda change: -change.difference)
 
@@ -353,4 +386,4 @@ def _significance(a: Report, b: Report) -> Significance | None:
 def _right(predictions: Mapping[str, Any]) -> list[bool]:
     """Whether each video is right; one without a probability had no finite scores and is wrong."""
     columns = zip(predictions["labels"], predictions["predicted"], predictions["probability"], strict=True)
-    return [label == predicted and probability is not None for label, predicted, probability in columns]
+    return [predicted in labels_in(entry) and probability is not None for entry, predicted, probability in columns]

@@ -30,7 +30,9 @@ from text4vis.cluster import distributed
 from text4vis.common.progress import track
 from text4vis.config.schema import Config, ConfigError
 from text4vis.data.bad_videos import BadVideos
+from text4vis.data.datasets import multi_hot
 from text4vis.data.loader import Loader
+from text4vis.evaluation.multi_label import multi_label_figures
 from text4vis.evaluation.protocols import FUSION, Views, figures
 from text4vis.model.tensors import fingerprint, write_tensors
 from text4vis.model.video_clip import VideoClip
@@ -48,7 +50,8 @@ FEATURES_ORIGIN = ("weights", "data_fingerprint", "views", "precision", "device"
 class Embeddings:
     """embeddings_NVD float32 unnormalised, labels_N and ids_N int64, in the order of the data set.
 
-    N videos: all but those that `data.on_error: skip` left out.
+    labels_N: (N, C) bool, as in a batch, where videos may have several labels. N videos: all but those that
+    `data.on_error: skip` left out.
     """
 
     embeddings_NVD: np.ndarray
@@ -57,7 +60,9 @@ class Embeddings:
 
     def check(self) -> None:
         """Raises ValueError for a wrong dtype, wrong axes or unequal lengths."""
-        tables = {"embeddings_NVD": (self.embeddings_NVD, np.float32, 3), "labels_N": (self.labels_N, np.int64, 1)}
+        several = self.labels_N.dtype == bool
+        of_labels = (self.labels_N, bool, 2) if several else (self.labels_N, np.int64, 1)
+        tables = {"embeddings_NVD": (self.embeddings_NVD, np.float32, 3), "labels_N": of_labels}
         for name, (table, dtype, axes) in {**tables, "ids_N": (self.ids_N, np.int64, 1)}.items():
             if table.dtype != dtype or table.ndim != axes or len(table) != len(self.ids_N):
                 raise ValueError(f"{name} is {table.dtype} {table.shape}")
@@ -162,8 +167,10 @@ def _read_features(path: Path, origin: Mapping[str, Any]) -> list[Embeddings]:
     return []
 
 
-def class_splits(config: Config, class_names: Sequence[str], labels_N: np.ndarray) -> dict[str, np.ndarray]:
+def class_splits(config: Config, class_names: Sequence[str], labels: np.ndarray) -> dict[str, np.ndarray]:
     """{name: ascending class ids} for the lists in `data.class_splits`: their file names, or else their paths.
+
+    labels: those that videos have, in any order.
 
     Raises ConfigError for a name that is no class, and for a list whose classes have no videos.
     """
@@ -179,7 +186,7 @@ def class_splits(config: Config, class_names: Sequence[str], labels_N: np.ndarra
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise ConfigError(f"data.class_splits: {path}: {name!r} is no class of data.val{hint}")
         splits[split_name] = np.unique([ids[name] for name in names])
-        if not np.isin(labels_N, splits[split_name]).any():
+        if not np.isin(labels, splits[split_name]).any():
             raise ConfigError(f"data.class_splits: {path}: data.val holds no video of these {len(names)} classes")
     return splits
 
@@ -198,9 +205,14 @@ def evaluate(
     """Evaluates on the loader's data set. Returns the report on rank 0, None on the other ranks. Collective.
 
     weights: `weights_fingerprint` of the model, needed on rank 0. splits: from `class_splits`. features: file that
-    keeps the embeddings, see `embed_or_read`.
+    keeps the embeddings, see `embed_or_read`. Raises ConfigError for splits where videos have several labels.
     """
     data = loader.config.data
+    multi_label = loader.dataset.multi_label or loader.config.solver.multi_label
+    if splits and multi_label:
+        raise ConfigError(
+            "data.class_splits: is measured by the accuracy of one label a video, but videos have several; leave it out"
+        )
     card = protocol_card(model, class_embeddings_CD, class_names, loader, weights)
     if features is None:
         embedded = embed_videos(model, loader, before_batch=before_batch)
@@ -211,13 +223,12 @@ def evaluate(
         return None
     skipped = loader.bad.entries()
     card |= {"missing": card["missing"] + len(skipped), "skipped": skipped}
+    views, classes_CD = Views(data.test_clips, data.test_crops, data.dense), class_embeddings_CD.float().cpu().numpy()
+    if multi_label:
+        targets_NC = multi_hot(torch.from_numpy(embedded.labels_N), len(class_names)).numpy()
+        return card | multi_label_figures(embedded.embeddings_NVD, targets_NC, classes_CD, class_names, views=views)
     return card | figures(
-        embedded.embeddings_NVD,
-        embedded.labels_N,
-        class_embeddings_CD.float().cpu().numpy(),
-        class_names,
-        views=Views(data.test_clips, data.test_crops, data.dense),
-        class_splits=splits,
+        embedded.embeddings_NVD, embedded.labels_N, classes_CD, class_names, views=views, class_splits=splits
     )
 
 

@@ -56,6 +56,37 @@ def mean_average_precision(scores_NC: Array, labels_N: Array) -> float:
     return 100.0 * float(np.mean(each))
 
 
+def average_precisions(scores_NC: Array, targets_NC: Array) -> NDArray[np.float64]:
+    """Average precision of each class where videos may have several, (C,) per cent; NaN for classes without videos.
+
+    AP = mean over the videos of the class, ranked by score among all videos, of the precision down to each of them; the
+    mean over classes is Charades' mAP (`Charades_v1_classify.m`, and `map.py` of gsig/charades-algorithms). Videos of
+    equal score are taken at once, where that script takes them in the order of its sort. It ranks videos without labels
+    last, which changes no precision: leave them out. Raises ValueError for scores that are not finite.
+    """
+    from sklearn.metrics import average_precision_score
+
+    scores_NC, targets_NC = np.asarray(scores_NC), np.asarray(targets_NC, bool)
+    if scores_NC.ndim != 2 or scores_NC.shape != targets_NC.shape:
+        raise ValueError(f"expected scores and targets (N, C), got {scores_NC.shape} and {targets_NC.shape}")
+    if not np.isfinite(scores_NC).all():
+        raise ValueError("average_precisions: scores contain NaN or infinity")
+    pairs = zip(targets_NC.T, scores_NC.T, strict=True)
+    return np.array([100.0 * average_precision_score(*pair) if pair[0].any() else np.nan for pair in pairs])
+
+
+def any_topk_correct(scores_NC: Array, targets_NC: Array, ks: Sequence[int] = (1, 5)) -> dict[int, int]:
+    """Videos of which a label is among the k best classes, for each k; ties count against the model.
+
+    With one label a video the same as `topk_correct`. A video without labels, or with a NaN, is never correct.
+    """
+    scores_NC, targets_NC = np.asarray(scores_NC), np.asarray(targets_NC, bool)
+    best_N1 = np.where(targets_NC, scores_NC, -np.inf).max(axis=1, keepdims=True, initial=-np.inf)
+    others_N = ((scores_NC >= best_N1) & ~targets_NC).sum(axis=1)
+    valid_N = ~np.isnan(scores_NC).any(axis=1) & targets_NC.any(axis=1)
+    return {k: int((valid_N & (others_N < k)).sum()) for k in ks}
+
+
 def confusion_matrix(pred_N: Array, labels_N: Array, num_classes: int) -> NDArray[np.int64]:
     """Counts (C, C) int64: rows are true classes, columns predicted ones.
 

@@ -59,13 +59,18 @@ class Views:
                 yield clips, crops, views, "; ".join(notes)
 
 
-def class_scores(embeddings_NVD: np.ndarray, class_embeddings_CD: np.ndarray) -> np.ndarray:
-    """Probabilities (N, C) float64: softmax of 100 times the cosine between the mean view and each class."""
+def class_logits(embeddings_NVD: np.ndarray, class_embeddings_CD: np.ndarray) -> np.ndarray:
+    """Logits (N, C) float64: 100 times the cosine between the mean view and each class."""
     video_ND = embeddings_NVD.mean(axis=1, dtype=np.float64)
     video_ND /= np.linalg.norm(video_ND, axis=1, keepdims=True)
     classes_CD = class_embeddings_CD.astype(np.float64)
     classes_CD = classes_CD / np.linalg.norm(classes_CD, axis=1, keepdims=True)
-    logits_NC = LOGIT_SCALE * video_ND @ classes_CD.T
+    return LOGIT_SCALE * video_ND @ classes_CD.T
+
+
+def class_scores(embeddings_NVD: np.ndarray, class_embeddings_CD: np.ndarray) -> np.ndarray:
+    """Probabilities (N, C) float64: the softmax of `class_logits`."""
+    logits_NC = class_logits(embeddings_NVD, class_embeddings_CD)
     logits_NC -= logits_NC.max(axis=1, keepdims=True)
     scores_NC = np.exp(logits_NC)
     return scores_NC / scores_NC.sum(axis=1, keepdims=True)
@@ -124,8 +129,8 @@ def figures(
         "predictions": {
             "labels": labels_N.tolist(),
             "predicted": predicted_N.tolist(),
-            "probability": _rounded(scores_NC.max(axis=1)),
-            "label_probability": _rounded(own_N),
+            "probability": rounded(scores_NC.max(axis=1)),
+            "label_probability": rounded(own_N),
         },
     }
 
@@ -173,8 +178,36 @@ def _accuracy(scores_NC: np.ndarray, labels_N: np.ndarray) -> dict[str, Any]:
     return shares | {f"top{k}_correct": count for k, count in counts.items()}
 
 
-def _rounded(values_N: np.ndarray) -> list[float | None]:
+def rounded(values_N: np.ndarray) -> list[float | None]:
+    """Four decimals, None for NaN."""
     return [None if np.isnan(value) else round(float(value), 4) for value in values_N]
+
+
+def is_multi_label(report: Mapping[str, Any]) -> bool:
+    """Whether a report is of videos that may have several labels, or none."""
+    return "decision" in report
+
+
+def main_figures(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What logs, curves and checkpoints keep of a report."""
+    shares = ("map", "f1", "top1", "top5") if is_multi_label(report) else ("top1", "top5", "mean_class_accuracy")
+    return {key: report[key] for key in (*shares, "videos", "missing") if report.get(key) is not None}
+
+
+def in_words(figures: Mapping[str, Any]) -> str:
+    """The main shares among figures on one line."""
+    names = {"map": "mAP", "f1": "F1", "top1": "top-1", "top5": "top-5"}
+    return "  ".join(f"{name} {figures[key]:.2f} %" for key, name in names.items() if key in figures)
+
+
+def decision_of(report: Mapping[str, Any]) -> dict[str, Any]:
+    """{"decision": what turns logits into classes} where videos have several labels, else empty."""
+    return {"decision": report["decision"]} if report.get("decision") else {}
+
+
+def deciding_figure(report: Mapping[str, Any]) -> float:
+    """What makes weights the best: the top-1, or the mAP where videos have several labels; per cent."""
+    return (report["map"] or 0.0) if is_multi_label(report) else report["top1"]
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:

@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from text4vis.config.schema import ConfigError
+from text4vis.model.layouts import State, clip_names
 
-State = dict[str, Tensor]
-
+# Under which training programs save a model: Lightning and open_clip, Text4Vis, many others, DeepSpeed.
+_STATE_DICTS = ("state_dict", "model_state_dict", "model", "module")
 # Numbers that OpenAI's archives keep among the tensors.
 OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
 
@@ -40,12 +41,22 @@ def read_weights(path: Path, key: str) -> State:
         content = _openai_archive(path, key)
     else:
         content = read_torch_file(path, key)
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
+    content = _unpacked(content)
     if not is_state(content):
-        raise ConfigError(f"{key}: {path} is not a dictionary of named tensors")
-    state = {name.removeprefix("module."): tensor for name, tensor in content.items()}
+        held = f"; it holds {some(list(map(str, content)))}" if isinstance(content, dict) else ""
+        raise ConfigError(f"{key}: {path} is not a dictionary of named tensors{held}")
+    state = clip_names(content, f"{key}: {path}")
     return {name: tensor for name, tensor in state.items() if name not in OPENAI_EXTRAS}
+
+
+def _unpacked(content: Any) -> Any:
+    """The state dict in what a training program saved: beside its optimiser and counters, under one of these names."""
+    while isinstance(content, dict) and not is_state(content):
+        found = [name for name in _STATE_DICTS if isinstance(content.get(name), dict)]
+        if not found:
+            break
+        content = content[found[0]]
+    return content
 
 
 def write_tensors(path: Path, state: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -147,13 +158,14 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], where: str, hi
         "unexpected": state.keys() - expected.keys(),
         "shape": shapes,
     }
-    report = [f"{kind}: {_some(names)}" for kind, names in problems.items() if names]
+    report = [f"{kind}: {some(names)}" for kind, names in problems.items() if names]
     if report:
         raise ConfigError(f"{where} does not fit the model; {'; '.join(report)}{hint}")
     module.load_state_dict(state)
 
 
-def _some(names: Collection[str], most: int = 6) -> str:
+def some(names: Collection[str], most: int = 6) -> str:
+    """The first names in words, and how many more there are."""
     first = ", ".join(sorted(names)[:most])
     return first if len(names) <= most else f"{first} and {len(names) - most} more"
 

@@ -28,7 +28,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor, nn
 
 from text4vis.config.schema import ConfigError, NetworkConfig
-from text4vis.model.tensors import State, load_strictly, read_weights
+from text4vis.model.tensors import State, load_strictly, read_weights, some
 
 Tokenizer = Callable[..., Tensor]
 
@@ -365,7 +365,9 @@ def config_from_openai_weights(state: Mapping[str, Tensor], path: Path) -> dict[
         }
         embed_dim = state["text_projection"].shape[1]
     except KeyError as error:
-        raise ConfigError(f"network.arch: {path} is not a CLIP in OpenAI's layout: it lacks {error}") from None
+        raise ConfigError(
+            f"network.arch: {path} is not a CLIP in OpenAI's layout: it lacks {error}; it has {some(state)}"
+        ) from None
     return {"embed_dim": embed_dim, "quick_gelu": True, "vision_cfg": vision, "text_cfg": text}
 
 

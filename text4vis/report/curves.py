@@ -29,6 +29,8 @@ from shards.text import redact_text
 # Title, unit and factor of the metrics that are drawn, in order; others follow under their own names.
 CURVES = {
     "loss": ("training loss", "", 1.0),
+    "map": ("mean average precision", "%", 1.0),
+    "f1": ("F1, mean over classes", "%", 1.0),
     "top1": ("top-1", "%", 1.0),
     "top5": ("top-5", "%", 1.0),
     "mean_class_accuracy": ("mean class accuracy", "%", 1.0),

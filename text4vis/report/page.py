@@ -33,12 +33,15 @@ from text4vis.config.schema import Config, ConfigError, schema
 from text4vis.evaluation.comparison import (
     Comparison,
     card_of,
+    class_share,
     compare,
     confusions,
     figures_of,
+    labels_in,
     read_report,
     wilson_interval,
 )
+from text4vis.evaluation.protocols import is_multi_label
 from text4vis.report.curves import COLOURS, charts, reliability_chart
 
 REPORT, METRICS, CONFIG = "report.json", "metrics.jsonl", "config.yaml"
@@ -67,13 +70,17 @@ class Run:
 
 @dataclass(frozen=True)
 class PredictionRow:
-    """A run's prediction for a video, probabilities in per cent or None. right: it is the true class."""
+    """A run's prediction for a video, probabilities in per cent or None. right: it is the true class, or one of them.
+
+    said: the classes above their thresholds, where videos may have several; None where they have one.
+    """
 
     run: int
     class_name: str
     probability: float | None
     label_probability: float | None
     right: bool
+    said: str | None = None
 
 
 @dataclass(frozen=True)
@@ -189,7 +196,7 @@ def _examples(runs: Sequence[Run], run: Run, count: int) -> Examples:
             kind: [
                 Example(
                     loader.dataset.name(ids[row]),
-                    _class_name(run, run.report["predictions"]["labels"][row]),
+                    _class_names(run, run.report["predictions"]["labels"][row]),
                     [_data_address(frame) for frame in frames[ids[row]]],
                     _predictions(runs, run, row),
                 )
@@ -218,9 +225,10 @@ def _evaluated(run: Run) -> dict[str, Any]:
     return values
 
 
-def _class_name(run: Run, label: int) -> str:
+def _class_names(run: Run, entry: int | list[int]) -> str:
+    """The classes of an entry of the report's predictions."""
     assert run.report is not None
-    return run.report["per_class"][label]["class"]
+    return ", ".join(run.report["per_class"][label]["class"] for label in labels_in(entry)) or "none of the classes"
 
 
 def _predictions(runs: Sequence[Run], about: Run, row: int) -> list[PredictionRow]:
@@ -237,8 +245,10 @@ def _predictions(runs: Sequence[Run], about: Run, row: int) -> list[PredictionRo
             report["predictions"][key][row] for key in ("labels", "predicted", "probability", "label_probability")
         )
         probability, of_label = (None if share is None else 100 * share for share in shares)
-        right = probability is not None and label == predicted
-        rows.append(PredictionRow(number, _class_name(run, predicted), probability, of_label, right))
+        right = probability is not None and predicted in labels_in(label)
+        said = report["predictions"].get("said")
+        names = _class_names(run, said[row]) if said else None
+        rows.append(PredictionRow(number, _class_names(run, predicted), probability, of_label, right, names))
     return rows
 
 
@@ -277,6 +287,7 @@ def render(runs: Sequence[Run], examples: Sequence[Examples] = ()) -> str:
         reference=reference,
         comparisons=comparisons,
         headlines=[_headline(run) for run in runs],
+        several={n: is_multi_label(report) for n, report in reports.items()},
         intervals={n: wilson_interval(report["top1_correct"], report["videos"]) for n, report in reports.items()},
         figures=_rows({number: figures_of(report) for number, report in reports.items()}),
         charts=charts({run.name: [*run.train, *run.val] for run in runs}),
@@ -310,9 +321,10 @@ def _soft(key: str) -> Markup:
 def _headline(run: Run) -> dict[str, tuple[float, str, str]]:
     """{name: (value, format, unit)}: the summary of a run's metrics.jsonl."""
     found: dict[str, tuple[float, str, str]] = {}
-    if evaluated := [record for record in run.val if record.get("top1") is not None]:
-        best = max(evaluated, key=lambda record: record["top1"])
-        found["best top-1 while training"] = (best["top1"], ".2f", f"% at step {best['step']}")
+    key, name = ("map", "mAP") if any("map" in record for record in run.val) else ("top1", "top-1")
+    if evaluated := [record for record in run.val if record.get(key) is not None]:
+        best = max(evaluated, key=lambda record: record[key])
+        found[f"best {name} while training"] = (best[key], ".2f", f"% at step {best['step']}")
     if run.train:
         last = run.train[-1]
         found["steps"] = (last["step"], "d", "")
@@ -358,13 +370,13 @@ def _differing(columns: Mapping[int, Mapping[str, str]]) -> list[tuple[str, bool
 
 
 def _class_rows(reports: Mapping[int, Mapping[str, Any]]) -> list[tuple[str, int, dict[int, float]]]:
-    """[(class, its videos in the first report that has it, {run: accuracy})], the reference's worst class first."""
+    """[(class, its videos in the first report that has it, {run: class_share})], the reference's worst class first."""
     rows: dict[str, tuple[str, int, dict[int, float]]] = {}
     for number, report in reports.items():
         for row in report["per_class"]:
             if row["videos"]:
                 entry = rows.setdefault(row["class"], (row["class"], row["videos"], {}))
-                entry[2][number] = 100 * row["correct"] / row["videos"]
+                entry[2][number] = class_share(row)
     return sorted(rows.values(), key=lambda row: next(iter(row[2].values())))
 
 

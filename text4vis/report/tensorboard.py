@@ -5,7 +5,8 @@
     train/clips        the first clips of a step as they reach the model, when a run starts and after each evaluation
     val/right, wrong   the right and the wrong predictions of an evaluation that had the highest probability
     val/confusion      the confusion matrix of the most confused classes, as a picture
-    val/classes        the accuracy of each class: a table, worst class first, and a histogram
+    val/classes        the accuracy of each class: a table, worst class first, and a histogram; where videos may have
+                       several labels, precision and recall of each class, and no confusion matrix
     projector          the class embeddings with their names
 
 Only the few videos shown are read again; all else the run has computed already. Everything is written at a step, and a
@@ -18,7 +19,7 @@ B videos of a batch, T frames, S side in pixels, C classes, D embedding width.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,13 @@ from torch.utils.tensorboard.summary import hparams
 from text4vis.config.schema import Config, schema
 from text4vis.data.loader import Batch, Loader
 from text4vis.data.mixing import draw_mix, mix_frames
-from text4vis.evaluation.protocols import Views
+from text4vis.evaluation.comparison import class_share, labels_in
+from text4vis.evaluation.protocols import Views, is_multi_label, main_figures
 from text4vis.report.pictures import contact_sheet, draw_confusion, plain
 
 MOST_FRAMES = 8  # of a clip that are shown, spread over it
 MOST_CLASSES = 200  # lines of the table
-RESULTS = ("top1", "top5", "mean_class_accuracy", "best_top1")  # beside the hyper-parameters
+RESULTS = ("map", "f1", "top1", "top5", "mean_class_accuracy", "best_top1")  # beside the hyper-parameters
 PROJECTOR = """embeddings {
   tensor_name: "class embeddings"
   tensor_path: "class_embeddings.tsv"
@@ -66,7 +68,9 @@ class TensorBoardLog:
 
     def training_clips(self, batch: Batch, consumed: int, step: int) -> None:
         """Shows the first videos of the first micro batch of `step`. consumed: videos of the stream before the step."""
-        frames_BTCHW, ids, names = batch.frames[:, 0], batch.ids.tolist(), [self._names[c] for c in batch.labels]
+        frames_BTCHW, ids = batch.frames[:, 0], batch.ids.tolist()
+        several = batch.labels.dtype == torch.bool
+        names = [self._named(row.nonzero().flatten() if several else row[None]) for row in batch.labels]
         mix = draw_mix(self._config.solver, self._config.seed, consumed, ids, frames_BTCHW.shape[-1])
         if mix is not None:
             frames_BTCHW = mix_frames(frames_BTCHW, mix)
@@ -83,8 +87,10 @@ class TensorBoardLog:
         """Shows an evaluation as pictures and a table. report: with `step` and `best_top1`. loader: of `data.val`;
         reads the videos shown once more."""
         step, predictions = report["step"], report["predictions"]
-        for key in RESULTS:
-            self._results.add_scalar(f"result/{key}", report[key], step)
+        several = is_multi_label(report)
+        figures = main_figures(report) | {"best_top1": report["best_top1"]}
+        for key in figures.keys() & set(RESULTS):
+            self._results.add_scalar(f"result/{key}", figures[key], step)
         chosen = extremes(predictions, self._config.logging.pictures)
         ids = np.delete(np.arange(len(loader.dataset)), [entry["id"] for entry in report["skipped"]])
         frames = read_clips(loader, ids[sorted(set().union(*chosen.values()))])
@@ -94,12 +100,15 @@ class TensorBoardLog:
             ]
             if clips:
                 self._board.add_image(f"val/{kind}", contact_sheet(clips), step, dataformats="HWC")
-        confusion_CC = np.array(report["confusion"])
-        self._board.add_image("val/confusion", draw_confusion(confusion_CC, self._names), step, dataformats="HWC")
         rows = [row | {"class": name} for row, name in zip(report["per_class"], self._names, strict=True)]
-        shares = np.array([_share(row) for row in rows if row["videos"]])
-        self._board.add_histogram("val/class_accuracy", shares, step)
-        self._board.add_text("val/classes", class_table(rows, confusion_CC), step)
+        shares = np.array([class_share(row) for row in rows if row["videos"]])
+        self._board.add_histogram("val/average_precision" if several else "val/class_accuracy", shares, step)
+        if several:
+            self._board.add_text("val/classes", precision_table(rows), step)
+        else:
+            confusion_CC = np.array(report["confusion"])
+            self._board.add_image("val/confusion", draw_confusion(confusion_CC, self._names), step, dataformats="HWC")
+            self._board.add_text("val/classes", class_table(rows, confusion_CC), step)
         _write_projector(Path(self._board.log_dir), class_embeddings_CD, self._names)
         self._flush()
 
@@ -119,13 +128,19 @@ class TensorBoardLog:
         self._results.file_writer.add_summary(summary, step)  # type: ignore[attr-defined]
 
     def _caption(self, predictions: Mapping[str, Any], video: int) -> str:
-        label, predicted = predictions["labels"][video], predictions["predicted"][video]
+        entry, predicted = predictions["labels"][video], predictions["predicted"][video]
         answer = f"{self._names[predicted]}, {100 * predictions['probability'][video]:.1f} %"
-        if label == predicted:
+        if isinstance(entry, list):
+            said = self._named(predictions["said"][video])
+            return f"above thresholds: {said}    true: {self._named(entry)}    likeliest: {answer}"
+        if entry == predicted:
             return answer
         return (
-            f"predicted: {answer}    true: {self._names[label]}, {100 * predictions['label_probability'][video]:.1f} %"
+            f"predicted: {answer}    true: {self._names[entry]}, {100 * predictions['label_probability'][video]:.1f} %"
         )
+
+    def _named(self, labels: Iterable[int]) -> str:
+        return ", ".join(self._names[label] for label in labels) or "none of the classes"
 
 
 def hyperparameters(config: Config, global_batch: int) -> dict[str, str | float]:
@@ -137,18 +152,20 @@ def hyperparameters(config: Config, global_batch: int) -> dict[str, str | float]
 
 
 def extremes(predictions: Mapping[str, Any], count: int) -> dict[str, list[int]]:
-    """{"right": rows, "wrong": rows}: the `count` predictions of each kind with the highest probability, in order."""
+    """{"right": rows, "wrong": rows}: the `count` predictions of each kind with the highest probability, in order.
+
+    Where videos may have several labels, right is a likeliest class that is one of them; those without are left out.
+    """
     probabilities = predictions["probability"]
     surest = sorted(
         (video for video, probability in enumerate(probabilities) if probability is not None),
         key=lambda video: -probabilities[video],
     )
-    right = [
-        predicted == label for predicted, label in zip(predictions["predicted"], predictions["labels"], strict=True)
-    ]
+    labels = [labels_in(entry) for entry in predictions["labels"]]
+    right = [predicted in own for predicted, own in zip(predictions["predicted"], labels, strict=True)]
     return {
         "right": [video for video in surest if right[video]][:count],
-        "wrong": [video for video in surest if not right[video]][:count],
+        "wrong": [video for video in surest if labels[video] and not right[video]][:count],
     }
 
 
@@ -160,18 +177,35 @@ def class_table(per_class: Sequence[Mapping[str, Any]], confusion_CC: np.ndarray
     wrong_CC = confusion_CC - np.diag(np.diag(confusion_CC))
     present = [c for c, row in enumerate(per_class) if row["videos"]]
     lines = ["| class | videos | right % | most often taken for |", "|---|---:|---:|---|"]
-    for c in sorted(present, key=lambda c: _share(per_class[c]))[:MOST_CLASSES]:
+    for c in sorted(present, key=lambda c: class_share(per_class[c]))[:MOST_CLASSES]:
         row, other = per_class[c], int(wrong_CC[c].argmax())
         taken_for = f"{_literal(per_class[other]['class'])} ({wrong_CC[c, other]})" if wrong_CC[c, other] else ""
-        lines.append(f"| {_literal(row['class'])} | {row['videos']} | {_share(row):.1f} | {taken_for} |")
-    if len(present) > MOST_CLASSES:
-        lines += ["", f"and {len(present) - MOST_CLASSES} classes with higher shares"]
-    return "\n".join(lines)
+        lines.append(f"| {_literal(row['class'])} | {row['videos']} | {class_share(row):.1f} | {taken_for} |")
+    return "\n".join([*lines, *_more(len(present))])
 
 
-def _share(row: Mapping[str, Any]) -> float:
-    """Per cent of a class's videos that are right."""
-    return 100 * row["correct"] / row["videos"]
+def precision_table(per_class: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table of classes that videos have among others, lowest average precision first; shares in per cent.
+
+    per_class: `per_class` of a report.
+    """
+    present = sorted((row for row in per_class if row["videos"]), key=class_share)
+    lines = [
+        "| class | videos | average precision | precision | recall | threshold |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in present[:MOST_CLASSES]:
+        precision = f"{100 * row['correct'] / row['said']:.1f}" if row["said"] else ""
+        recall, threshold = 100 * row["correct"] / row["videos"], "" if row["threshold"] is None else row["threshold"]
+        lines.append(
+            f"| {_literal(row['class'])} | {row['videos']} | {class_share(row):.1f} | {precision} | {recall:.1f} | "
+            f"{threshold} |"
+        )
+    return "\n".join([*lines, *_more(len(present))])
+
+
+def _more(count: int) -> list[str]:
+    return ["", f"and {count - MOST_CLASSES} classes with higher shares"] if count > MOST_CLASSES else []
 
 
 def _literal(text: str) -> str:

@@ -43,8 +43,9 @@ class State:
 
     step: optimiser steps taken. updates: those of them that changed the weights; the others were skipped. consumed:
     videos of the stream. evaluated_step: step of the last evaluation. best_top1: per cent, -1 before the first
-    evaluation. figures: of the last evaluation. files: SHA-256 by file name. inputs: what the files hold
-    that decide the run, by key (`saved.inputs.digests`). mixture: [videos, weight] of each source of a mixture.
+    evaluation; the best mAP where videos have several labels. figures: of the last evaluation. files: SHA-256 by file
+    name. inputs: what the files hold that decide the run, by key (`saved.inputs.digests`). mixture: [videos, weight] of
+    each source of a mixture. logit_bias: what losses of many labels add to the logits, None before the first step.
     """
 
     step: int
@@ -61,6 +62,7 @@ class State:
     files: dict[FileName, str] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
     mixture: list[tuple[int, float]] = field(default_factory=list)
+    logit_bias: float | None = None
 
     def to_json(self) -> str:
         """The content of state.json, with its own SHA-256."""

@@ -29,7 +29,8 @@ from torch import Tensor
 from shards.files import replacing_path, write_atomically
 from text4vis.classifier.embeddings import TENSOR
 from text4vis.config.schema import ConfigError, NetworkConfig
-from text4vis.model.tensors import State, is_state, load_strictly, read_torch_file, read_weights, write_tensors
+from text4vis.model.layouts import State, without_wrappers
+from text4vis.model.tensors import is_state, load_strictly, read_torch_file, read_weights, write_tensors
 from text4vis.model.video_clip import VideoClip, build_model
 
 logger = logging.getLogger("text4vis")
@@ -121,9 +122,9 @@ def load_text4vis(
 
     Reads what its `train.py` saves (`model_state_dict` with `visual.*`, `fusion_model.*`, `logit_scale`) and what its
     `train_nce.py` saves (`model_state_dict` of all of CLIP, text tower included, and `fusion_model_state_dict`), with
-    or without `module.` before the names, or the first's state dict alone. The first has no text tower: it comes from
-    `network.arch`'s own weights. `image_size` as in `build_model`. Raises ConfigError listing every key that does not
-    fit.
+    or without wrappers' prefixes (`model.layouts`), or the first's state dict alone. The first has no text tower: it
+    comes from `network.arch`'s own weights. `image_size` as in `build_model`. Raises ConfigError listing every key that
+    does not fit.
     """
     parts = read_text4vis(Path(path))
     # Weights that the file replaces need not be fetched first.
@@ -162,11 +163,8 @@ def read_text4vis(path: Path, key: str = "checkpoint") -> Parts:
     if not is_state(checkpoint.get("fusion_model_state_dict") or {}):
         raise ConfigError(f"{key}: {path}: its `fusion_model_state_dict` is no dictionary of named tensors")
 
-    def without_prefix(state: Mapping[str, Tensor]) -> State:
-        return {name.removeprefix("module."): tensor for name, tensor in state.items()}
-
-    state = without_prefix(checkpoint["model_state_dict"])
-    head = without_prefix(checkpoint.get("fusion_model_state_dict") or {})
+    state = without_wrappers(checkpoint["model_state_dict"])
+    head = without_wrappers(checkpoint.get("fusion_model_state_dict") or {})
     state |= {f"fusion_model.{name}": tensor for name, tensor in head.items()}
     text_names = {name for name in state if name in TEXT_TENSORS or name.startswith("transformer.")}
     video = {name: tensor for name, tensor in state.items() if name not in text_names}
@@ -228,6 +226,11 @@ def export_model(  # noqa: PLR0917
         "config": dict(config_dict),
     }
     _write_json(folder / EXPORT_FILE, content)
+
+
+def write_card(folder: Path, card: Mapping[str, Any]) -> None:
+    """Gives an export another card, in one step; all else stays. Raises ConfigError, OSError."""
+    _write_json(folder / EXPORT_FILE, read_index(folder) | {"card": dict(card)})
 
 
 def load_export(folder: str | Path) -> Export:

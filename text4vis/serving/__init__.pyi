@@ -1,3 +1,4 @@
+from .exporting import add_to_export as add_to_export
 from .exporting import export as export
 from .exporting import last_report as last_report
 from .onnx_graph import require_packages as require_packages

@@ -9,18 +9,22 @@ predict_onnx_video.py, which decides what a video shows
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import shards.video
-from shards.files import require_folder
+from shards.files import require_folder, write_atomically
 from text4vis.config.schema import DENSE_WINDOW, Config, ConfigError, schema
 from text4vis.evaluation.comparison import read_report
 from text4vis.evaluation.embedding import versions, weights_fingerprint
+from text4vis.evaluation.multi_label import Decision
+from text4vis.evaluation.protocols import is_multi_label
 from text4vis.model.towers import CLIP_NAMES
 from text4vis.saved.opening import SavedModel, SavedRun, TrainedModel
-from text4vis.saved.weights import EXPORT_FILE, Parts, export_model
+from text4vis.saved.weights import EXPORT_FILE, Parts, export_model, write_card
+from text4vis.serving.fitted import fitted_of
 from text4vis.serving.model_card import file_name, model_card
 from text4vis.serving.onnx_graph import OPSET, OnnxFile, remove_onnx, require_packages, write_onnx
 from text4vis.serving.predictor import takes_labels
@@ -29,18 +33,17 @@ CARD_FILE = "README.md"
 ONNX_FILE = "model.onnx"
 ONNX_PROGRAM, ONNX_VIDEO = "predict_onnx.py", "predict_onnx_video.py"
 UNFINISHED = ".exporting"  # an export that was killed may be written again
+ADDED = ("preprocessing", "evaluation", "onnx", "versions")  # to the card of a run, by its export
 TABLES = ("per_class", "confusion", "predictions", "by_views", "half_classes", "class_splits", "skipped")
 
 
 def export(folder: Path, trained: TrainedModel, *, report: Path | None = None, onnx: bool = False) -> OnnxFile | None:
     """Writes the export of a trained model; an older one in the folder is replaced. Returns what `onnx` wrote.
 
-    report: of an evaluation, which the card quotes. Raises ConfigError, also for a folder
-    that holds something else, and OSError.
+    report: of an evaluation, which the card quotes; by default the one that an export quotes already. Raises
+    ConfigError, also for a folder that holds something else, and OSError.
     """
-    model, config, names = trained.model, trained.config, trained.class_names
-    evaluation = None if report is None else quote_report(report, trained)
-    rule = preprocessing(config)
+    evaluation = _evaluation(trained, report)
     require_folder(folder)
     if any(folder.iterdir()) and not any((folder / name).is_file() for name in (EXPORT_FILE, UNFINISHED)):
         raise ConfigError(
@@ -51,31 +54,80 @@ def export(folder: Path, trained: TrainedModel, *, report: Path | None = None, o
     remove_onnx(folder / ONNX_FILE)
     for name in (ONNX_PROGRAM, ONNX_VIDEO):
         (folder / name).unlink(missing_ok=True)
-    graph, graph_facts = None, None
-    if onnx:
-        require_packages()
-        facts = {"class_names": list(names), "preprocessing": rule}
-        graph = write_onnx(folder / ONNX_FILE, model.eval(), trained.class_embeddings_CD, facts)
-        _write_program(folder)
-        difference = "not compared: onnxruntime is not installed" if graph.difference is None else graph.difference
-        graph_facts = {"opset": OPSET, "bytes": graph.bytes, "largest difference of logits to PyTorch": difference}
-    installed = versions()
-    card = {**trained.card, "preprocessing": rule, "evaluation": evaluation, "onnx": graph_facts, "versions": installed}
-    export_model(folder, model, config.network, config.to_dict(), names, trained.class_embeddings_CD, card)
-    page = model_card(
-        f"{file_name(config.network.arch)}{f', {config.data.dataset}' if config.data.dataset else ''}",
-        names,
-        facts={**_what_it_is(trained), "versions": installed},
-        training=_training(trained),
-        preprocessing=rule,
-        figures=trained.card.get("figures", {}),
-        evaluation=evaluation,
-        onnx=graph_facts,
-        takes_labels=takes_labels(config),
-    )
-    (folder / CARD_FILE).write_text(page, encoding="utf-8")
+    graph = _write_graph(folder, trained, evaluation) if onnx else None
+    config, names = trained.config, trained.class_names
+    card = _card(trained, evaluation, None if graph is None else _graph_facts(graph))
+    export_model(folder, trained.model, config.network, config.to_dict(), names, trained.class_embeddings_CD, card)
+    (folder / CARD_FILE).write_text(_page(trained, card), encoding="utf-8")
     (folder / UNFINISHED).unlink()
     return graph
+
+
+def add_to_export(
+    folder: Path, trained: TrainedModel, *, report: Path | None = None, onnx: bool = False
+) -> OnnxFile | None:
+    """Adds an ONNX graph, an evaluation or both to the export that `trained` was opened from; its weights stay as they
+    are. Returns what `onnx` wrote. Raises ConfigError, OSError."""
+    evaluation = _evaluation(trained, report)
+    require_folder(folder)
+    graph = _write_graph(folder, trained, evaluation) if onnx else None
+    card = _card(trained, evaluation, trained.card.get("onnx") if graph is None else _graph_facts(graph))
+    write_card(folder, card)
+    write_atomically(folder / CARD_FILE, _page(trained, card).encode())
+    return graph
+
+
+def _evaluation(trained: TrainedModel, report: Path | None) -> dict[str, Any] | None:
+    return trained.card.get("evaluation") if report is None else quote_report(report, trained)
+
+
+def _write_graph(folder: Path, trained: TrainedModel, evaluation: dict[str, Any] | None) -> OnnxFile:
+    require_packages()
+    facts: dict[str, Any] = {
+        "class_names": list(trained.class_names),
+        "preprocessing": preprocessing(trained.config),
+    }
+    fitted = fitted_of({**trained.card, "evaluation": evaluation}, trained.config, folder)
+    if isinstance(fitted, Decision):
+        facts["decision"] = asdict(fitted)
+    graph = write_onnx(folder / ONNX_FILE, trained.model.eval(), trained.class_embeddings_CD, facts)
+    _write_program(folder)
+    return graph
+
+
+def _graph_facts(graph: OnnxFile) -> dict[str, Any]:
+    difference = "not compared: onnxruntime is not installed" if graph.difference is None else graph.difference
+    return {"opset": OPSET, "bytes": graph.bytes, "largest difference of logits to PyTorch": difference}
+
+
+def _card(
+    trained: TrainedModel, evaluation: dict[str, Any] | None, graph_facts: dict[str, Any] | None
+) -> dict[str, Any]:
+    """What export.json says of the model: what its run recorded, and ADDED."""
+    added = {
+        "preprocessing": preprocessing(trained.config),
+        "evaluation": evaluation,
+        "onnx": graph_facts,
+        "versions": versions(),
+    }
+    assert tuple(added) == ADDED
+    return trained.card | added
+
+
+def _page(trained: TrainedModel, card: dict[str, Any]) -> str:
+    config = trained.config
+    return model_card(
+        f"{file_name(config.network.arch)}{f', {config.data.dataset}' if config.data.dataset else ''}",
+        trained.class_names,
+        facts={**_what_it_is(trained), "versions": card["versions"]},
+        training=_training(trained),
+        preprocessing=card["preprocessing"],
+        figures=trained.card.get("figures", {}),
+        evaluation=card["evaluation"],
+        onnx=card["onnx"],
+        takes_labels=takes_labels(config),
+        several=config.solver.multi_label or bool(card["evaluation"] and is_multi_label(card["evaluation"])),
+    )
 
 
 def _write_program(folder: Path) -> None:
@@ -106,7 +158,7 @@ def quote_report(path: Path, trained: TrainedModel) -> dict[str, Any]:
     quoted["model"] = file_name(report.get("model"))
     names = [row["class"] for row in report.get("per_class", [])]
     if not same or names != list(trained.class_names):
-        quoted["calibration"] = None  # of other weights or other classes
+        quoted |= {"calibration": None, "decision": None}  # of other weights or other classes
     return {"of these weights": same, "of the training data": trained_on, **quoted}
 
 
@@ -137,7 +189,7 @@ def _starting_weights(config: Config) -> str:
 
 def _training(trained: TrainedModel) -> dict[str, Any]:
     """What a run records of its training; a .pt file records nothing, its recipe comes from the user who exports it."""
-    recorded = {key: value for key, value in trained.card.items() if key != "figures"}
+    recorded = {key: value for key, value in trained.card.items() if key not in {"figures", *ADDED}}
     if "step" not in recorded:
         return recorded
     return recorded | {key.name: file_name(attrgetter(key.name)(trained.config)) for key in schema() if key.on_card}

@@ -18,7 +18,10 @@ BAR, BAR_REST = "#2f6fab", "#b9cbe0"
 
 
 def save_prediction(prediction: Prediction, title: str, path: str | Path) -> None:
-    """One PNG: the sampled frames with their numbers, and below them the likeliest classes as bars."""
+    """One PNG: the sampled frames with their numbers, and below them the likeliest classes as bars.
+
+    Dark are the likeliest class, or all that the video shows of a model of several labels a video.
+    """
     num_frames, num_classes = len(prediction.frames), len(prediction.top)
     columns = min(num_frames, 8)
     rows = -(-num_frames // columns)
@@ -37,7 +40,9 @@ def save_prediction(prediction: Prediction, title: str, path: str | Path) -> Non
     axes = bottom.subplots()
     names = [plain(name) for name, _ in prediction.top]
     shares = [100 * probability for _, probability in prediction.top]
-    axes.barh(range(num_classes), shares, color=[BAR] + [BAR_REST] * (num_classes - 1), height=0.7)
+    shown = prediction.top[:1] if prediction.present is None else prediction.present
+    colours = [BAR if entry in shown else BAR_REST for entry in prediction.top]
+    axes.barh(range(num_classes), shares, color=colours, height=0.7)
     for row, share in enumerate(shares):
         axes.text(share + 1, row, f"{share:.1f} %", va="center", fontsize=9, color=INK)
     axes.set_yticks(range(num_classes), names, fontsize=10, color=INK, parse_math=False)

@@ -15,7 +15,7 @@ import contextlib
 import itertools
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,15 +29,18 @@ from shards.format import ShardError
 from shards.images import read_image
 from shards.text import redact, redact_text
 from shards.video import FrameReader, VideoError, VideoInfo, probe_video
+from shards.walk import is_hidden
 from text4vis.classifier.embeddings import text_classifier
 from text4vis.config.schema import Config, ConfigError
 from text4vis.data.augmentation import eval_geometry
 from text4vis.data.finishing import place
 from text4vis.data.sampling import test_indices
 from text4vis.evaluation.calibration import Calibration, at_temperature
-from text4vis.evaluation.protocols import class_scores
+from text4vis.evaluation.multi_label import MIDDLE, Decision
+from text4vis.evaluation.protocols import class_logits, class_scores
 from text4vis.model.video_clip import VideoClip
 from text4vis.saved.opening import open_saved
+from text4vis.serving.fitted import fitted_of
 
 FRAME_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
@@ -52,7 +55,9 @@ class Prediction:
 
     calibrated: whether the probabilities use a temperature that an evaluation fitted. sure: whether the answer is
     confident enough for the `accuracy` that was given. candidates: class names, likeliest first, one of which is right
-    as often as the `coverage` that was given. Both are None if nothing was given.
+    as often as the `coverage` that was given. Both are None if nothing was given. present: for a model of several
+    labels a video, (class name, probability) of all classes whose probability reaches their threshold, likeliest first;
+    else None.
     """
 
     top: list[tuple[str, float]]
@@ -61,6 +66,7 @@ class Prediction:
     calibrated: bool = False
     sure: bool | None = None
     candidates: list[str] | None = None
+    present: list[tuple[str, float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -91,9 +97,11 @@ class Predictor:
         config: Config,
         class_names: Sequence[str],
         class_embeddings_CD: torch.Tensor,
-        calibration: Calibration | None = None,
+        fitted: Calibration | Decision | None = None,
     ) -> None:
-        self.model, self.config, self.calibration = model.eval(), config, calibration
+        self.model, self.config = model.eval(), config
+        self.calibration = fitted if isinstance(fitted, Calibration) else None
+        self.decision = fitted if isinstance(fitted, Decision) else None
         self.class_names = list(class_names)
         self.class_embeddings_CD = class_embeddings_CD
         self.device = next(model.parameters()).device
@@ -107,10 +115,8 @@ class Predictor:
         """
         trained = open_saved(folder).trained()
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        calibration = _calibration_of(trained.card, folder)
-        return cls(
-            trained.model.to(device), trained.config, trained.class_names, trained.class_embeddings_CD, calibration
-        )
+        model, config, names = trained.model.to(device), trained.config, trained.class_names
+        return cls(model, config, names, trained.class_embeddings_CD, fitted_of(trained.card, config, folder))
 
     def predict(
         self,
@@ -162,9 +168,11 @@ class Predictor:
 
         Raises PredictionError.
         """
-        names, calibrated = self._classes(labels)[0], self.calibration is not None and labels is None
+        names, fitted = self._classes(labels)[0], self.calibration is not None or self.decision is not None
+        calibrated = fitted and labels is None
         sure_from = self._threshold("accuracy", accuracy, labels)
         candidate_from = self._threshold("coverage", coverage, labels)
+        present_from_C = self._present_from(labels)
 
         def answer(scores_C: np.ndarray, indices: np.ndarray, frames: np.ndarray) -> Prediction:
             likeliest = _top(names, scores_C, len(names) if candidate_from is not None else top)
@@ -175,14 +183,25 @@ class Predictor:
                 calibrated,
                 None if sure_from is None else likeliest[0][1] >= sure_from,
                 None if candidate_from is None else [name for name, share in likeliest if share >= candidate_from],
+                None if present_from_C is None else _reaching(names, scores_C, present_from_C),
             )
 
         return answer
+
+    def _present_from(self, labels: Sequence[str] | None) -> np.ndarray | None:
+        """The probability (C,) from which each class counts as shown, for models of several labels a video."""
+        if self.decision is None:
+            return None
+        return np.array(self.decision.thresholds) if labels is None else np.full(len(labels), MIDDLE)
 
     def _threshold(self, kind: str, asked: float | None, labels: Sequence[str] | None) -> float | None:
         """The probability that reaches the given accuracy or coverage; None if none was given."""
         if asked is None:
             return None
+        if self.decision is not None:
+            raise PredictionError(
+                f"{kind}: is of models of one label a video; this one decides on each class by itself: leave it out"
+            )
         if labels is not None:
             raise PredictionError(f"{kind}: it was measured with the model's own classes; leave the labels out")
         if self.calibration is None:
@@ -254,9 +273,14 @@ class Predictor:
 
     @torch.no_grad()
     def _scores(self, frames_BTSS3: np.ndarray, classes_CD: torch.Tensor) -> np.ndarray:
-        """Probabilities (B, C), calibrated where the classes are the model's own and a calibration is known."""
+        """Probabilities (B, C), calibrated where the classes are the model's own and a calibration is known.
+
+        Of each class by itself for models of several labels a video, else they add up to 1.
+        """
         frames_BTCHW = torch.from_numpy(frames_BTSS3).permute(0, 1, 4, 2, 3).to(self.device)
         embeddings_BVD = self.model.encode_video(frames_BTCHW)[:, None].float().cpu().numpy()
+        if self.decision is not None:
+            return self.decision.probabilities(class_logits(embeddings_BVD, classes_CD.float().cpu().numpy()))
         scores_BC = class_scores(embeddings_BVD, classes_CD.float().cpu().numpy())
         if self.calibration is None or classes_CD is not self.class_embeddings_CD:
             return scores_BC
@@ -311,7 +335,8 @@ class Predictor:
                 return self._sample(copy)
         path = Path(video)
         if path.is_dir():
-            files = sorted((p for p in path.iterdir() if p.suffix.lower() in FRAME_SUFFIXES), key=_natural)
+            files = [p for p in path.iterdir() if p.suffix.lower() in FRAME_SUFFIXES and not is_hidden(p.name)]
+            files.sort(key=_natural)
             if not files:
                 raise PredictionError(f"{path}: holds no frames ({', '.join(sorted(FRAME_SUFFIXES))})")
             indices = self._indices(len(files))
@@ -340,15 +365,10 @@ class Predictor:
         return out_VTSS3[0, 0]
 
 
-def _calibration_of(card: Mapping[str, Any], folder: str | Path) -> Calibration | None:
-    """The calibration that an export quotes from an evaluation of its weights. Raises ConfigError for a damaged one."""
-    figures = (card.get("evaluation") or {}).get("calibration")
-    if figures is None:
-        return None
-    try:
-        return Calibration.of(figures)
-    except ValueError as error:
-        raise ConfigError(f"{folder}: its calibration is damaged ({error}); export the model again") from None
+def _reaching(names: Sequence[str], scores_C: np.ndarray, from_C: np.ndarray) -> list[tuple[str, float]]:
+    reached = int((scores_C >= from_C).sum())
+    chosen_C = np.where(scores_C >= from_C, scores_C, -1.0)
+    return _top(names, chosen_C, reached)
 
 
 def _names(labels: Iterable[str]) -> list[str]:

@@ -2,7 +2,8 @@
 
     python predict_onnx.py model.onnx clip.mp4 [more.mp4 …]
 
-Prints video, class and probability for the five most probable classes. Needs predict_onnx_video.py beside it, which
+Prints video, class and probability for the five most probable classes; where a video may show several classes, or none,
+for those that reach their threshold. Needs predict_onnx_video.py beside it, which
 reads the videos: copy both files together.
 """
 
@@ -19,7 +20,7 @@ from shards.video import FrameReader, VideoError, probe_video
 
 
 def load(path: str) -> tuple[Any, dict[str, Any]]:
-    """Returns the session and the graph's metadata: `class_names` and `preprocessing`."""
+    """Returns the session and the graph's metadata: `class_names`, `preprocessing`, for several labels `decision`."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # it warns that the input `classes` has a default
     session = onnxruntime.InferenceSession(path, options, providers=onnxruntime.get_available_providers())
@@ -59,6 +60,18 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return powers / powers.sum(axis=-1, keepdims=True)
 
 
+def answers(logits: np.ndarray, decision: dict[str, Any] | None) -> list[tuple[int, float]]:
+    """(number, probability) of the classes to print, the most probable first."""
+    if decision is None:
+        scores = softmax(logits)
+        chosen = np.argsort(-scores)[:5]
+    else:
+        scores = 1 / (1 + np.exp(-(decision["slope"] * logits.astype(np.float64) + decision["intercept"])))
+        chosen = np.argsort(-np.where(scores >= decision["thresholds"], scores, -1))
+        chosen = chosen[: int((scores >= decision["thresholds"]).sum())]
+    return [(int(number), float(scores[number])) for number in chosen]
+
+
 def main() -> int:
     """Recognises the videos of the command line. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -79,9 +92,8 @@ def main() -> int:
             code = 1
             continue
         (logits,) = session.run(["logits"], {"frames": frames})
-        scores = softmax(logits[0])
-        for number in np.argsort(-scores)[:5]:
-            print(f"{path}\t{facts['class_names'][number]}\t{scores[number]:.4f}")
+        for number, score in answers(logits[0], facts.get("decision")):
+            print(f"{path}\t{facts['class_names'][number]}\t{score:.4f}")
     return code
 
 

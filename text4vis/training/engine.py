@@ -224,10 +224,9 @@ class Engine:
             safe_set_local_optimizer_state,
         )
 
-        if hasattr(parameter, "ds_id"):  # ZeRO-3: this rank's share; the last one is padded
-            share, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank()  # type: ignore[attr-defined]
-            padded = nn.functional.pad(value.flatten(), (0, share * torch.distributed.get_world_size() - value.numel()))
-            own = padded[rank * share : (rank + 1) * share].to(parameter.device)
+        if hasattr(parameter, "ds_id"):  # ZeRO-3
+            share = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+            own = share_of_rank(value, share, torch.distributed.get_rank()).to(parameter.device)
             if key is None:
                 safe_set_local_fp32_param(parameter, own)
             else:
@@ -245,6 +244,12 @@ class Engine:
         if not self.runtime.fp16_enabled():
             return None
         return getattr(self.runtime.optimizer, "loss_scaler", None) or self.runtime.optimizer.loss_scale_config
+
+
+def share_of_rank(value: Tensor, share: int, rank: int) -> Tensor:
+    """The numbers (share,) of a whole tensor that ZeRO-3 keeps on a rank; zeros stand behind the tensor's end."""
+    own = value.flatten()[rank * share : (rank + 1) * share]
+    return nn.functional.pad(own, (0, share - own.numel()))
 
 
 def _is_partitioned(parameter: nn.Parameter) -> bool:

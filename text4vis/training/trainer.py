@@ -24,11 +24,11 @@ from text4vis.cluster import distributed
 from text4vis.cluster.stop import NonFiniteError, Stopped, StopRequest
 from text4vis.config.batches import BatchSizes
 from text4vis.config.schema import Config
-from text4vis.data.datasets import class_names
+from text4vis.data.datasets import check_labels, class_names, positive_share
 from text4vis.data.loader import Batch, Loader, build_loader
 from text4vis.data.traps import log_traps
 from text4vis.evaluation.embedding import evaluate, join_bad_videos, weights_fingerprint
-from text4vis.evaluation.protocols import write_report
+from text4vis.evaluation.protocols import deciding_figure, decision_of, in_words, main_figures, write_report
 from text4vis.model.video_clip import Classes, VideoClip, build_model
 from text4vis.saved import checkpoint
 from text4vis.saved.checkpoint import State
@@ -88,12 +88,16 @@ class Trainer:
             self.train_loader = opened.enter_context(self._loader("train", start.consumed if start else 0))
             self.class_names = class_names(config, self.train_loader.dataset)
             check_same_classes(config, self.train_loader.dataset.classes, self.val_loader.dataset.classes)
+            for loader in (self.train_loader, self.val_loader):
+                check_labels(config, loader.split, loader.dataset)
             samples = config.solver.epochs * self.train_loader.epoch_samples
             self.num_steps = math.ceil(samples / self.sizes.global_batch)
             self.state = self._state(start)
             self.device = distributed.device()
             model, classes = self._model_and_classes()
-            self.objective = Objective(config, classes.to(self.device), self.sizes.micro)
+            share = positive_share(self.train_loader.dataset, len(self.class_names))
+            bias = self.state.logit_bias
+            self.objective = Objective(config, classes.to(self.device), self.sizes.micro, share=share, bias=bias)
             self.engine = self._engine(model)
             self._opened = opened.pop_all()
         self.log = RunLog()
@@ -160,6 +164,7 @@ class Trainer:
             step=self.state.step + 1,
             updates=self.state.updates + applied,
             consumed=self.state.consumed + self.sizes.global_batch,
+            logit_bias=self.objective.bias,
         )
         return self.agree()
 
@@ -314,11 +319,10 @@ class Trainer:
             weights=weights_fingerprint(checkpointing.gather_weights(self.engine)),
             before_batch=self.save_and_stop_if_asked,
         )  # fmt: skip
-        (top1,) = distributed.sum_over_ranks([result["top1"] if result else 0.0])
+        (deciding,) = distributed.sum_over_ranks([deciding_figure(result) if result else 0.0])
         figures = self.report_evaluation(result, classes_CD) if result else {}
         self.list_skipped(self.val_loader)
-        is_best = top1 > self.state.best_top1
-        best_top1 = max(top1, self.state.best_top1)
+        is_best, best_top1 = deciding > self.state.best_top1, max(deciding, self.state.best_top1)
         self.state = replace(self.state, evaluated_step=self.state.step, best_top1=best_top1, figures=figures)
         if is_best:
             checkpointing.save_best(self.engine, self.output, self.state)
@@ -327,20 +331,17 @@ class Trainer:
 
     def report_evaluation(self, result: dict[str, Any], classes_CD: torch.Tensor) -> dict[str, Any]:
         """Writes down an evaluation's result on rank 0. Returns its main figures."""
-        figures = {key: result[key] for key in ("top1", "top5", "mean_class_accuracy", "videos", "missing")}
+        figures = main_figures(result)
         record = {"step": self.state.step, "epoch": round(self.epoch, 4), **figures}
-        record["best_top1"] = max(result["top1"], self.state.best_top1)
+        record["best_top1"] = max(deciding_figure(result), self.state.best_top1)
         by_source = self.train_loader.planner.order.samples_by_source(self.state.consumed)
         self.log.write("val", record | {f"samples of {name}": count for name, count in by_source.items()})
         write_report(self.output / "report.json", {"step": self.state.step, **result})
         self.log.add_pictures(
             self.state.step, lambda board: board.evaluation(result | record, classes_CD, self.val_loader)
         )
-        logger.info(
-            "evaluation after epoch %.2f: top-1 %.2f %%  top-5 %.2f %%  of %d videos",
-            self.epoch, result["top1"], result["top5"], result["videos"],
-        )  # fmt: skip
-        return figures
+        logger.info("evaluation after epoch %.2f: %s of %d videos", self.epoch, in_words(figures), result["videos"])
+        return figures | decision_of(result)
 
     def save_and_stop_if_asked(self) -> None:
         """Called before each batch of an evaluation. Collective. Raises Stopped."""

@@ -1,0 +1,511 @@
+"""The trainer at one rank in this process: what it decides step by step, what a run leaves, how it goes on."""
+
+import contextlib
+import json
+import os
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from project import NUM_VIDEOS, losses, records, weights
+
+from text4vis.cluster import distributed
+from text4vis.cluster.distributed import Ranks
+from text4vis.cluster.stop import NonFiniteError, Stopped
+from text4vis.config.batches import BatchSizes
+from text4vis.config.loading import load_config
+from text4vis.config.schema import Config, DataConfig, EngineConfig, LoggingConfig, SolverConfig
+from text4vis.saved import checkpoint
+from text4vis.saved.checkpoint import CheckpointError, State
+from text4vis.training import trainer as module
+from text4vis.training.logs import Meter
+from text4vis.training.optim import learning_rate
+from text4vis.training.trainer import MicroBatchLoss, Requests, Trainer
+
+STEPS, EPOCHS = 13, 2  # of 4 of the 26 videos
+SETTINGS = (
+    "engine.precision=fp32", "engine.zero_stage=0", "data.batch_size=4", f"solver.epochs={EPOCHS}",
+    "engine.num_threads=1", "logging.print_freq=3", "logging.pictures=0", "logging.keep_checkpoints=20",
+    "logging.save_steps=5",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank():
+    before, threads = dict(os.environ), torch.get_num_threads()
+    distributed.start()
+    yield
+    distributed.stop()
+    torch.set_num_threads(threads)
+    os.environ.clear()
+    os.environ.update(before)
+
+
+class Stop:
+    """Requests to stop, asked for by tests."""
+
+    def __init__(self) -> None:
+        self.code, self.wall_minutes = 0, []
+
+    def limit(self, wall_minutes):
+        self.wall_minutes.append(wall_minutes)
+
+
+class Board:
+    """In the place of a run's files: keeps what it was given. Pictures are drawn on itself."""
+
+    def __init__(self) -> None:
+        self.records, self.listed, self.drawn, self.closed = [], [], [], 0
+
+    def write(self, kind, record):
+        self.records.append((kind, record))
+
+    def list_skipped(self, loader):
+        self.listed.append(loader)
+
+    def add_pictures(self, step, draw):
+        draw(SimpleNamespace(
+            end=lambda step: self.drawn.append(("end", step)),
+            training_clips=lambda batch, consumed, at: self.drawn.append(("clips", batch, consumed, at, step)),
+            evaluation=lambda result, classes, loader: self.drawn.append(("evaluation", result, classes, loader, step)),
+        ))  # fmt: skip
+
+    def close(self):
+        self.closed += 1
+
+
+def start(project, output, *settings, resume="auto", stop=None) -> Trainer:
+    output.mkdir(parents=True, exist_ok=True)
+    return Trainer(load_config(project.config, [*SETTINGS, *settings]), output, stop or Stop(), resume)
+
+
+def equal(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def whole(project, tmp_path_factory):
+    """An uninterrupted run: its folder, what `fit` returned, its trainer after it was closed."""
+    output = tmp_path_factory.mktemp("trainer") / "run"
+    with start(project, output) as trainer:
+        assert trainer.stop.wall_minutes == [None] and trainer.num_steps == STEPS and trainer.agreement is None
+        figures = trainer.fit()
+    return output, figures, trainer
+
+
+# Decisions, by a trainer that holds only what they need
+
+
+def bare(**attributes: object) -> Trainer:
+    """A trainer with these attributes alone; of 8 steps with global batches of 4 over 10 videos, unless they differ."""
+    trainer = object.__new__(Trainer)
+    defaults = {
+        "config": Config(), "ranks": Ranks(0, 1, 0, 1), "sizes": BatchSizes(4, 1, 1), "num_steps": 8, "log": Board(),
+        "train_loader": SimpleNamespace(epoch_samples=10), "agreement": None, "stop": Stop(),
+        "state": State(0, 0, 4, "f", {}, ["a"]), "device": torch.device("cpu"),
+    }  # fmt: skip
+    vars(trainer).update(defaults | attributes)
+    return trainer
+
+
+def at_step(step: int, **changes: object) -> State:
+    return State(step, 4 * step, 4, "f", {}, ["a"], **changes)
+
+
+@pytest.mark.parametrize(
+    ("every", "due"), [(1, [3, 5, 8]), (2, [5, 8]), (3, [8])]
+)  # 10 videos are an epoch: reached at steps 3, 5 and 8
+def test_an_evaluation_is_due_when_an_epoch_is_reached_and_at_the_end(every, due):
+    config = Config(logging=LoggingConfig(eval_freq=every))
+    found = [bare(config=config, state=at_step(step)).evaluation_is_due() for step in range(1, 9)]
+    assert found == [step in due for step in range(1, 9)]
+    done = bare(config=config, state=at_step(5, evaluated_step=5))
+    assert done.evaluation_is_due() is False, "once"
+    assert bare(state=at_step(0)).evaluation_is_due() is False
+
+
+def test_the_epoch_is_the_share_of_videos_consumed():
+    assert bare(state=at_step(3)).epoch == 1.2
+
+
+def test_a_checkpoint_is_wanted_by_time_or_by_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(module.time, "monotonic", lambda: 1000.0)
+
+    def wants(minutes, saved_at, rank=0):
+        config = Config(logging=LoggingConfig(save_minutes=minutes))
+        return bare(config=config, ranks=Ranks(rank, 2, rank, 2), output=tmp_path, saved_at=saved_at).wants_save()
+
+    assert [wants(2, saved_at) for saved_at in (879.0, 880.0, 999.0)] == [True, False, False]
+    assert wants(None, 0.0) is False
+    (tmp_path / "save-now").touch()
+    assert wants(None, 999.0) is True and wants(2, 999.0) is True
+    assert wants(2, 0.0, rank=1) is False, "rank 0 decides for all"
+
+
+def test_a_checkpoint_is_due_when_agreed_or_every_so_many_steps():
+    every = Config(logging=LoggingConfig(save_steps=3))
+    due = [bare(config=every, state=at_step(step)).save_is_due(Requests()) for step in (1, 2, 3, 4, 6)]
+    assert due == [False, False, True, False, True]
+    assert not bare(state=at_step(3)).save_is_due(Requests())
+    assert bare(state=at_step(1)).save_is_due(Requests(save=True)) and Requests() == Requests(0, False)
+
+
+def test_ranks_agree_on_what_was_asked_for_a_step_before(tmp_path):
+    trainer = bare(output=tmp_path, saved_at=time.monotonic(), config=Config(logging=LoggingConfig(save_minutes=None)))
+    assert trainer.agree() == Requests()
+    trainer.stop.code = 2
+    (tmp_path / "save-now").touch()
+    assert trainer.agree() == Requests()
+    assert trainer.agree() == Requests(2, True)
+
+
+class EngineStub:
+    """An engine whose steps change the weights, or not."""
+
+    def __init__(self, applied: bool = True) -> None:
+        self.applied, self.rates = applied, []
+
+    def set_rates(self, rate):
+        self.rates.append(rate(2.0))
+
+    def step(self):
+        return self.applied
+
+
+def take_step(trainer: Trainer, losses: list[float]) -> list[object]:
+    """One step of micro batches with these losses; gives the batches that were trained on, and their seeds."""
+    seen = []
+    meter = Meter.new(trainer.device)
+
+    def backward(batch):
+        seen.append((batch, torch.initial_seed(), torch.rand(1).item()))
+        return MicroBatchLoss([batch], torch.tensor(losses[batch]))
+
+    trainer.backward = backward
+    trainer.agree = lambda: Requests(3)
+    trainer.report_nonfinite = seen.append
+    assert trainer.train_step(iter(range(len(losses))), meter) == Requests(3)
+    return [*seen, meter]
+
+
+def test_a_step_takes_all_its_micro_batches_and_counts():
+    solver = SolverConfig(lr=1.0, epochs=2, lr_warmup_step=1)
+    trainer = bare(
+        engine=EngineStub(), sizes=BatchSizes(2, 3, 2), state=at_step(1, updates=1), config=Config(solver=solver)
+    )
+    *seen, meter = take_step(trainer, [1.0, 2.0, 6.0])
+    assert [batch for batch, _, _ in seen] == [0, 1, 2]
+    assert (trainer.state.step, trainer.state.updates, trainer.state.consumed) == (2, 2, 4 + 12)
+    assert (meter.steps, meter.updates, meter.loss.item()) == (1, 1, 3.0) and 0 <= meter.wait_seconds < 10
+    assert trainer.engine.rates == [learning_rate(0.4, 2.0, 2, 1)], "of the epoch before the step"
+    assert trainer.log.drawn == []
+
+
+def test_a_step_that_was_skipped_counts_as_no_update():
+    trainer = bare(engine=EngineStub(applied=False), state=at_step(1, updates=1))
+    _, micros, meter = take_step(trainer, [7.0])
+    assert [micro.ids for micro in micros] == [[0]]
+    assert (trainer.state.step, trainer.state.updates, trainer.state.consumed) == (2, 1, 8)
+    assert (meter.steps, meter.updates, meter.loss.item()) == (1, 0, 0.0)
+
+
+def test_every_step_and_rank_draws_its_own_numbers_and_a_resumed_step_the_same():
+    def seed(step, rank, ranks=3, run=0):
+        trainer = bare(
+            engine=EngineStub(), ranks=Ranks(rank, ranks, 0, 1), state=at_step(step), config=Config(seed=run)
+        )
+        return take_step(trainer, [1.0])[0][1]
+
+    places = [(step, rank) for step in range(6) for rank in range(3)]
+    assert len({seed(*place) for place in places} | {seed(*place, run=1) for place in places}) == 2 * len(places)
+    assert seed(4, 2) == seed(4, 2)
+
+
+def test_clips_are_pictured_before_the_first_step_and_after_each_evaluation():
+    def drawn(step, evaluated):
+        trainer = bare(engine=EngineStub(), sizes=BatchSizes(2, 2, 1), state=at_step(step, evaluated_step=evaluated))
+        take_step(trainer, [1.0, 1.0])
+        return trainer.log.drawn
+
+    assert drawn(0, 0) == [("clips", 0, 0, 1, 1)]
+    assert drawn(5, 5) == [("clips", 0, 20, 6, 6)], "the first micro batch alone"
+    assert drawn(6, 5) == []
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+def explain(losses: list[float], precision: str = "fp32", on_nonfinite: str = "stop", videos: int = 2) -> str:
+    """What is said of a skipped step whose micro batches of so many videos have these losses."""
+    trainer = bare(
+        config=Config(engine=EngineConfig(precision=precision), solver=SolverConfig(on_nonfinite=on_nonfinite)),
+        state=at_step(4, updates=3),
+        train_loader=SimpleNamespace(dataset=SimpleNamespace(describe=lambda sample: f"v{sample}"), epoch_samples=10),
+    )
+    micros = [
+        MicroBatchLoss([100 * number + video for video in range(videos)], torch.tensor(loss))
+        for number, loss in enumerate(losses, start=1)
+    ]
+    trainer.report_nonfinite(micros)
+    return ""
+
+
+def test_a_loss_that_is_not_finite_names_its_own_videos():
+    for wrong in (NAN, INF):
+        with pytest.raises(NonFiniteError, match=r"^step 5: the loss is not finite; videos: v200; v201\. Mend them"):
+            explain([1.0, wrong])
+    with pytest.raises(NonFiniteError, match=r"the loss is not finite"):
+        explain([1.0, NAN], precision="fp16")
+
+
+def test_a_gradient_that_is_not_finite_names_all_videos():
+    with pytest.raises(NonFiniteError, match=r"step 5: the gradient is not finite; videos: v100; v101; v200; v201\. M"):
+        explain([1.0, 2.0])
+    explain([1.0, 2.0], precision="fp16")  # it looks for a loss scale
+
+
+@pytest.mark.parametrize(("videos", "more"), [(32, r"v131\. "), (33, r"v131 and 1 more\. "), (40, "v131 and 8 more")])
+def test_many_videos_are_counted(videos, more):
+    with pytest.raises(NonFiniteError, match=more):
+        explain([NAN], videos=videos)
+
+
+def test_a_wrong_step_may_be_skipped():
+    explain([NAN], on_nonfinite="skip")
+    explain([1.0], on_nonfinite="skip")
+
+
+def test_class_embeddings_are_those_that_train():
+    classes = torch.ones(2, 3)
+    model = SimpleNamespace(classifier=None, text_tower=None)
+    frozen = bare(engine=SimpleNamespace(model=model), objective=SimpleNamespace(classes=classes))
+    assert frozen.class_embeddings() is classes
+    parameter = torch.nn.Parameter(torch.zeros(2, 3))
+    trained = bare(
+        engine=SimpleNamespace(
+            model=SimpleNamespace(classifier=parameter, text_tower=None), whole=lambda of: ("whole", of)
+        )
+    )
+    assert trained.class_embeddings() == ("whole", parameter)
+
+
+def test_class_embeddings_of_a_text_tower_that_trains_are_made_anew(monkeypatch):
+    monkeypatch.setattr(module, "build_classifier", lambda config, model, names: ("anew", model, names))
+    model = SimpleNamespace(classifier=None, text_tower=object())
+    trainer = bare(engine=SimpleNamespace(model=model), class_names=["a"], objective=None)
+    assert trainer.class_embeddings() == ("anew", model, ["a"])
+
+
+def test_videos_that_were_skipped_are_listed_by_all_ranks(monkeypatch):
+    joined = []
+    monkeypatch.setattr(module, "join_bad_videos", joined.append)
+    loader = SimpleNamespace(bad={"x": 1})
+    for on_error, expected in (("fail", []), ("skip", [{"x": 1}])):
+        trainer = bare(config=Config(data=DataConfig(on_error=on_error)))
+        trainer.list_skipped(loader)
+        assert joined == expected and trainer.log.listed == [loader]
+
+
+def log_of(meter: Meter, monkeypatch, *, ranks: int = 1, state: State | None = None, gpu: float | None = None) -> dict:
+    """The record of a line that is logged 2 s after the meter was made, from one of `ranks` ranks that are alike."""
+    monkeypatch.setattr(module.time, "perf_counter", lambda: 102.0)
+    monkeypatch.setattr(module, "gpu_utilisation", lambda: gpu)
+    monkeypatch.setattr(module.distributed, "sum_over_ranks", lambda values: [ranks * value for value in values])
+    engine = SimpleNamespace(
+        rates=lambda: {"clip": 0.1, "head": 0.2}, model=SimpleNamespace(logit_scale=torch.tensor([0.0])),
+        used=lambda parameter: parameter, grad_norm=lambda: 1.5,
+    )  # fmt: skip
+    loader = SimpleNamespace(epoch_samples=7, bad={1: "", 2: ""})
+    trainer = bare(
+        engine=engine, train_loader=loader, ranks=Ranks(0, ranks, 0, ranks), sizes=BatchSizes(4, 1, ranks),
+        state=state or at_step(5, updates=4),
+    )  # fmt: skip
+    trainer.log_step(meter)
+    ((kind, record),) = trainer.log.records
+    assert kind == "train" and trainer.log.listed == [loader]
+    return record
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_line_of_the_log_holds_means_over_steps_and_ranks(monkeypatch, ranks):
+    meter = Meter(torch.tensor(6.0), started=100.0, steps=4, updates=3, wait_seconds=0.5)
+    record = log_of(meter, monkeypatch, ranks=ranks, gpu=0.4)
+    memory = record.pop("memory_bytes")
+    assert memory > 1e6
+    assert record == pytest.approx({
+        "step": 5, "epoch": 2.8571, "loss": 2.0, "lr_clip": 0.1, "lr_head": 0.2, "logit_scale": 1.0, "grad_norm": 1.5,
+        "skipped_steps": 1, "bad_videos": 2, "videos_per_second": 4 * ranks / 0.5, "step_seconds": 0.5,
+        "data_wait_share": 0.25, "gpu_utilisation": 0.4,
+    })  # fmt: skip
+
+
+def test_a_line_of_the_log_without_an_update_has_no_loss(monkeypatch):
+    record = log_of(Meter(torch.tensor(0.0), started=100.0, steps=1), monkeypatch)
+    assert record["loss"] is None and record["gpu_utilisation"] is None
+
+
+def test_a_request_during_an_evaluation_saves_and_stops():
+    saved = []
+    trainer = bare(save=lambda: saved.append(1), state=at_step(5))
+    trainer.save_and_stop_if_asked()
+    assert saved == []
+    trainer.stop.code = 1
+    with pytest.raises(Stopped, match="stopped by SIGTERM after step 5; run the command again"):
+        trainer.save_and_stop_if_asked()
+    assert saved == [1]
+
+
+def evaluated(monkeypatch, top1: float, best: float) -> tuple[Trainer, list[str], dict]:
+    """An evaluation that gives `top1`, in a run whose best was `best`; and what was saved."""
+    done = []
+    result = {"top1": top1, "top5": 90.0, "mean_class_accuracy": 50.0, "videos": 6, "missing": 0, "per_class": []}
+    order = SimpleNamespace(samples_by_source=lambda consumed: {"a": consumed})
+    trainer = bare(
+        state=at_step(5, best_top1=best), output=None, val_loader="val", class_names=["a"],
+        engine=SimpleNamespace(model="model", named_weights=lambda: iter(())),
+        train_loader=SimpleNamespace(epoch_samples=7, planner=SimpleNamespace(order=order)),
+        class_embeddings=lambda: "classes", save=lambda: done.append("step"),
+    )  # fmt: skip
+
+    def evaluate(model, classes, names, loader, *, weights, before_batch):
+        assert (model, classes, names, loader) == ("model", "classes", ["a"], "val") and len(weights) == 64
+        assert before_batch == trainer.save_and_stop_if_asked
+        return result
+
+    monkeypatch.setattr(module, "evaluate", evaluate)
+    monkeypatch.setattr(module, "write_report", lambda path, report: done.append(("report", path.name, report)))
+    monkeypatch.setattr(module.checkpointing, "save_best", lambda engine, output, state: done.append(("best", state)))
+    return trainer, done, result
+
+
+@pytest.mark.parametrize(("top1", "best", "better"), [(40.0, -1.0, True), (40.0, 39.0, True), (40.0, 41.0, False),
+                                                      (40.0, 40.0, False), (0.0, -1.0, True)])  # fmt: skip
+def test_an_evaluation_is_reported_and_the_best_weights_are_kept(monkeypatch, tmp_path, top1, best, better):
+    trainer, done, result = evaluated(monkeypatch, top1, best)
+    trainer.output = tmp_path
+    figures = trainer.evaluate_and_save()
+    main = {"top1": top1, "top5": 90.0, "mean_class_accuracy": 50.0, "videos": 6, "missing": 0}
+    assert figures == main == trainer.state.figures
+    assert trainer.state.evaluated_step == 5 and trainer.state.best_top1 == max(top1, best)
+    assert done[0] == ("report", "report.json", {"step": 5, **result})
+    assert done[1:] == ([("best", trainer.state)] if better else []) + ["step"]
+    record = {"step": 5, "epoch": 2.8571, **main, "best_top1": max(top1, best)}
+    assert trainer.log.records == [("val", record | {"samples of a": 20})] and trainer.log.listed == ["val"]
+    assert trainer.log.drawn == [("evaluation", result | record, "classes", "val", 5)]
+
+
+def test_other_ranks_learn_the_result_and_report_nothing(monkeypatch, tmp_path):
+    trainer, done, _ = evaluated(monkeypatch, 40.0, 30.0)
+    monkeypatch.setattr(module, "evaluate", lambda *_, **__: None)
+    monkeypatch.setattr(module.distributed, "sum_over_ranks", lambda values: [value + 40.0 for value in values])
+    assert trainer.evaluate_and_save() == {} and trainer.state.best_top1 == 40.0
+    assert [kind for kind, *_ in done] == ["best", "s"] and trainer.log.records == []
+
+
+# Runs
+
+
+def test_a_run_evaluates_logs_and_saves_when_it_should(project, whole):
+    output, figures, trainer = whole
+    assert [record["step"] for record in records(output) if record["kind"] == "train"] == [3, 6, 9, 12, 13]
+    assert [record["step"] for record in records(output) if record["kind"] == "val"] == [7, 13]
+    for record in records(output):
+        if record["kind"] == "train":
+            epoch = 4 * (record["step"] - 1) / NUM_VIDEOS
+            assert record["lr_head"] == pytest.approx(learning_rate(epoch, 2e-3, EPOCHS, 0.5))
+            assert 0 <= record["data_wait_share"] < 1 and 0 < record["step_seconds"] < 60
+            assert record["videos_per_second"] == pytest.approx(4 / record["step_seconds"])
+    report = json.loads((output / "report.json").read_text())
+    assert report["step"] == STEPS and figures == {key: report[key] for key in figures} and figures["videos"] == 26
+    folders = {path.name: path for path in (output / "checkpoints").iterdir()}
+    assert sorted(folders) == ["best", *(f"step-{step:08d}" for step in (5, 7, 10, 13))]
+    state = checkpoint.verify(folders["step-00000013"])
+    assert (state.step, state.updates, state.consumed, state.evaluated_step) == (13, 13, 52, 13)
+    assert state.figures == figures and state.best_top1 == max(r["top1"] for r in records(output) if r["kind"] == "val")
+    assert checkpoint.read_state(folders["step-00000010"]).evaluated_step == 7
+    assert yaml.safe_load((output / "config.yaml").read_text()) == json.loads(json.dumps(trainer.config.to_dict()))
+    assert state.class_names == trainer.class_names == ["class 0", "class 1", "class 2"]
+    assert not (output / "few_shot.txt").exists()
+
+
+def test_micro_batches_give_the_same_training(project, whole, tmp_path):
+    with start(
+        project, tmp_path, "data.batch_size=2", "solver.grad_accumulation_steps=2", "engine.zero_stage=2"
+    ) as run:
+        assert run.sizes == BatchSizes(2, 2, 1)
+        run.fit()
+    assert losses(tmp_path) == pytest.approx(losses(whole[0]), rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_run_that_was_stopped_goes_on_to_the_bit(project, whole, tmp_path, stage):
+    """It stops in the middle of the second epoch, after a checkpoint that was asked for by a file."""
+    settings = f"engine.zero_stage={stage}"
+    trainer = start(project, tmp_path, settings)
+    step = trainer.train_step
+
+    def stopping_step(batches, meter):
+        if trainer.state.step == 1:
+            (tmp_path / "save-now").touch()
+        if trainer.state.step == 8:
+            trainer.stop.code = 1
+        return step(batches, meter)
+
+    trainer.train_step = stopping_step
+    with trainer, pytest.raises(Stopped, match="stopped by SIGTERM after step 10"):
+        trainer.fit()
+    assert not (tmp_path / "save-now").exists()
+    assert [checkpoint.read_state(path).step for path in checkpoint.complete(tmp_path)] == [3, 5, 7, 10]
+    with start(project, tmp_path, settings) as again:
+        assert (again.state.step, again.state.consumed, again.start_from.name) == (10, 40, "step-00000010")
+        figures = again.fit()
+    assert figures == whole[1]
+    if stage == 0:
+        assert losses(tmp_path) == losses(whole[0]) and equal(weights(tmp_path), weights(whole[0]))
+    else:
+        assert losses(tmp_path) == pytest.approx(losses(whole[0]), rel=1e-5)
+
+
+def test_a_finished_run_stays_finished_and_another_is_never_mixed_in(project, whole):
+    output, figures, _ = whole
+    before = (output / "metrics.jsonl").read_text()
+    with start(project, output) as again:
+        assert again.fit() == figures
+    assert (output / "metrics.jsonl").read_text() == before
+    with pytest.raises(CheckpointError, match="holds a run already"):
+        start(project, output, resume="never")
+    with pytest.raises(CheckpointError, match="the configuration differs"):
+        start(project, output, "solver.lr=1")
+
+
+def test_a_dry_run_leaves_nothing(project, tmp_path):
+    with start(project, tmp_path) as trainer:
+        before = {name: value.clone() for name, value in trainer.engine.named_weights()}
+        trainer.dry_run()
+        gradients = [p.grad for p in trainer.engine.model.parameters() if p.requires_grad]
+        assert gradients and all(gradient is not None for gradient in gradients), "one micro batch went backward"
+        assert equal(dict(trainer.engine.named_weights()), before)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_of_few_videos_lists_them_and_starts_from_other_weights(project, whole, tmp_path):
+    with start(project, tmp_path, "data.shot=2", f"pretrain={whole[0]}") as trainer:
+        best = checkpoint.read_parts(whole[0] / "checkpoints" / "best").video
+        assert equal({name: value for name, value in trainer.engine.named_weights() if name in best}, best)
+        trainer.open_logs()
+        assert (tmp_path / "few_shot.txt").read_text() == trainer.train_loader.planner.few_shot_list()
+
+
+@pytest.mark.parametrize("step", ["first", "last"])
+def test_what_is_not_finite_stops_or_is_skipped(project, tmp_path, step):
+    with contextlib.ExitStack() as stack:
+        trainer = stack.enter_context(start(project, tmp_path, "solver.on_nonfinite=skip", "logging.print_freq=1"))
+        objective, wrong = trainer.objective, {"first": 0, "last": STEPS - 1}[step]
+        trainer.objective = lambda *given: objective(*given) * (NAN if trainer.state.step == wrong else 1)
+        trainer.evaluate_and_save = lambda: setattr(trainer, "state", trainer.state)
+        trainer.evaluation_is_due = lambda: False
+        trainer.fit()
+        assert (trainer.state.step, trainer.state.updates) == (STEPS, STEPS - 1)
+    assert [number for number, loss in losses(tmp_path).items() if loss is None] == [wrong + 1]
