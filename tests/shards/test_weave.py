@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shard_data import make_dataset, serve
 
-from shards.plan import Stream, epoch_order, share_positions
+from shards.plan import Stream, epoch_order, mix64, share_positions
 from shards.reader import open_dataset
 from shards.weave import arranged, small_numbers, stable_places, windows_of_samples
 
@@ -181,6 +181,17 @@ def test_orders_never_change():
     assert digest(epoch_order(1000, 3, 1, shuffle="shards:5", shard_of=unsorted)) == "0c4c590390d5e4ff"
     sizes = np.arange(900) % 7 + 110
     assert digest(woven(sizes, 3, 16, 8).take(5000, 200_000)[0]) == GOLDEN_STREAMS
+
+
+def test_arrangements_never_change():
+    """Few and many shards, of sizes that fill streams exactly and of sizes that rarely do."""
+    found = []
+    for case in range(200):
+        largest, num_streams = (8, 300)[case % 2], 1 + case % 6
+        sizes = [1 + mix64(1000 * case + shard) % largest for shard in range(1 + mix64(case) % 80)]
+        targets = np.bincount(np.arange(sum(sizes)) % num_streams, minlength=num_streams).tolist()
+        found.append(arranged(sizes, targets))
+    assert hashlib.sha256(repr(found).encode()).hexdigest()[:16] == "f6f60cfe42b4f28c"
 
 
 def digest(ids: np.ndarray) -> str:
