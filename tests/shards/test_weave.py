@@ -147,6 +147,8 @@ def test_a_shard_on_a_border_is_cut_once_through_its_ids():
     shard_of = shard_numbers([5, 5, 5])
     windows = windows_of_samples(shard_of, np.array([2, 0, 1]), 1, np.array([8, 7]))
     assert windows.tolist() == [1, 1, 1, 2, 2, 3, 3, 3, 3, 3, 0, 0, 0, 0, 0]
+    one = windows_of_samples(shard_numbers([3, 3]), np.array([0, 1]), 1, np.array([1, 5]))
+    assert one.tolist() == [0, 1, 1, 2, 2, 2]
     assert windows_of_samples(shard_of[::-1], np.array([2, 0, 1]), 1, np.array([8, 7])).tolist() == [
         0, 0, 0, 0, 0, 3, 3, 3, 3, 3, 1, 1, 1, 2, 2,
     ]  # fmt: skip
