@@ -1,9 +1,9 @@
 """A folder of whole files of remote data sets, on a local disk and shared by all processes of the node.
 
-A file is downloaded to NAME.part, checked, synchronised and renamed, so NAME is complete whenever it exists. Whoever
-holds the lock (flock) on NAME.part downloads; the others wait. The lock of a killed process vanishes with it, and its
-leftover is used or removed by the next one. Nothing else is remembered: last use is the file's modification time, so
-any number of jobs share a folder, and a user may delete from it at any time.
+A file is downloaded to NAME.part, checked, synchronised and renamed, so NAME is complete whenever it exists. The
+process that holds the lock (flock) on NAME.part downloads; the others wait. The lock of a killed process vanishes with
+it, and its leftover is used or removed by the next one. Nothing else is stored: last use is the file's modification
+time, so any number of jobs share a folder, and a user may delete from it at any time.
 
 The limit counts finished files and the full size of downloads. A job that adds a file says when it needs which of the
 others: those that it does not need leave first, least recently used first, then those that it needs last. A file is

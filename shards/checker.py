@@ -53,7 +53,7 @@ class DatasetReport:
 
 @dataclass
 class Report:
-    """Of all data sets that were checked together. leaks: videos that are in more than one of them.
+    """The result for data sets that were checked together. leaks: videos that are in more than one of them.
 
     similar: videos of two data sets that look like one recording; only a warning, because looks may deceive.
     """

@@ -116,7 +116,7 @@ def find_videos(root: str | Path) -> tuple[list[str], dict[str, list[str]]]:
 def _look_at_all(
     root: Path, known: Collection[str], workers: int | None, progress: Callable[[int], object] | None
 ) -> tuple[Found, list[str], Listing]:
-    """What was found without classes, the paths of all videos, broken ones too, and everything that lies there."""
+    """Looks at all files: what was found, without classes, the paths of all videos (broken ones too), and all files."""
     listing = list_files(root)
     found = Found([], listing.left_out)
     kinds = {path: _kind_by_name(root, path) for path in listing.files if path not in known}
@@ -328,7 +328,7 @@ def _refuse_half_splits(root: Path, parts: Collection[tuple[str, ...]], notices:
 
 def _with_notice(notices: list[str], place: str, names: dict[str, str], videos: list[Video]) -> list[Video]:
     shown = ", ".join(f"{name!r} as {split}" for name, split in sorted(names.items()))
-    notices.append(f"ready splits {place} the class folders are taken: {shown}")
+    notices.append(f"existing splits {place} the class folders are used: {shown}")
     return videos
 
 

@@ -82,7 +82,7 @@ def read_tar(place: str, name: str, *, label_key: str | None, on_error: str) -> 
                 except _SampleError as problem:
                     if on_error == "fail":
                         raise ShardError(
-                            f"{where}: sample {printable(key)!r}: {problem}; mend the tar, or leave such samples out "
+                            f"{where}: sample {printable(key)!r}: {problem}; fix the tar, or leave such samples out "
                             "with --on-error skip"
                         ) from None
                     rows.skipped.append({"name": f"{name}/{printable(key)}", "line": 0, "reason": str(problem)})
@@ -152,7 +152,7 @@ def _add_sample(rows: TarRows, name: str, files: dict[str, _File], label_key: st
         some = ", ".join([*videos, *frames][:3])
         raise _SampleError(f"it holds {some}: one video can be used, or frames")
     if not videos and not frames:
-        raise _SampleError(f"it holds no video and no image, only {', '.join(files) or 'members of no use'}")
+        raise _SampleError(f"it holds no video and no image, only {', '.join(files) or 'unused members'}")
     content = "video" if videos else "frames"
     if rows.content and content != rows.content:
         raise _SampleError(f"it holds {content}, those before it {rows.content}; a tar holds one kind")

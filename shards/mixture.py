@@ -118,7 +118,7 @@ class Mixture:
         return low, np.arange(low, high)
 
     def _sources_and_uses(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of each of the (n,) positions the source, and the position in the source's own stream."""
+        """The source of each of the (n,) positions, and the position in that source's own stream."""
         epochs, offsets = np.divmod(positions, self.epoch_samples)
         sources, uses = np.empty_like(positions), np.empty_like(positions)
         for epoch in np.unique(epochs).tolist():

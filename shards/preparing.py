@@ -1,7 +1,7 @@
-"""Lists for one's own videos: class names, and which videos train, validate and test.
+"""Lists for one's own videos: class names, and which videos train, validate and test; and the shards of a list.
 
-The lists are plain text files that people may edit. Until the shards are finished, lists that
-nobody has edited follow the input: a video that was corrected, removed or added changes its own line and no other.
+The lists are plain text files that people may edit. Until the shards are finished, lists that nobody has edited follow
+the input: a video that was corrected, removed or added changes its own line and no other.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from shards.annotations import Annotation, Label, format_annotation, parse_annotations, parse_labels
 from shards.files import require_folder, write_atomically
@@ -23,6 +24,7 @@ from shards.format import MANIFEST, ShardError
 from shards.plan import epoch_order
 from shards.tables import read_table
 from shards.walk import describe
+from shards.writer import build_shards
 
 LABELS = "labels.csv"
 _RECORD = "prepared.json"  # the input of the lists and their checksums, which show whether they were edited
@@ -251,6 +253,33 @@ def format_labels(names: Sequence[str]) -> bytes:
     table = io.StringIO(newline="")
     csv.writer(table, lineterminator="\n").writerows([("id", "name"), *enumerate(names)])
     return table.getvalue().encode()
+
+
+def pack_split(
+    videos: Sequence[Annotation],
+    output: Path,
+    *,
+    short_side: int,
+    store: str,
+    progress: Callable[[int], object],
+    **settings: Any,
+) -> str:
+    """Builds the shards of one split in `output`, and returns a line about them.
+
+    short_side: for frames; stored videos keep their size. progress: called with the videos added since its last call.
+    settings: other arguments of `build_shards`, whose errors are raised. Replaces an unfinished build of other input.
+    """
+    manifest = build_shards(
+        videos,
+        output=output,
+        short_side=short_side if store == "frames" else None,
+        store=store,
+        replace_unfinished=True,
+        progress=lambda num_videos, *_: progress(num_videos),
+        **settings,
+    )
+    skipped = f", {len(manifest.skipped)} skipped" if manifest.skipped else ""
+    return f"{output}: {manifest.num_videos} videos{skipped}"
 
 
 def _read_lists(root: Path, output: Path) -> dict[str, list[Annotation]]:

@@ -219,7 +219,7 @@ def _read_frame(folder: int, name: str, frame: str, num_frames: int) -> bytes:
 
 
 def _read_unchanged(path: str | Path, folder: int | None = None) -> bytes:
-    """Bytes of a regular file. Raises ValueError when it changes meanwhile, OSError."""
+    """Bytes of a regular file. Raises ValueError if it changes while it is read, OSError."""
     # Non-blocking: a named pipe in place of a file must not stop the build.
     file = os.open(path, os.O_RDONLY | os.O_NONBLOCK, dir_fd=folder)
     try:
@@ -313,7 +313,7 @@ def encoded_frames(
     except ValueError as error:
         raise InputError(name, str(error), "replace the video or leave out such videos with --on-error skip") from None
     if decoded < len(repeats):
-        raise InputError(name, f"frame {decoded} decodes no more", "run again when nothing writes to it")
+        raise InputError(name, f"frame {decoded} no longer decodes", "run again when nothing writes to it")
 
 
 def probe_file(name: str, source: bytes | Path) -> VideoInfo:

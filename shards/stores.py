@@ -125,9 +125,9 @@ class Span:
         return self.total is None or (self.start, self.stop) == (0, self.total)
 
     def check_length(self, received: int) -> None:
-        """Raises BadBodyError unless so many bytes are the whole answer."""
+        """Raises BadBodyError unless this many bytes are the whole answer."""
         if self.size not in (None, received):
-            raise BadBodyError(f"{received} bytes came of the {self.size} at {self.start}")
+            raise BadBodyError(f"received {received} of the {self.size} bytes at {self.start}")
 
     def check_range(self, where: str, status: int, content_range: str) -> None:
         """Raises unless the answer to an HTTP range request holds just this range of a file of just this size."""
@@ -233,7 +233,7 @@ async def _collect(response: aiohttp.ClientResponse, span: Span, write: Write | 
     async for piece in response.content.iter_any():
         received += len(piece)
         if received > span.stop - span.start:
-            raise BadBodyError(f"more than the {span.stop - span.start} bytes at {span.start} came")
+            raise BadBodyError(f"received more than the {span.stop - span.start} bytes at {span.start}")
         if write is None:
             pieces.append(piece)
         else:

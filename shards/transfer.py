@@ -44,8 +44,10 @@ class Transfer:
             self._ended.set_result(None)
 
     def result(self) -> list[Any]:
-        """What the requests brought, in their order; waits for it. Raises what the first request that failed raised,
-        ValueError when the data set is closed meanwhile."""
+        """Waits for the bodies and returns them in the order of the requests.
+
+        Raises the error of the first request that failed, ValueError if the data set is closed before.
+        """
         self._done.result()
         self._let_go()
         return self._bodies

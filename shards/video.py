@@ -152,8 +152,8 @@ class FrameReader:
     def read(self, indices: Sequence[int] | np.ndarray, use: Use | None = None) -> list[np.ndarray]:
         """Exactly the frames with the numbers `indices` (any order, repeats allowed), each (H, W, 3) uint8 RGB.
 
-        use: makes something smaller of each frame as soon as it is decoded, and is given instead of it. Raises
-        VideoError; IndexError for a number that the video does not have.
+        use: called with each frame as soon as it is decoded; its result is returned in place of the frame, to save
+        memory. Raises VideoError; IndexError for a number that the video does not have.
         """
         wanted = sorted({int(index) for index in indices})
         if not wanted:
@@ -303,7 +303,7 @@ def _played(container: InputContainer) -> av.VideoStream:
 
 
 def decoded_frames(container: InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
-    """Decoded frames in order. A recording may begin between two key frames: what does not decode there is no frame.
+    """Decoded frames in order. Packets before a recording's first key frame that do not decode give no frame.
 
     An empty packet, as AVI and Ogg have them, repeats the frame before it: that one stays on the screen.
     """

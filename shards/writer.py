@@ -28,7 +28,7 @@ from shards.plan import epoch_order
 from shards.shardfile import ShardFile
 from shards.sources import Chunk, InputError, SourceOptions, read_source
 
-Progress = Callable[[int, int, int], None]
+Progress = Callable[[int, int, int], object]
 
 COPY_WORKERS = 2
 

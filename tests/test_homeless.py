@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from frame_folders import make_frame_folders
-from launch import ROOT
+from launch import ROOT, free_port
 from project import EVALUATE, TRAIN
 from videos import write_video
 
@@ -77,7 +77,8 @@ def test_every_program_works(project, folder, tmp_path, home):
 
 @pytest.mark.parametrize("home", HOMES.values(), ids=HOMES)
 def test_the_launcher_works(project, folder, home):
-    words = ["--num_gpus", 1, ROOT / TRAIN, "--config", project.config, "--set=solver.epochs=1", "--output", "run"]
-    done = as_unknown(folder, home, "deepspeed", *words)
+    launcher = ["deepspeed", "--num_gpus", 1, "--master_port", free_port()]
+    words = [ROOT / TRAIN, "--config", project.config, "--set=solver.epochs=1", "--output", "run"]
+    done = as_unknown(folder, home, *launcher, *words)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (folder / "run" / "report.json").exists()

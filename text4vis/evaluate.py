@@ -148,7 +148,7 @@ def warning(path: Path, differing: Mapping[str, tuple[Any, Any]]) -> str:
     pairs = ", ".join(f"{key}: {before!r} -> {now!r}" for key, (before, now) in differing.items())
     return (
         f"{path} was trained with other settings than are given here ({pairs}), so its figures can fall to chance; "
-        "give the first ones with --set to measure it as it was trained"
+        "give those of the training with --set to measure it as it was trained"
     )
 
 

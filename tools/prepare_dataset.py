@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from shards.annotations import format_annotation, parse_annotations
@@ -24,13 +23,13 @@ from shards.files import require_folder, write_atomically
 from shards.format import MANIFEST, ShardError
 from shards.matching import VideoFiles, match_videos
 from shards.official import DATASETS, read_official
-from shards.preparing import format_labels
+from shards.preparing import format_labels, pack_split
 from shards.text import shown
 from shards.walk import describe
-from shards.writer import build_shards
 from text4vis.common.progress import Progress
 
 CLASSES = Path(__file__).resolve().parent.parent / "configs" / "classes"
+SETTINGS = ("short_side", "max_frames", "fps", "store", "seed", "workers", "on_error")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -97,40 +96,26 @@ def _refuse_finished(output: Path, split: str, content: bytes) -> None:
         )
 
 
-def _advance(bar: Progress) -> Callable[[int, int, int], None]:
-    def advance(videos: int, _frames: int, _bytes: int) -> None:
-        bar.update(videos)
-
-    return advance
-
-
 def main() -> None:
     arguments = parse_arguments()
     labels, splits = write_lists(arguments)
     if arguments.lists_only:
         return
+    settings = {name: getattr(arguments, name) for name in SETTINGS}
     for split in splits:
         path = arguments.output / f"{split}.txt"
         videos = parse_annotations(path, len(labels), root=arguments.videos)
         with Progress(split, len(videos)) as bar:
-            manifest = build_shards(
+            line = pack_split(
                 videos,
+                arguments.output / split,
                 root=arguments.videos,
                 labels=labels,
-                output=arguments.output / split,
-                short_side=arguments.short_side if arguments.store == "frames" else None,
-                max_frames=arguments.max_frames,
-                fps=arguments.fps,
-                store=arguments.store,
-                seed=arguments.seed,
-                workers=arguments.workers,
-                on_error=arguments.on_error,
-                replace_unfinished=True,
                 list_name=path,
-                progress=_advance(bar),
+                progress=bar.update,
+                **settings,
             )
-        skipped = f", {len(manifest.skipped)} skipped" if manifest.skipped else ""
-        print(f"{arguments.output / split}: {manifest.num_videos} videos{skipped}")
+        print(line)
 
 
 if __name__ == "__main__":

@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from shards.format import ShardError
-from shards.preparing import LABELS, list_file, prepare_lists, shards_folder
+from shards.preparing import LABELS, list_file, pack_split, prepare_lists, shards_folder
 from shards.text import shown
-from shards.writer import build_shards
 from text4vis.common.progress import Progress
+
+SETTINGS = ("short_side", "fps", "store", "seed", "workers", "on_error")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -40,13 +40,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--on-error", choices=("fail", "skip"), default="fail", help="what to do with an unreadable video (fail)")
     add("--workers", type=int, metavar="N", help="threads; by default one per core")
     return parser.parse_args()
-
-
-def _advance(bar: Progress) -> Callable[[int, int, int], None]:
-    def advance(videos: int, _frames: int, _bytes: int) -> None:
-        bar.update(videos)
-
-    return advance
 
 
 def main() -> None:
@@ -73,26 +66,19 @@ def main() -> None:
         print(f"{output}: using the existing lists")
     if arguments.lists_only:
         return
+    settings = {name: getattr(arguments, name) for name in SETTINGS}
     for split, videos in prepared.lists.items():
-        folder = shards_folder(output, split)
         with Progress(split, len(videos)) as bar:
-            manifest = build_shards(
+            line = pack_split(
                 videos,
+                shards_folder(output, split),
                 root=arguments.videos,
                 labels=prepared.labels,
-                output=folder,
-                short_side=arguments.short_side if arguments.store == "frames" else None,
-                fps=arguments.fps,
-                store=arguments.store,
-                seed=arguments.seed,
-                workers=arguments.workers,
-                on_error=arguments.on_error,
-                replace_unfinished=True,
                 list_name=output / list_file(split),
-                progress=_advance(bar),
+                progress=bar.update,
+                **settings,
             )
-        skipped = f", {len(manifest.skipped)} skipped" if manifest.skipped else ""
-        print(f"{folder}: {manifest.num_videos} videos{skipped}")
+        print(line)
     print(f"next: DATA={output} deepspeed text4vis/train.py --config configs/own.yaml --output runs/own\n"
           "      (without a GPU or a network: --config configs/own-small.yaml)")  # fmt: skip
 

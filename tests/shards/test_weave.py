@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shard_data import make_dataset, serve
 
-from shards.plan import Stream, epoch_order, share_positions
+from shards.plan import Stream, epoch_order, mix64, share_positions
 from shards.reader import open_dataset
 from shards.weave import arranged, small_numbers, stable_places, windows_of_samples
 
@@ -147,6 +147,8 @@ def test_a_shard_on_a_border_is_cut_once_through_its_ids():
     shard_of = shard_numbers([5, 5, 5])
     windows = windows_of_samples(shard_of, np.array([2, 0, 1]), 1, np.array([8, 7]))
     assert windows.tolist() == [1, 1, 1, 2, 2, 3, 3, 3, 3, 3, 0, 0, 0, 0, 0]
+    one = windows_of_samples(shard_numbers([3, 3]), np.array([0, 1]), 1, np.array([1, 5]))
+    assert one.tolist() == [0, 1, 1, 2, 2, 2]
     assert windows_of_samples(shard_of[::-1], np.array([2, 0, 1]), 1, np.array([8, 7])).tolist() == [
         0, 0, 0, 0, 0, 3, 3, 3, 3, 3, 1, 1, 1, 2, 2,
     ]  # fmt: skip
@@ -181,6 +183,17 @@ def test_orders_never_change():
     assert digest(epoch_order(1000, 3, 1, shuffle="shards:5", shard_of=unsorted)) == "0c4c590390d5e4ff"
     sizes = np.arange(900) % 7 + 110
     assert digest(woven(sizes, 3, 16, 8).take(5000, 200_000)[0]) == GOLDEN_STREAMS
+
+
+def test_arrangements_never_change():
+    """Few and many shards, of sizes that fill streams exactly and of sizes that rarely do."""
+    found = []
+    for case in range(200):
+        largest, num_streams = (8, 300)[case % 2], 1 + case % 6
+        sizes = [1 + mix64(1000 * case + shard) % largest for shard in range(1 + mix64(case) % 80)]
+        targets = np.bincount(np.arange(sum(sizes)) % num_streams, minlength=num_streams).tolist()
+        found.append(arranged(sizes, targets))
+    assert hashlib.sha256(repr(found).encode()).hexdigest()[:16] == "f6f60cfe42b4f28c"
 
 
 def digest(ids: np.ndarray) -> str:

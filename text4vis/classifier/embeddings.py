@@ -219,7 +219,7 @@ def _refuse_twins(class_names: Sequence[str], readings: Sequence[Hashable], read
         other = first.setdefault(reading, index)
         if other != index:
             same = f"{other} ({class_names[other]!r}) and {index} ({class_names[index]!r})"
-            raise ConfigError(f"class names: classes {same} read the same{reader}; name them apart")
+            raise ConfigError(f"class names: classes {same} read the same{reader}; give them different names")
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ def cache_folder(config: Config) -> Path:
 
 
 def cached(folder: Path, class_names: Sequence[str], recipe: Mapping[str, Any], make: Callable[[], Tensor]) -> Tensor:
-    """What `make()` gives, from the folder if it is there. Collective; `make` gives the same on every rank.
+    """The class embeddings from the folder, or else from `make()`. Collective; `make` gives the same on every rank.
 
     The file's name is the hash of names and recipe. A damaged file is made again; where nothing can be written, the
     classifier is made each time.

@@ -140,7 +140,7 @@ class DataConfig:
     streams: Annotated[StrictInt, Field(ge=1, le=1 << 16)] = key(
         1,
         Role.DATA,
-        "with data.shuffle shards:K: deal the shards to so many streams, so that each host fetches only its own; a "
+        "with data.shuffle shards:K: deal the shards to this many streams, so that each host fetches only its own; a "
         "multiple of the number of hosts",
     )
     decode: Literal["auto", "cpu", "gpu"] = key(
@@ -177,7 +177,7 @@ class DataConfig:
     cache_bytes: Natural = key(
         0, Role.EXECUTION, "keep whole remote shards in cache_dir up to this many bytes; 0: range requests only"
     )
-    synthetic: Bool = key(False, Role.FRAMES, "made-up frames instead of decoded ones: shows the loader's cost")
+    synthetic: Bool = key(False, Role.FRAMES, "synthetic frames instead of decoded ones: shows the loader's cost")
 
 
 @_section
@@ -358,10 +358,10 @@ class EngineConfig:
     num_threads: Natural = key(0, Role.EXECUTION, "CPU threads of the model per rank; 0: the cores that the rank owns")
     world_size: Count | None = key(None, Role.EXECUTION, "expected number of ranks, an error otherwise; default: any")
     wall_minutes: Positive | None = key(
-        None, Role.EXECUTION, "save and exit with code 75 (resume me) after so many minutes; default: no limit"
+        None, Role.EXECUTION, "save and exit with code 75 (resume me) after this many minutes; default: no limit"
     )
     silence_seconds: Annotated[float, Field(ge=5), BeforeValidator(number)] = key(
-        60, Role.EXECUTION, "a rank that gives no sign of life for so long ends the job on all ranks"
+        60, Role.EXECUTION, "a rank that is silent for this long ends the job on all ranks"
     )
 
 

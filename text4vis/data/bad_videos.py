@@ -74,7 +74,7 @@ class BadVideos:
             first = " ".join(f"({n}) {entry['reason']}" for n, entry in enumerate(self.entries()[:MOST_NAMED], start=1))
             raise ShardError(
                 f"data.max_bad_share: {len(self)} of {self._num_videos} videos cannot be used, more than the share of "
-                f"{self._most_share:g} that may be skipped; mend the data or raise the share. The first: {first}"
+                f"{self._most_share:g} that may be skipped; fix the data or raise the share. The first: {first}"
             )
 
     def entries(self) -> list[Entry]:

@@ -120,7 +120,7 @@ def used_here(frames: torch.Tensor) -> None:
 class _Memory:
     """Lends blocks of memory to batches, and takes a block back when nobody holds the batch any more.
 
-    To map tens of megabytes anew for every batch costs a fifth of the loader's CPU time.
+    Mapping tens of megabytes for every batch would cost a fifth of the loader's CPU time.
     """
 
     def __init__(self) -> None:

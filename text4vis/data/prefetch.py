@@ -21,10 +21,10 @@ Done = TypeVar("Done")
 
 @contextmanager
 def settled() -> Iterator[None]:
-    """Inside, the garbage collector ignores all objects that existed before; it still collects newer ones.
+    """A context in which the garbage collector ignores all objects that existed before; it still collects newer ones.
 
-    Otherwise a full collection now and then visits the half a million objects of all libraries, and no thread can run
-    Python meanwhile: the next batch is not started, and the other ranks wait for this one.
+    Otherwise a full collection now and then visits the half a million objects of all libraries. No thread can run
+    Python during it: the next batch is not started, and the other ranks wait for this one.
     """
     gc.collect()
     gc.freeze()

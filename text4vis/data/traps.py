@@ -102,7 +102,7 @@ def nearly_equal_names(config: Config, names: Sequence[str]) -> Iterator[Trap]:
         yield Trap(
             f"{len(classes)} of {len(names)} class names differ from another in one word or in the order of words, "
             f"such as {_some(alike[0])}: their texts embed nearly alike",
-            "say the difference in other words (data.label_list), or network.classifier: lda",
+            "reword them in a class list (data.label_list), or network.classifier: lda",
         )
 
 
@@ -125,7 +125,7 @@ def rare_classes(
             "add videos of them"
             if multi_label
             else "add videos, or give all classes the same weight: data.shot: "
-            f"{int(counts_C[counts_C > 0].min())} trains on so many videos of each",
+            f"{int(counts_C[counts_C > 0].min())} trains on that many videos of each",
         )
 
 

@@ -192,7 +192,7 @@ class Calibration:
 
     @classmethod
     def of(cls, figures: Mapping[str, Any]) -> Calibration:
-        """From `calibration_figures`. Raises ValueError for what is none."""
+        """Reads the result of `calibration_figures`. Raises ValueError for other content."""
         try:
             answers = {float(row["accuracy"]): row["threshold"] for row in figures["answers"]}
             sets = {float(row["coverage"]): float(row["threshold"]) for row in figures["sets"]}

@@ -111,7 +111,7 @@ def read_torch_file(path: Path, key: str) -> Any:
 
 
 def _refuse_bomb(path: Path, key: str) -> None:
-    """torch writes nothing compressed, so the parts of an archive are no larger than it is. Raises ConfigError."""
+    """Refuses an archive whose parts are larger than itself: torch compresses nothing. Raises ConfigError."""
     if zipfile.is_zipfile(path):
         size = sum(part.file_size for part in _parts(path))
         if size > path.stat().st_size:

@@ -131,7 +131,7 @@ class VideoClip(nn.Module):
     def embed_classes(self, classes: Classes) -> Tensor:
         """Class embeddings (C, D) float32, with gradient where they train, not normalised.
 
-        Embeddings stay what they are. Of tokens the mean of the prompts' unit vectors is taken.
+        Embeddings are returned unchanged; tokens become the mean of their prompts' unit vectors.
         """
         if isinstance(classes, ClassRows):
             assert self.classifier is not None, "the model has no classifier of its own"

@@ -247,7 +247,7 @@ class SavedExport(SavedModel):
 
 
 class OriginalFile(SavedModel):
-    """A .pt file of the original project: weights alone, so whoever loads it gives the configuration."""
+    """A .pt file of the original project: weights alone, so the caller gives the configuration."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, "original")

@@ -164,7 +164,10 @@ class Predictor:
     def _answering(
         self, labels: Sequence[str] | None, top: int, accuracy: float | None, coverage: float | None
     ) -> Callable[..., Prediction]:
-        """What makes a prediction of a video's probabilities (C,), frame numbers and frames. Raises PredictionError."""
+        """Returns a function from a video's probabilities (C,), frame numbers and frames to its prediction.
+
+        Raises PredictionError.
+        """
         names, fitted = self._classes(labels)[0], self.calibration is not None or self.decision is not None
         calibrated = fitted and labels is None
         sure_from = self._threshold("accuracy", accuracy, labels)
@@ -213,7 +216,7 @@ class Predictor:
             )
         found = table[asked]
         if found is None:
-            raise PredictionError(f"{kind}: the model does not reach {asked:g} % however sure it is; ask for less")
+            raise PredictionError(f"{kind}: the model does not reach {asked:g} % at any confidence; ask for less")
         return found
 
     def _predict_batches(
@@ -290,7 +293,7 @@ class Predictor:
         return names, self.embed(names)
 
     def embed(self, labels: Sequence[str]) -> torch.Tensor:
-        """Rows (C, D) of class names: what `predict` compares a video with. Those of the last labels are kept.
+        """Embeddings (C, D) of class names, with which `predict` compares a video. Those of the last names are kept.
 
         Raises PredictionError for names that are none, and for a model that knows its own classes only.
         """

@@ -144,7 +144,7 @@ def resident_bytes(counter: str) -> int:
 
 
 def gpu_utilisation() -> float | None:
-    """Share of the last moments in which this rank's GPU computed, in [0, 1]; None where there is no GPU to ask."""
+    """Share of recent time in which this rank's GPU computed, in [0, 1]; None if there is no GPU."""
     if not torch.cuda.is_available():
         return None
     try:

@@ -207,7 +207,7 @@ class Trainer:
 
         message = distributed.from_main(explain)
         if message and self.config.solver.on_nonfinite == "stop":
-            raise NonFiniteError(f"{message}. Mend them, lower solver.lr, or go on with solver.on_nonfinite=skip")
+            raise NonFiniteError(f"{message}. Fix them, lower solver.lr, or go on with solver.on_nonfinite=skip")
         skipped = self.state.step + 1 - self.state.updates
         logger.info("%s; skipped, %d so far", message or f"step {self.state.step + 1}: fp16 overflow", skipped)
 
@@ -352,7 +352,7 @@ class Trainer:
             raise self.stopped(code)
 
     def settings(self) -> dict[str, Any]:
-        """What the run will really use, for the table at its start. Collective; complete on rank 0."""
+        """The sizes and settings that the run will use, for the table at its start. Collective; complete on rank 0."""
         hosts = distributed.gather_to_main(socket.gethostname()) or []
         engine, sizes = self.config.engine, self.sizes
         return {

@@ -1,4 +1,4 @@
-"""Trains the demo's small CLIP: what `tools/pretrain_demo_clip.py` runs."""
+"""Trains the demo's small CLIP, for tools/pretrain_demo_clip.py."""
 
 import argparse
 import gzip
