@@ -68,7 +68,7 @@ def trained(tmp_path_factory):
     said["train"] = run(TRAIN, "--config", base / "recipe.yaml", "--output", base / "run")
     said["evaluate"] = run(
         EVALUATE, "--config", base / "recipe.yaml", "--model", base / "run", "--report", base / "report.json",
-        "--set", "data.test_crops=3",
+        "--set", "data.test_crops=3", "--features", base / "features.safetensors",
     )  # fmt: skip
     said["export"] = run("tools/export.py", base / "run", "--output", base / "export", "--report", base / "report.json")
     return base, said
@@ -91,6 +91,18 @@ def test_the_run_learns_the_colours_and_says_so(trained):
     assert "train/clips" in shown and "val/confusion" not in shown
     records = [json.loads(line) for line in (base / "run/metrics.jsonl").read_text().splitlines()]
     assert {"map", "f1"} <= next(record for record in records if record["kind"] == "val").keys()
+
+
+@pytest.mark.slow
+def test_kept_embeddings_give_the_same_report(trained, tmp_path):
+    base, _ = trained
+    said = run(
+        EVALUATE, "--config", base / "recipe.yaml", "--model", base / "run", "--report", tmp_path / "again.json",
+        "--set", "data.test_crops=3", "--features", base / "features.safetensors",
+    )  # fmt: skip
+    assert "embedding the videos again" not in said
+    reports = [json.loads(path.read_text()) for path in (base / "report.json", tmp_path / "again.json")]
+    assert reports[0].pop("date") and reports[1].pop("date") and reports[0] == reports[1]
 
 
 @pytest.mark.slow

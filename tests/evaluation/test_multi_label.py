@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy.special import expit
 
 from text4vis.evaluation.comparison import compare, read_report
+from text4vis.evaluation.embedding import Embeddings
 from text4vis.evaluation.metrics import any_topk_correct, average_precisions, topk_correct
 from text4vis.evaluation.multi_label import Decision, best_thresholds, fit_scale, multi_label_figures
 from text4vis.evaluation.protocols import Views, deciding_figure, main_figures, write_report
@@ -182,6 +183,14 @@ def test_views_are_averaged_and_one_of_them_decides():
     assert [(row["clips"], row["crops"]) for row in figures["by_views"]] == [(1, 1), (4, 1)]
     assert figures["by_views"][0]["map"] == single["map"] < figures["by_views"][1]["map"] == figures["map"]
     assert figures["decision"] == single["decision"]
+
+
+def test_kept_embeddings_hold_several_labels():
+    videos, targets, _ = made(num_videos=5)
+    Embeddings(videos, targets, np.arange(5)).check()
+    for labels in (targets[:, 0], targets.astype(np.int64), targets[:3]):
+        with pytest.raises(ValueError, match="labels_N is"):
+            Embeddings(videos, labels, np.arange(5)).check()
 
 
 @pytest.mark.parametrize(
