@@ -86,7 +86,7 @@ def test_a_run_of_a_version_that_recorded_no_pixels_goes_on_with_those_it_had():
     found = State(0, 0, 8, "data", before, [])
     check_same_run(found, config, "data", [], {}, Path("run"))
     with pytest.raises(CheckpointError, match=r"data\.resize: 'shortest' -> 'squash'"):
-        check_same_run(found, replaced(config, "data.resize", "squash"), "data", [], Path("run"))
+        check_same_run(found, replaced(config, "data.resize", "squash"), "data", [], {}, Path("run"))
 
 
 @pytest.mark.parametrize("classifier", CLASSIFIERS)

@@ -26,7 +26,7 @@ def write(folder: Path, step: int = 3, files: dict[str, bytes] = FILES) -> Path:
     state = State(
         step=step, consumed=8 * step, global_batch=8, data_fingerprint="f", config={"seed": 1}, class_names=["höhle"],
         updates=step, evaluated_step=2, best_top1=61.5, figures={"top1": 60.0}, loss_scaler={"cur_scale": 2.0},
-        files=digests, classifier_file="c", mixture=[(5, 1.5)],
+        files=digests, inputs={"network.classifier_file": "c"}, mixture=[(5, 1.5)],
     )  # fmt: skip
     (folder / "state.json").write_text(state.to_json(), encoding="utf-8")
     return folder

@@ -124,16 +124,17 @@ def test_a_run_is_the_same_wherever_its_files_lie_and_another_when_they_change(t
         (tmp_path / folder).mkdir()
         for name in ("names.csv", "rows.npy"):
             (tmp_path / folder / name).write_text(name)
-        (tmp_path / folder / "start").mkdir()
+        for name in ("start", "clip"):
+            (tmp_path / folder / name).mkdir()
         (tmp_path / folder / "r.yaml").write_text(
             "pretrain: start\ndata: {label_list: names.csv}\n"
-            "network: {classifier_file: rows.npy, pretrained: gone.pt}\n"
+            "network: {arch: 'local-dir:clip', classifier_file: rows.npy, pretrained: gone.pt}\n"
         )
         return load_config(tmp_path / folder / "r.yaml")
 
     before, now = configured("a"), configured("b")
     found = State(0, 0, 8, "data", before.to_dict(), [], inputs=digests(before))
-    assert found.inputs.keys() == {"pretrain", "data.label_list", "network.classifier_file"}
+    assert found.inputs.keys() == {"pretrain", "data.label_list", "network.arch", "network.classifier_file"}
     with pytest.raises(CheckpointError, match=r"differs \(network\.pretrained: '.*a/gone\.pt' -> '.*b/gone\.pt'\)"):
         check_same_run(found, now, "data", [], digests(now), tmp_path)
     now = replace(now, network=replace(now.network, pretrained=before.network.pretrained))
@@ -154,10 +155,10 @@ def test_a_run_of_version_0_1_is_compared_by_the_paths_from_the_working_folder(t
 def test_what_trains_is_not_kept_and_an_older_copy_goes(tmp_path):
     network = tiny_network(tmp_path / "clip")
     model = build_model(network, 4)
-    RunInputs.keep(tmp_path, model, rows(3))
+    RunInputs.keep(tmp_path, model, Config(), rows(3))
     files = {path.name for path in (tmp_path / "inputs").iterdir()}
     assert files == {"clip.json", "bpe.txt.gz", "text.safetensors", "classes.safetensors"}
-    RunInputs.keep(tmp_path, build_model(replace(network, fix_text=False), 4), None)
+    RunInputs.keep(tmp_path, build_model(replace(network, fix_text=False), 4), Config(), None)
     assert {path.name for path in (tmp_path / "inputs").iterdir()} == {"clip.json", "bpe.txt.gz"}
 
 
@@ -165,7 +166,7 @@ def test_a_damaged_copy_is_named(tmp_path):
     from text4vis.config.schema import ConfigError
 
     network = tiny_network(tmp_path / "clip")
-    RunInputs.keep(tmp_path, build_model(network, 4), rows(3))
+    RunInputs.keep(tmp_path, build_model(network, 4), Config(), rows(3))
     inputs = RunInputs.find(tmp_path)
     with pytest.raises(ConfigError, match=r"inputs/classes\.safetensors: does not match the 2 class names"):
         inputs.classes(["a", "b"])

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from text4vis.classifier.embeddings import build_classifier
 from text4vis.config.schema import Config, DataConfig, NetworkConfig
 from text4vis.model.preprocessing import settle
 from text4vis.model.video_clip import build_model
+from text4vis.saved.inputs import RunInputs, tokenizer_digest
 from text4vis.saved.opening import TrainedModel, open_saved
 from text4vis.serving.exporting import export
 
@@ -78,6 +80,29 @@ def test_an_export_opens_without_the_folder_it_came_from(tmp_path, kind, monkeyp
     assert shares(again) == pytest.approx(shares(expected[0]), abs=1e-6)
 
 
+@pytest.mark.parametrize("kind", each_kind("openai", "siglip2", "xlm-roberta"))
+def test_the_inputs_of_a_run_build_its_model_without_the_folder_it_came_from(tmp_path, kind):
+    folder = publish(tmp_path / "published", kind)
+    trained = trained_model(folder, kind)
+    config, side = trained.config, trained.config.data.input_size
+    (tmp_path / "run").mkdir()
+    RunInputs.keep(tmp_path / "run", trained.model, config, trained.class_embeddings_CD)
+    shutil.rmtree(folder)
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    inputs = RunInputs.find(tmp_path / "moved")
+    network = inputs.network(NetworkConfig(arch=f"local-dir:{folder}", sim_header="None"))
+    asked = Config(data=DataConfig(num_segments=T, input_size=side), network=network)
+    assert settle(asked) == replace(config, network=replace(config.network, arch=network.arch, init=False))
+    model = build_model(network, T, image_size=side)
+    inputs.load_text(model)
+    assert torch.equal(model.encode_text(OTHERS), trained.model.encode_text(OTHERS))
+    assert torch.equal(inputs.classes(NAMES), trained.class_embeddings_CD)
+    assert tokenizer_digest(model) == tokenizer_digest(trained.model)
+    assert (model.mean, model.std, model.clip_config["vision_cfg"]) == (
+        trained.model.mean, trained.model.std, trained.model.clip_config["vision_cfg"],
+    )  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.long] * (kind in LARGE)) for kind in KINDS])
 def test_the_graph_and_its_program_see_what_the_model_sees(tmp_path, kind):
@@ -114,6 +139,7 @@ def test_a_run_goes_on_and_is_evaluated_as_it_was_trained(project, tmp_path, kin
     resize = KINDS[kind][1].get("resize_mode", "shortest")
     assert f"data.resize {resize}" in said
     assert open_saved(whole).config.data.resize == resize
+    shutil.rmtree(folder)  # the run has kept what it needs
     half = tmp_path / "half"
     shutil.copytree(whole, half)
     shutil.rmtree(sorted((half / "checkpoints").glob("step-*"))[-1])

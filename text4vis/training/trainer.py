@@ -90,14 +90,12 @@ class Trainer:
             joining.check_same_classes(config, self.train_loader.dataset.classes, self.val_loader.dataset.classes)
             for loader in (self.train_loader, self.val_loader):
                 check_labels(config, loader.split, loader.dataset)
-            samples = config.solver.epochs * self.train_loader.epoch_samples
-            self.num_steps = math.ceil(samples / self.sizes.global_batch)
+            self.num_steps = math.ceil(config.solver.epochs * self.train_loader.epoch_samples / self.sizes.global_batch)
             self.state = self._state(start)
             self.device = distributed.device()
             model, classes = self._model_and_classes()
             self.state = joining.with_tokenizer(self.state, model, output)
-            share = positive_share(self.train_loader.dataset, len(self.class_names))
-            bias = self.state.logit_bias
+            share, bias = positive_share(self.train_loader.dataset, len(self.class_names)), self.state.logit_bias
             self.objective = Objective(config, classes.to(self.device), self.sizes.micro, share=share, bias=bias)
             self.engine = self._engine(model)
             self._opened = opened.pop_all()
