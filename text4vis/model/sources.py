@@ -23,6 +23,7 @@ import open_clip
 from open_clip.pretrained import download_pretrained_from_hf, get_pretrained_cfg
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
+from text4vis.config.paths import LOCAL_MODEL
 from text4vis.config.schema import ConfigError, NetworkConfig
 from text4vis.model.layouts import State
 from text4vis.model.tensors import read_clip_weights, some
@@ -43,7 +44,7 @@ CLIP_NAMES = {
 QUICK_GELU = "-quickgelu"  # ends open_clip's names of architectures with quick GELU
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 RESNET_STRIDE = 32
-HUB, FOLDER = "hf-hub:", "local-dir:"
+HUB = "hf-hub:"
 CONFIG_FILE = "open_clip_config.json"
 # The weights of a folder, in the order in which open_clip looks for them.
 WEIGHT_FILES = (
@@ -115,7 +116,7 @@ def find_source(network: NetworkConfig) -> Source:
     path = Path(network.arch)
     if network.arch.startswith(HUB):
         return _from_hub(network)
-    if network.arch.startswith(FOLDER):
+    if network.arch.startswith(LOCAL_MODEL):
         return _from_folder(network)
     if path.suffix == ".json":
         return _from_json(path, network)
@@ -204,12 +205,12 @@ def _fetched(name: str, file: str | None, network: NetworkConfig) -> Path:
         raise ConfigError(
             f"network.arch: {network.arch}: {file or 'its weights'} could not be fetched "
             f"({' '.join(str(error).split())}); fetch the repository elsewhere and set "
-            f"network.arch: {FOLDER}/its/folder"
+            f"network.arch: {LOCAL_MODEL}/its/folder"
         ) from None
 
 
 def _from_folder(network: NetworkConfig) -> Source:
-    folder = Path(network.arch.removeprefix(FOLDER))
+    folder = Path(network.arch.removeprefix(LOCAL_MODEL))
     config, preprocess = _read_config(folder / CONFIG_FILE, network)
     weights = Weights(_weights_in(folder, network), "network.pretrained") if network.init else None
     return Source(network.arch, config, preprocess, tags=_tags_of(config), folder=folder, weights=weights)
