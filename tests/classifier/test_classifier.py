@@ -651,7 +651,7 @@ def test_confusable_pairs_are_the_closest_first():
 @pytest.mark.parametrize("kind", ["random", "lda"])
 def test_other_labels_need_the_text_classifier(model, tmp_path, kind):
     config = configured(tmp_path, classifier=kind)
-    data = replace(config.data, num_segments=4, input_size=32, scale_size=36)
+    data = replace(config.data, num_segments=4, input_size=32, resize="squash", interpolation="bicubic")
     recogniser = Predictor(model, replace(config, data=data), NAMES, random_classifier(NAMES, WIDTH, 1))
     video = np.zeros((6, 40, 50, 3), np.uint8)
     assert len(recogniser.predict(video).top) == 3

@@ -63,7 +63,7 @@ def runs(project, tmp_path_factory) -> list[Path]:
     folders = [base / "first", base / (HOSTILE.replace("/", "") + 99 * "x")]
     for folder, frames in zip(folders, (4, 3), strict=True):
         folder.mkdir()
-        config = load_config(project.config, [f"solver.lr={frames}e-3", f"data.dataset={json.dumps(HOSTILE)}"])
+        config = settle(load_config(project.config, [f"solver.lr={frames}e-3", f"data.dataset={json.dumps(HOSTILE)}"]))
         (folder / "config.yaml").write_text(config.to_yaml())
         with build_loader(config, "val") as loader:
             labels, fingerprint = loader.dataset.labels, loader.dataset.fingerprint

@@ -79,7 +79,7 @@ def started(config, folder, step: int = 0) -> tuple[TensorBoardLog, Metrics]:
 
 @pytest.mark.parametrize("settings", [[], ["solver.mixup=0.8", "solver.cutmix=1"]], ids=["plain", "mixed"])
 def test_the_clips_shown_are_what_the_model_gets(project, tmp_path, settings):
-    config = load_config(project.config, ["data.batch_size=5", "logging.pictures=3", *settings])
+    config = settle(load_config(project.config, ["data.batch_size=5", "logging.pictures=3", *settings]))
     log, metrics = started(config, tmp_path)
     with build_loader(config, "train", consumed=10) as loader:
         batch = next(iter(loader))
@@ -102,7 +102,7 @@ def test_the_clips_shown_are_what_the_model_gets(project, tmp_path, settings):
 
 @pytest.mark.parametrize("views", [[], ["data.test_clips=2", "data.test_crops=3"]], ids=["one view", "six views"])
 def test_the_predictions_shown_are_the_surest_right_and_wrong_ones(project, tmp_path, views):
-    config = load_config(project.config, ["logging.pictures=2", "data.num_segments=9", *views])
+    config = settle(load_config(project.config, ["logging.pictures=2", "data.num_segments=9", *views]))
     rng = np.random.default_rng(0)
     with build_loader(config, "val") as loader:
         num_views, kept = loader.planner.num_views, np.delete(np.arange(len(loader.dataset)), 3)
@@ -136,7 +136,7 @@ def test_the_predictions_shown_are_the_surest_right_and_wrong_ones(project, tmp_
 
 
 def test_an_evaluation_becomes_a_matrix_a_table_and_a_projector(project, tmp_path):
-    config = load_config(project.config)
+    config = settle(load_config(project.config))
     rng = np.random.default_rng(1)
     with build_loader(config, "val") as loader:
         labels = loader.dataset.labels
@@ -174,7 +174,7 @@ def test_an_evaluation_becomes_a_matrix_a_table_and_a_projector(project, tmp_pat
 
 
 def test_a_job_that_takes_over_shows_nothing_twice(project, tmp_path):
-    config = load_config(project.config)
+    config = settle(load_config(project.config))
     with build_loader(config, "train") as loader:
         batch = next(iter(loader))
         for step in (0, 0, 4):
@@ -219,7 +219,7 @@ def test_names_are_only_names(project, tmp_path):
     cells = re.findall(r"<td.*?>(.*?)</td>", markdown_to_safe_html(table), re.DOTALL)
     assert len(cells) == 8 and not any("<" in cell for cell in cells)
     assert html.unescape(cells[0]) == plain(HOSTILE, 200).strip()
-    hostile = load_config(project.config, ['data.dataset="```\\n<b>x</b>"'])
+    hostile = settle(load_config(project.config, ['data.dataset="```\\n<b>x</b>"']))
     _, metrics = started(hostile, tmp_path)
     metrics.close()
     shown = markdown_to_safe_html(texts(read(tmp_path), "config")[0])
