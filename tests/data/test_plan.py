@@ -11,6 +11,7 @@ from batches import build, settings
 from frame_folders import make_frame_folders
 
 from shards.format import SampleError
+from shards.plan import few_shot_subset
 from shards.reader import ShardDataset
 from text4vis.config.batches import BatchSizes
 from text4vis.config.schema import ConfigError
@@ -153,3 +154,47 @@ def test_labels_that_are_swapped_must_exist(shards, tmp_path):
     planner(shards, "val", flip_swaps=[[0, 3]])
     one = make_frame_folders(tmp_path, [2, 2], num_classes=1)
     assert len(planner(build(one.annotations, one.root, one.labels, tmp_path / "shards"), "train").videos) == 2
+
+
+def test_few_shot_plans_go_over_whole_passes_of_the_chosen_videos(shards):
+    plans = planner(shards, "train", shot=2)
+    chosen = few_shot_subset(plans.dataset.labels, 2, 5)
+    assert plans.few_shot.tolist() == plans.videos.tolist() == chosen.tolist()
+    assert plans.epoch_samples == 18  # 23 videos are three passes over six
+    ids = np.concatenate([ids for ids, _ in itertools.islice(plans.batches(), 3)])
+    assert sorted(ids.tolist()) == chosen.tolist()
+    other = planner(shards, "train", shot=2, shot_seed=6)
+    assert other.few_shot.tolist() == few_shot_subset(plans.dataset.labels, 2, 6).tolist() != chosen.tolist()
+    listed = [
+        f"{plans.dataset.name(i)} {plans.dataset.num_frames[i]} {plans.dataset.labels[i]}\n" for i in chosen.tolist()
+    ]
+    assert plans.few_shot_list() == "".join(listed)
+    for all_videos in (planner(shards, "train"), planner(shards, "train", shot=0), planner(shards, "val", shot=2)):
+        assert all_videos.few_shot is None and all_videos.few_shot_list() == ""
+        assert all_videos.videos.tolist() == list(range(23)) and all_videos.epoch_samples == 23
+    with pytest.raises(ConfigError, match=r"data.shot: few-shot subset: class \d has \d videos, 9 are asked for"):
+        planner(shards, "train", shot=9)
+
+
+def test_the_list_of_stored_videos_has_no_frames(stored_videos):
+    plans = planner(stored_videos / "shards", "train", shot=1)
+    assert sorted(plans.few_shot_list().splitlines()) == ["clip 0.mp4 0", "clip 1.mp4 1", "clip 2.mp4 2"]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 30])
+def test_ranks_share_what_there_is(shards, world_size):
+    """Evaluation: every video once, in order, also of a choice. Training: the global batch, cut into micro batches."""
+    alone = planner(shards, "val", batch_size=4)
+    for ids in (None, np.array([20, 3, 11, 5, 9])):
+        ranks = [dataclasses.replace(alone, rank=rank, world_size=world_size, ids=ids) for rank in range(world_size)]
+        batches = [batch for rank in ranks for batch, _ in rank.batches()]
+        assert np.concatenate(batches).tolist() == (list(range(23)) if ids is None else ids.tolist())
+        assert max(map(len, batches)) <= 4
+    train = planner(shards, "train")
+    whole = next(dataclasses.replace(train, sizes=BatchSizes(12 * world_size, 1, 1)).batches(7))
+    cut = BatchSizes(4, 3, world_size)
+    ranks = [dataclasses.replace(train, rank=rank, world_size=world_size, sizes=cut) for rank in range(world_size)]
+    parts = [pair for rank in ranks for pair in itertools.islice(rank.batches(7), 3)]
+    assert [len(ids) for ids, _ in parts] == [4] * 3 * world_size
+    for part, expected in zip(zip(*parts, strict=True), whole, strict=True):
+        assert np.concatenate(part).tolist() == expected.tolist()

@@ -78,6 +78,34 @@ def test_a_file_that_is_not_the_table_is_refused(folder, role):
     opened(folder)
 
 
+@pytest.mark.parametrize("role", INDEX_ROLES)
+def test_a_table_of_another_kind_is_refused(folder, role):
+    """Of other columns, or of two dimensions."""
+    manifest = read_local_manifest(folder)
+    path = folder / manifest.index[role]["file"]
+    table = np.load(path)
+    for other in (np.zeros(len(table), "<f4"), table[:, None]):
+        np.save(path, other)
+        index = manifest.index | {role: manifest.index[role] | {"bytes": path.stat().st_size}}
+        files = {role: folder / entry["file"] for role, entry in index.items()}
+        with pytest.raises(ShardError, match=f"{path}: holds .*, not the table of {role}"):
+            open_index("here", dataclasses.replace(manifest, index=index), files)
+
+
+@pytest.mark.parametrize("role", INDEX_ROLES)
+def test_a_damaged_byte_is_found_but_where_rows_are_checked_later(folder, role):
+    """The last byte of a table. Those of the members would cost a look at every frame's row."""
+    path = folder / read_local_manifest(folder).index[role]["file"]
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    if role == "members":
+        opened(folder)
+    else:
+        with pytest.raises(ShardError, match=rf"{path}: has the CRC-32 0x[0-9a-f]{{8}}, the manifest says"):
+            opened(folder)
+
+
 def test_checksums_of_files_larger_than_a_piece(tmp_path):
     content = np.random.default_rng(0).bytes((1 << 20) + 5)
     (tmp_path / "file").write_bytes(content)
@@ -105,6 +133,7 @@ def test_rows_may_reach_the_end_of_their_tables_and_no_further(folder):
     assert opened(folder).name(1) == ""
     for column, value, message in (
         ("name_start", len(index.names) + 1, f"row 1 .*the name ends behind the {len(index.names)} bytes of names"),
+        ("name_size", 1, f"row 1 .*the name ends behind the {len(index.names)} bytes of names"),
         ("first_member", len(index.members), f"row 1 .*members end behind the table's {len(index.members)}"),
         ("shard", 2, "row 1 .*there are 2 shards"),
         ("label", 3, "row 1 .*there are 3 classes"),

@@ -112,6 +112,17 @@ GOLDEN_PASSES = [0, 0, 0, 0, 0, 1, 1, 0, 1, 2, 0, 2, 2, 0, 3, 3, 1, 3, 4, 1, 4, 
 GOLDEN_STREAMS = "b153b63b52f0c267"
 
 
+def test_streams_keep_their_shards_where_an_epoch_ends_within_a_pass():
+    """A source of 60 shards that two epochs of 321 samples go through: a border cuts one shard at most."""
+    mixed = Mixture([600, 30], [301, 20], 0, "shards:2", np.arange(630) // 10, num_streams=4)
+    positions = np.arange(5 * 321)
+    ids, passes = mixed.at(positions)
+    for number in range(2):
+        here = (ids < 600) & (passes == number)
+        met = [np.unique(ids[here & (positions % 4 == stream)] // 10) for stream in range(4)]
+        assert 60 <= sum(map(len, met)) <= 60 + 3
+
+
 def test_far_positions_cost_nothing_more():
     mixed = Mixture([1000, 10], [900, 110], 0)
     far = 1010 * 10**9 + 500

@@ -54,10 +54,7 @@ MODULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "mixture": (("shards/mixture.py", "text4vis/data/order.py"), ("shards/test_mixture.py", "data/test_order.py")),
     "sampling": (("text4vis/data/sampling.py",), ("data/test_sampling.py",)),
     "augmentation": (("text4vis/data/augmentation.py",), ("data/test_augmentation.py", "data/test_plan.py")),
-    "plan": (
-        ("text4vis/data/plan.py",),
-        ("data/test_plan.py", "data/test_fewshot.py", "data/test_loader.py", "data/test_repair.py"),
-    ),
+    "plan": (("text4vis/data/plan.py",), ("data/test_plan.py",)),
     "reader": (
         ("shards/reader.py", "shards/opening.py", "shards/local.py"),
         ("shards/test_reader.py", "shards/test_remote.py"),
