@@ -38,7 +38,7 @@ def test_a_run_goes_on_with_its_own_data_and_videos_only(tmp_path):
     found, few_shot = State(1, 8, 8, "f", Config().to_dict(), ["a"]), tmp_path / "few_shot.txt"
 
     def join(other):
-        check_joins(found, Config(), other, tmp_path / "step-1", few_shot)
+        check_joins(found, Config(), other, {}, tmp_path / "step-1", few_shot)
 
     join(loader())  # without few-shot there is no list
     few_shot.write_text("x\ny\n")
