@@ -480,10 +480,18 @@ def test_a_finished_run_stays_finished_and_another_is_never_mixed_in(project, wh
         start(project, output, "solver.lr=1")
 
 
-def test_a_dry_run_leaves_nothing(project, tmp_path):
+def test_the_loss_must_take_the_labels_of_both_splits(project, tmp_path, monkeypatch):
+    checked = []
+    monkeypatch.setattr(module, "check_labels", lambda config, split, dataset: checked.append((split, dataset)))
+    with start(project, tmp_path) as trainer:
+        assert checked == [("train", trainer.train_loader.dataset), ("val", trainer.val_loader.dataset)]
+
+
+def test_a_dry_run_warns_and_leaves_nothing(project, tmp_path, caplog):
     with start(project, tmp_path) as trainer:
         before = {name: value.clone() for name, value in trainer.engine.named_weights()}
         trainer.dry_run()
+        assert "3 of 26 videos have fewer frames than data.num_segments" in caplog.text
         gradients = [p.grad for p in trainer.engine.model.parameters() if p.requires_grad]
         assert gradients and all(gradient is not None for gradient in gradients), "one micro batch went backward"
         assert equal(dict(trainer.engine.named_weights()), before)
