@@ -440,9 +440,10 @@ def test_micro_batches_give_the_same_training(project, whole, tmp_path):
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_a_run_that_was_stopped_goes_on_to_the_bit(project, whole, tmp_path, stage):
+def test_a_run_that_was_stopped_goes_on_to_the_bit(project, whole, tmp_path, caplog, stage):
     """It stops in the middle of the second epoch, after a checkpoint that was asked for by a file."""
     settings = f"engine.zero_stage={stage}"
+    caplog.set_level("INFO", "text4vis")
     trainer = start(project, tmp_path, settings)
     step = trainer.train_step
 
@@ -457,10 +458,12 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(project, whole, tmp_path, sta
     with trainer, pytest.raises(Stopped, match="stopped by SIGTERM after step 9"):
         trainer.fit()
     assert not (tmp_path / "save-now").exists()
+    assert "resumed from" not in caplog.text
     assert [checkpoint.read_state(path).step for path in checkpoint.complete(tmp_path)] == [3, 5, 7, 9]
     with start(project, tmp_path, settings) as again:
         assert (again.state.step, again.state.consumed, again.start_from.name) == (9, 36, "step-00000009")
         figures = again.fit()
+        assert f"resumed from {again.start_from} at step 9" in caplog.text
     assert figures == whole[1]
     if stage == 0:
         assert losses(tmp_path) == losses(whole[0]) and equal(weights(tmp_path), weights(whole[0]))
