@@ -18,6 +18,7 @@ from text4vis.config.loading import load_config
 from text4vis.config.schema import Config, DataConfig, EngineConfig, LoggingConfig, SolverConfig
 from text4vis.saved import checkpoint
 from text4vis.saved.checkpoint import CheckpointError, State
+from text4vis.saved.inputs import RunInputs
 from text4vis.training import trainer as module
 from text4vis.training.logs import Meter
 from text4vis.training.optim import learning_rate
@@ -428,6 +429,8 @@ def test_a_run_evaluates_logs_and_saves_when_it_should(project, whole):
     assert yaml.safe_load((output / "config.yaml").read_text()) == json.loads(json.dumps(trainer.config.to_dict()))
     assert state.class_names == trainer.class_names == ["class 0", "class 1", "class 2"]
     assert not (output / "few_shot.txt").exists()
+    kept = RunInputs.find(output)
+    assert kept is not None and kept.classes(trainer.class_names).equal(trainer.objective.classes)
 
 
 def test_micro_batches_give_the_same_training(project, whole, tmp_path):
