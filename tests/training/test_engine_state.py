@@ -75,8 +75,8 @@ def test_every_kind_of_engine_trains_as_torch_does(stage, offload, optim):
         loss, applied = take_step(engine, number)
         expected_loss, expected_norm = plain.step(inputs(number))
         assert applied is True and loss == pytest.approx(expected_loss, rel=1e-5)
-        if (norm := engine.grad_norm()) is not None:
-            assert norm == pytest.approx(expected_norm, rel=1e-5)
+        norm = engine.grad_norm()  # around torch's own optimiser DeepSpeed keeps none
+        assert norm is None if stage == 0 else norm == pytest.approx(expected_norm, rel=1e-5)
     assert distance(state_of(engine), plain.state()) < 1e-6
     assert state_of(engine)["weights"]["frozen.weight"].equal(first["weights"]["frozen.weight"])
     assert not any(

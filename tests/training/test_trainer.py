@@ -1,6 +1,5 @@
 """The trainer at one rank in this process: what it decides step by step, what a run leaves, how it goes on."""
 
-import contextlib
 import json
 import os
 import time
@@ -19,6 +18,7 @@ from text4vis.config.loading import load_config
 from text4vis.config.schema import Config, DataConfig, EngineConfig, LoggingConfig, SolverConfig
 from text4vis.saved import checkpoint
 from text4vis.saved.checkpoint import CheckpointError, State
+from text4vis.saved.inputs import RunInputs
 from text4vis.training import trainer as module
 from text4vis.training.logs import Meter
 from text4vis.training.optim import learning_rate
@@ -429,6 +429,8 @@ def test_a_run_evaluates_logs_and_saves_when_it_should(project, whole):
     assert yaml.safe_load((output / "config.yaml").read_text()) == json.loads(json.dumps(trainer.config.to_dict()))
     assert state.class_names == trainer.class_names == ["class 0", "class 1", "class 2"]
     assert not (output / "few_shot.txt").exists()
+    kept = RunInputs.find(output)
+    assert kept is not None and kept.classes(trainer.class_names).equal(trainer.objective.classes)
 
 
 def test_micro_batches_give_the_same_training(project, whole, tmp_path):
@@ -441,9 +443,10 @@ def test_micro_batches_give_the_same_training(project, whole, tmp_path):
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_a_run_that_was_stopped_goes_on_to_the_bit(project, whole, tmp_path, stage):
+def test_a_run_that_was_stopped_goes_on_to_the_bit(project, whole, tmp_path, caplog, stage):
     """It stops in the middle of the second epoch, after a checkpoint that was asked for by a file."""
     settings = f"engine.zero_stage={stage}"
+    caplog.set_level("INFO", "text4vis")
     trainer = start(project, tmp_path, settings)
     step = trainer.train_step
 
@@ -458,10 +461,12 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(project, whole, tmp_path, sta
     with trainer, pytest.raises(Stopped, match="stopped by SIGTERM after step 9"):
         trainer.fit()
     assert not (tmp_path / "save-now").exists()
+    assert "resumed from" not in caplog.text
     assert [checkpoint.read_state(path).step for path in checkpoint.complete(tmp_path)] == [3, 5, 7, 9]
     with start(project, tmp_path, settings) as again:
         assert (again.state.step, again.state.consumed, again.start_from.name) == (9, 36, "step-00000009")
         figures = again.fit()
+        assert f"resumed from {again.start_from} at step 9" in caplog.text
     assert figures == whole[1]
     if stage == 0:
         assert losses(tmp_path) == losses(whole[0]) and equal(weights(tmp_path), weights(whole[0]))
@@ -481,10 +486,18 @@ def test_a_finished_run_stays_finished_and_another_is_never_mixed_in(project, wh
         start(project, output, "solver.lr=1")
 
 
-def test_a_dry_run_leaves_nothing(project, tmp_path):
+def test_the_loss_must_take_the_labels_of_both_splits(project, tmp_path, monkeypatch):
+    checked = []
+    monkeypatch.setattr(module, "check_labels", lambda config, split, dataset: checked.append((split, dataset)))
+    with start(project, tmp_path) as trainer:
+        assert checked == [("train", trainer.train_loader.dataset), ("val", trainer.val_loader.dataset)]
+
+
+def test_a_dry_run_warns_and_leaves_nothing(project, tmp_path, caplog):
     with start(project, tmp_path) as trainer:
         before = {name: value.clone() for name, value in trainer.engine.named_weights()}
         trainer.dry_run()
+        assert "3 of 26 videos have fewer frames than data.num_segments" in caplog.text
         gradients = [p.grad for p in trainer.engine.model.parameters() if p.requires_grad]
         assert gradients and all(gradient is not None for gradient in gradients), "one micro batch went backward"
         assert equal(dict(trainer.engine.named_weights()), before)
@@ -500,18 +513,16 @@ def test_a_run_of_few_videos_lists_them_and_starts_from_other_weights(project, w
 
 
 @pytest.mark.parametrize("step", ["first", "last"])
-def test_what_is_not_finite_stops_or_is_skipped(project, tmp_path, step):
-    with contextlib.ExitStack() as stack:
-        trainer = stack.enter_context(start(project, tmp_path, "solver.on_nonfinite=skip", "logging.print_freq=1"))
-        objective, wrong = trainer.objective, {"first": 0, "last": STEPS - 1}[step]
-
-        class Spoilt(type(objective)):
-            def __call__(self, *given):
-                return super().__call__(*given) * (NAN if trainer.state.step == wrong else 1)
-
-        objective.__class__ = Spoilt
-        trainer.evaluate_and_save = lambda: setattr(trainer, "state", trainer.state)
-        trainer.evaluation_is_due = lambda: False
+def test_a_step_that_is_not_finite_is_skipped_in_a_run(project, tmp_path, monkeypatch, step):
+    wrong = {"first": 0, "last": STEPS - 1}[step]
+    compute = module.Objective.__call__
+    monkeypatch.setattr(Trainer, "evaluation_is_due", lambda trainer: False)
+    with start(project, tmp_path, "solver.on_nonfinite=skip", "logging.print_freq=1") as trainer:
+        monkeypatch.setattr(
+            module.Objective,
+            "__call__",
+            lambda *given: compute(*given) * (NAN if trainer.state.step == wrong else 1),
+        )
         trainer.fit()
         assert (trainer.state.step, trainer.state.updates) == (STEPS, STEPS - 1)
     assert [number for number, loss in losses(tmp_path).items() if loss is None] == [wrong + 1]
