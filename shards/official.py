@@ -230,6 +230,7 @@ class DataSet:
 
     @property
     def num_splits(self) -> int:
+        """How many official splits there are; 1 where the data set has one."""
         return max(map(len, self.counts.values()), default=1)
 
 

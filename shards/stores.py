@@ -157,7 +157,8 @@ class Store(Protocol):
         """One attempt to get some bytes of a file. With `write` each piece goes there as it comes, and the answer is
         empty. Raises what `is_transient` tells apart."""
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Closes its connections."""
 
 
 def open_store(address: str, *, timeout_seconds: float, storage_options: Mapping[str, Any]) -> Store:

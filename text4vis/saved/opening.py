@@ -144,10 +144,12 @@ class SavedRun(SavedModel):
 
     @cached_property
     def config(self) -> Config:
+        """The recorded configuration."""
         return config_from_dict(self.state.config, str(self.path))
 
     @property
     def class_names(self) -> list[str]:
+        """The recorded classes, C names."""
         return self.state.class_names
 
     @cached_property
@@ -156,6 +158,7 @@ class SavedRun(SavedModel):
 
     @property
     def settled(self) -> frozenset[str]:
+        """See `SavedModel.settled`."""
         return frozenset(SETTLED if self._inputs else ())
 
     def _own_network(self, network: NetworkConfig) -> NetworkConfig:
@@ -163,10 +166,12 @@ class SavedRun(SavedModel):
 
     @property
     def class_embeddings_CD(self) -> Tensor | None:
+        """The recorded embeddings (C, D), float32, or None."""
         return None if self._inputs is None else self._inputs.classes(self.class_names)
 
     @property
     def card(self) -> dict[str, Any]:
+        """What is recorded of the training, in JSON values."""
         state = self.state
         return {
             "step": state.step,
@@ -177,10 +182,12 @@ class SavedRun(SavedModel):
         }
 
     def parts(self, key: str = "model") -> Parts:
+        """The model's tensors on the CPU."""
         checkpoint.verify(self.folder, only=[checkpoint.WEIGHTS])
         return checkpoint.read_parts(self.folder)
 
     def load(self, config: Config | None = None) -> VideoClip:
+        """The model in fp32 on the CPU; see `SavedModel.load`."""
         config = config or self.settle(self.config)
         network = replace(self._own_network(config.network), fix_text=True)  # type: ignore[type-var]
         model = build_model(network, config.data.num_segments, image_size=config.data.input_size)
@@ -191,6 +198,7 @@ class SavedRun(SavedModel):
         return model
 
     def trained(self) -> TrainedModel:
+        """The model with its recipe, classes and class embeddings."""
         config, classes_CD = self.settle(self.config), self.class_embeddings_CD
         model = self.load(config)
         if config.network.classifier == "text":
@@ -214,31 +222,39 @@ class SavedExport(SavedModel):
 
     @cached_property
     def config(self) -> Config:
+        """The recorded configuration."""
         return config_from_dict(self._index["config"], str(self.path / EXPORT_FILE))
 
     @property
     def class_names(self) -> list[str]:
+        """The recorded classes, C names."""
         return self._index["class_names"]
 
     @property
     def card(self) -> dict[str, Any]:
+        """The content of export.json that describes the model, in JSON values."""
         return self._index["card"]
 
     @property
     def settled(self) -> frozenset[str]:
+        """See `SavedModel.settled`."""
         return frozenset(keys_of(Role.MODEL))
 
     @property
     def class_embeddings_CD(self) -> Tensor | None:
+        """The recorded embeddings (C, D), float32, or None."""
         return read_classes(self.path, self.class_names)
 
     def parts(self, key: str = "model") -> Parts:
+        """The model's tensors on the CPU."""
         return read_export(self.path, key)
 
     def load(self, config: Config | None = None) -> VideoClip:
+        """The model in fp32 on the CPU; see `SavedModel.load`."""
         return self._load().model
 
     def trained(self) -> TrainedModel:
+        """The model with its recipe, classes and class embeddings."""
         export = self._load()
         return TrainedModel(export.model, self.config, export.class_names, export.class_embeddings, export.card)
 
@@ -254,26 +270,32 @@ class OriginalFile(SavedModel):
 
     @property
     def config(self) -> None:
+        """None: such a file records no configuration."""
         return None
 
     @property
     def class_names(self) -> None:
+        """None: such a file records no classes."""
         return None
 
     @property
     def card(self) -> dict[str, Any]:
+        """Where the model comes from, in JSON values."""
         return {"source": self.path.name}
 
     def parts(self, key: str = "model") -> Parts:
+        """The model's tensors on the CPU."""
         return read_text4vis(self.path, key)
 
     def load(self, config: Config | None = None) -> VideoClip:
+        """The model in fp32 on the CPU; see `SavedModel.load`."""
         if config is None:
             raise self._records_nothing()
         data = config.data
         return load_text4vis(self.path, config.network, data.num_segments, image_size=data.input_size)
 
     def trained(self) -> TrainedModel:
+        """Raises CheckpointError: such a file records neither recipe nor classes."""
         raise self._records_nothing()
 
     def _records_nothing(self) -> CheckpointError:
