@@ -27,6 +27,7 @@ import train
 
 from text4vis.cluster import distributed
 from text4vis.training import checkpointing
+from text4vis.training.losses import Objective
 from text4vis.training.trainer import Trainer
 
 
@@ -63,20 +64,11 @@ def main() -> int:
         time.sleep(options.slow)
         return backward(self, batch)
 
-    def poisoned(objective):
-        def call_objective(engine, frames, labels, ids, position):
-            loss = objective(engine, frames, labels, ids, position)
-            return loss * float("nan") if options.not_finite in (-1, *ids) else loss
+    compute = Objective.__call__
 
-        return call_objective
-
-    start_engine = Trainer._engine
-
-    def start_poisoned(self, model):
-        self.objective_of_run = self.objective
-        self.objective = poisoned(self.objective)
-        self.objective.classes = self.objective_of_run.classes
-        return start_engine(self, model)
+    def poisoned(self, forward, frames, labels, ids, position):
+        loss = compute(self, forward, frames, labels, ids, position)
+        return loss * float("nan") if options.not_finite in (-1, *ids) else loss
 
     def signalling(function):
         sent = []
@@ -90,7 +82,7 @@ def main() -> int:
 
     Trainer.backward = watched_backward
     if options.not_finite is not None:
-        Trainer._engine = start_poisoned
+        Objective.__call__ = poisoned
     if call == "save" and place.is_main:
         checkpointing.write_tensors = signalling(write_tensors)
     if call == "evaluate" and is_last:
