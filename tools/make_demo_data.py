@@ -47,7 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--train-videos", type=count, default=1400, help="videos to train with (1400)")
-    parser.add_argument("--val-videos", type=count, default=320, help="of the same classes, to validate (320)")
+    parser.add_argument("--val-videos", type=count, default=1280, help="of the same classes, to validate (1280)")
     parser.add_argument("--unseen-videos", type=count, default=161, help="of classes never trained on (161)")
     parser.add_argument("--seed", type=int, default=0, help="seed of all videos (0)")
     parser.add_argument("--workers", type=count, default=2, help="processes that draw (2)")
