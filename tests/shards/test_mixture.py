@@ -135,5 +135,6 @@ def test_bad_counts_are_named():
     for counts in ([1], [1, 0], [2**31, 1]):
         with pytest.raises(ValueError, match="counts: expected 1 to 2147483648 samples of each of 2 sources, got"):
             Mixture([5, 5], counts, 0)
+    Mixture([5, 5], [2**31 - 1, 1], 0)
     with pytest.raises(ValueError, match="of each of 0 sources"):
         Mixture([], [], 0)
