@@ -1,5 +1,6 @@
 """Weights under other programs' names give the same model; what cannot be read is named."""
 
+import open_clip
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -40,7 +41,9 @@ def test_a_clip_of_transformers_gives_the_same_embeddings(theirs, tmp_path, pref
     path = tmp_path / "model.safetensors"
     constants = {"text_model.embeddings.position_ids": torch.arange(20)[None]}  # older versions saved them
     save_file({f"{prefix}{name}": value for name, value in (theirs.state_dict() | constants).items()}, path)
-    towers = build_towers(NetworkConfig(arch=str(path)))
+    openai = open_clip.get_pretrained_cfg("ViT-B-32", "openai")
+    given = {"mean": openai["mean"], "std": openai["std"], "activation": "quick_gelu"}  # its weights do not tell
+    towers = build_towers(NetworkConfig(arch=str(path), **given))
     pixels = torch.randn(2, 3, 32, 32)
     tokens = towers.text.tokenize(NAMES)
     with torch.no_grad():

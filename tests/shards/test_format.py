@@ -114,7 +114,8 @@ def test_a_manifest_is_read_as_it_was_written(tars):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (damaged("version", value=2), "format version 2, this program reads 1"),
+        (damaged("version", value=3), "format version 3, this program reads 1 and 2"),
+        (damaged("version", value=2), "index has the roles"),
         (damaged("surplus", value=1), "surplus"),
         (damaged("content", value="sound"), "content is 'sound', not 'frames' or 'video'"),
         (damaged("classes", value="ab"), "classes is not a list"),
