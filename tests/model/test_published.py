@@ -29,7 +29,7 @@ from text4vis.model.video_clip import build_model
 
 NAMES = ["Archery", "surfing; skiing!", "человек бежит", "ein Mensch läuft"]
 SLOW = {"pe-core", "mobileclip2", "eva"}  # their smallest towers are not that small
-EACH_KIND = [pytest.param(kind, marks=[pytest.mark.slow] if kind in SLOW else []) for kind in KINDS]
+EACH_KIND = [pytest.param(kind, marks=[pytest.mark.long] if kind in SLOW else []) for kind in KINDS]
 
 
 def settled(folder, kind, arch=None, **data) -> Config:

@@ -27,12 +27,12 @@ from text4vis.serving.exporting import export
 NAMES = ["Archery", "surfing; skiing!", "ein Mensch läuft"]
 OTHERS = ["a dog", "cats jumping"]
 T = 2
-LARGE = {"pe-core", "mobileclip2", "eva"}
+QUICK_GRAPHS = {"openai", "siglip2"}
 
 
 def each_kind(*quick: str) -> list:
-    """Every kind; those that are not quick are marked slow."""
-    return [pytest.param(kind, marks=[] if kind in quick else [pytest.mark.slow]) for kind in KINDS]
+    """Every kind; those that are not quick are marked long."""
+    return [pytest.param(kind, marks=[] if kind in quick else [pytest.mark.long]) for kind in KINDS]
 
 
 def trained_model(folder: Path, kind: str) -> TrainedModel:
@@ -104,7 +104,9 @@ def test_the_inputs_of_a_run_build_its_model_without_the_folder_it_came_from(tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.long] * (kind in LARGE)) for kind in KINDS])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.long] * (kind not in QUICK_GRAPHS)) for kind in KINDS]
+)
 def test_the_graph_and_its_program_see_what_the_model_sees(tmp_path, kind):
     trained = trained_model(publish(tmp_path / "published", kind), kind)
     written = export(tmp_path / "export", trained, onnx=True)
