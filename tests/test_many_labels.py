@@ -83,7 +83,7 @@ def test_the_run_learns_the_colours_and_says_so(trained):
     assert len(report["by_views"]) == 2
     assert re.search(r"mAP \d+\.\d+ %  F1 \d+\.\d+ %  top-1 .* of 42 videos", said["train"])
     assert "6 videos without a label count for F1 alone; F1 at each class's threshold" in said["evaluate"]
-    assert "labels a video" in said["check"]
+    assert "labels per video" in said["check"]
     board = EventAccumulator(str(base / "run/tensorboard"))
     board.Reload()
     shown = {tag.removesuffix("/text_summary") for tag in board.Tags()["tensors"]} | set(board.Tags()["images"])

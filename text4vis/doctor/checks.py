@@ -217,7 +217,7 @@ def _model_and_output(config: Config, output: Path) -> Iterator[Finding]:
         logging.disable(logging.NOTSET)
     yield found
     folder = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
-    if not os.access(folder, os.W_OK):
+    if not os.access(folder, os.W_OK, effective_ids=True):
         yield Finding("output", PROBLEM, f"{folder} cannot be written", "give another --output")
         return
     try:
