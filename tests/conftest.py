@@ -46,3 +46,31 @@ def project(tmp_path_factory: pytest.TempPathFactory):
     from project import Project
 
     return Project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture(scope="session")
+def process_group() -> Iterator[dict[str, str]]:
+    """Makes this process a job of one rank; gives the variables that a launcher would have set.
+
+    Once for all tests: DeepSpeed keeps its first process groups for good. The variables are not left in the
+    environment, because the programs that other tests start are jobs of their own.
+    """
+    from text4vis.cluster import distributed
+
+    before = dict(os.environ)
+    distributed.start()
+    variables = {name: value for name, value in os.environ.items() if before.get(name) != value}
+    os.environ.clear()
+    os.environ.update(before)
+    yield variables
+    distributed.stop()
+
+
+@pytest.fixture(scope="module")
+def one_rank(process_group: dict[str, str]) -> Iterator[None]:
+    """The tests of a file run as rank 0 of a job of one rank."""
+    before = dict(os.environ)
+    os.environ.update(process_group)
+    yield
+    os.environ.clear()
+    os.environ.update(before)

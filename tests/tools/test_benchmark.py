@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -209,21 +210,19 @@ def test_activations_checkpointed_twice_change_no_gradient(workload, small_vit):
 
 
 @pytest.mark.slow
-def test_the_bare_loop_computes_what_the_trainer_does(workload, small_vit):
-    from text4vis.cluster import distributed
+def test_the_bare_loop_computes_what_the_trainer_does(workload, small_vit, process_group):
     from text4vis.cluster.stop import StopRequest
     from text4vis.training.logs import Meter
     from text4vis.training.trainer import Trainer
 
     setup = engine.EngineSetup(workload.shards, small_vit, 2, "fp32")
-    distributed.start()
+    os.environ.update(process_group)
     trainer = Trainer(setup.config(1), Path("unused"), StopRequest(), "never")
     meter = Meter.new(trainer.device)
     bare = engine.BareLoop(trainer.config, next(iter(trainer.train_loader)), trainer.objective.classes)
     trainer.train_step(iter(trainer.train_loader), meter)
     assert float(meter.loss) == pytest.approx(float(bare()), rel=1e-5)
     trainer.close()
-    distributed.stop()
 
 
 def test_the_formula_of_memory():

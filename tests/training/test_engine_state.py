@@ -1,7 +1,6 @@
 """The engine of one rank in this process: it computes what plain torch does, and its state comes and goes whole."""
 
 import json
-import os
 from types import SimpleNamespace
 
 import pytest
@@ -9,25 +8,16 @@ import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from engine_states import KINDS, Model, configuration, distance, start, state_of, take_step
 
-from text4vis.cluster import distributed
 from text4vis.config.batches import BatchSizes
 from text4vis.config.schema import Config, ConfigError, DataConfig, EngineConfig, SolverConfig
 from text4vis.training.engine import Engine, engine_config, share_of_rank
 from text4vis.training.optim import build_optimizer
 
+pytestmark = pytest.mark.usefixtures("one_rank")
+
 CLIP = 0.5  # solver.clip_gradient of engine_states
 PLACES = KINDS[0], KINDS[1], KINDS[3]  # of the state: with torch, cut flat, cut by parameter
 PRECISIONS = [*(("fp32", *kind) for kind in KINDS), *(("bf16", *kind) for kind in PLACES)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank():
-    before = dict(os.environ)
-    distributed.start()
-    yield
-    distributed.stop()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def inputs(number: int) -> torch.Tensor:

@@ -1,7 +1,6 @@
 """The trainer at one rank in this process: what it decides step by step, what a run leaves, how it goes on."""
 
 import json
-import os
 import time
 from types import SimpleNamespace
 
@@ -10,7 +9,6 @@ import torch
 import yaml
 from project import NUM_VIDEOS, losses, records, weights
 
-from text4vis.cluster import distributed
 from text4vis.cluster.distributed import Ranks
 from text4vis.cluster.stop import NonFiniteError, Stopped
 from text4vis.config.batches import BatchSizes
@@ -24,6 +22,8 @@ from text4vis.training.logs import Meter
 from text4vis.training.optim import learning_rate
 from text4vis.training.trainer import MicroBatchLoss, Requests, Trainer
 
+pytestmark = pytest.mark.usefixtures("one_rank")
+
 STEPS, EPOCHS = 13, 2  # of 4 of the 26 videos
 SETTINGS = (
     "engine.precision=fp32", "engine.zero_stage=0", "data.batch_size=4", f"solver.epochs={EPOCHS}",
@@ -33,14 +33,10 @@ SETTINGS = (
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_rank():
-    before, threads = dict(os.environ), torch.get_num_threads()
-    distributed.start()
+def own_threads():
+    threads = torch.get_num_threads()
     yield
-    distributed.stop()
     torch.set_num_threads(threads)
-    os.environ.clear()
-    os.environ.update(before)
 
 
 class Stop:
