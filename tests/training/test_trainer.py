@@ -269,9 +269,10 @@ def test_many_videos_are_counted(videos, more):
         explain([NAN], videos=videos)
 
 
-def test_a_wrong_step_may_be_skipped():
+def test_a_wrong_step_may_be_skipped_and_is_counted(caplog):
+    caplog.set_level("INFO", logger="text4vis")
     explain([NAN], on_nonfinite="skip")
-    explain([1.0], on_nonfinite="skip")
+    assert "videos: v100; v101; skipped, 2 so far" in caplog.text
 
 
 def test_class_embeddings_are_those_that_train():
