@@ -17,7 +17,7 @@ import torch
 from benchmarks import NAMES, contenders, engine, store
 from benchmarks.contenders import Setup
 from benchmarks.data import make_workload, multiplied, open_workload
-from benchmarks.figures import Figure, against, compared, interleaved, machine
+from benchmarks.figures import Figure, against, compared, interleaved, machine, run_fresh
 from benchmarks.scale import scale
 from benchmarks.suites import SUITES
 
@@ -123,11 +123,14 @@ def test_bad_data_is_named(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_contenders_give_batches_of_one_kind(workload, contender, shape, dtype):
-    with contender(Setup(workload, batch_size=2, workers=1)) as batches:
-        for _ in range(2 + len(workload.videos)):  # on into the next epoch
-            batch = next(batches)
-            assert tuple(batch.shape) == shape
-            assert batch.dtype == dtype
+    """In a process of its own, as in a benchmark: some fork, which a process with threads may not survive."""
+    setup = Setup(workload, batch_size=2, workers=1)
+    assert run_fresh(_kinds_of_batches, contender, setup, 2 + len(workload.videos)) == {(shape, dtype)}
+
+
+def _kinds_of_batches(contender, setup, count):
+    with contender(setup) as batches:
+        return {(tuple(batch.shape), batch.dtype) for batch in itertools.islice(batches, count)}
 
 
 def test_the_ceiling_counts_videos(workload):

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 
 MIN_VIDEOS = 40  # with fewer, the halves are too small to measure anything
 NUM_BINS = 15
@@ -39,6 +38,8 @@ def fit_temperature(scores_NC: np.ndarray, labels_N: np.ndarray) -> float:
     def loss(log_temperature: float) -> float:
         own_N = at_temperature(scores_NC, np.exp(log_temperature))[np.arange(len(labels_N)), labels_N]
         return float(-np.log(np.maximum(own_N, np.finfo(np.float64).tiny)).mean())
+
+    from scipy.optimize import minimize_scalar  # imported here: it takes most of a second
 
     return float(np.exp(minimize_scalar(loss, bounds=_LOG_TEMPERATURES, method="bounded").x))
 

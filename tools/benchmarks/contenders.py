@@ -37,7 +37,7 @@ from text4vis.data.prefetch import pipelined
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 _CEILING_BATCHES = 16
-_WORKER_START = "fork"  # quick, and safe in a process without threads
+_WORKER_START = "fork"  # quick, and safe only in a process without threads: `figures.run_fresh` gives one
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,10 @@ _PACKAGES = (
     "text4vis", "numpy", "torch", "torchvision", "nvidia-dali-cuda130", "nvidia-dali-cuda120",
     "opencv-python-headless", "pillow", "webdataset", "av",
 )  # fmt: skip
+_LIBRARIES = (
+    "torch._dynamo", "torchvision", "transformers", "open_clip", "deepspeed", "nvidia.dali.fn", "webdataset", "cv2",
+    "scipy.optimize",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -127,9 +131,13 @@ def run_fresh(function: Callable[..., Value], *arguments: Any, imported: bool = 
 
 
 def forks() -> Any:
-    """A context that forks processes from one that has only imported the libraries: imports take seconds."""
+    """A context that forks processes from one that has only imported the libraries: imports take seconds.
+
+    Modules of this folder can't be among them: a fork server does not get this process's `sys.path`, and ignores what
+    it does not find.
+    """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.suites"])
+    context.set_forkserver_preload(list(_LIBRARIES))
     return context
 
 
