@@ -1,6 +1,9 @@
 # make demo: data, shards, training, evaluation and a picture, from nothing. make check: before
 # each commit. make test: the whole test suite.
 PYTHON ?= python3
+# Tests that run at the same time. Many of them start jobs of several processes.
+TESTS_AT_ONCE ?= 2
+PYTEST := pytest -n $(TESTS_AT_ONCE) --dist worksteal
 BIN := .venv/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 
@@ -10,11 +13,11 @@ demo: .venv/runtime
 	$(BIN)/python tools/demo.py --output demo
 
 test: .venv/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m $(PYTEST)
 
 # Before each commit: all but the tests that take long.
 check: lint
-	$(BIN)/python -m pytest -q -m 'not slow and not multihost and not gpu and not long'
+	$(BIN)/python -m $(PYTEST) -q -m 'not slow and not multihost and not gpu and not long'
 
 # Changes the code in small ways and counts the changes that its tests notice.
 mutants: .venv/dev

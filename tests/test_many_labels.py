@@ -12,7 +12,7 @@ import pytest
 import yaml
 from launch import finish, run, start
 from PIL import Image
-from project import EVALUATE, TRAIN
+from project import EVALUATE, TRAIN, losses
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import write_clip
 
@@ -165,6 +165,27 @@ def test_a_killed_run_goes_on_with_the_bias_that_it_began_with(trained, tmp_path
     ends = [json.loads((folder / "report.json").read_text()) for folder in (base / "run", tmp_path / "run")]
     assert ends[0]["map"] == ends[1]["map"]
     assert ends[0]["decision"]["thresholds"] == pytest.approx(ends[1]["decision"]["thresholds"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["BCE", "ASL"])
+def test_ranks_stages_and_precisions_compute_the_same_losses(trained, tmp_path, loss):
+    base, _ = trained
+
+    def trained_losses(name: str, ranks: int, *settings: str) -> dict[int, float]:
+        options = [f"solver.loss_type={loss}", "solver.epochs=1", "solver.lr_warmup_step=0", "logging.print_freq=1"]
+        run(
+            TRAIN, "--config", base / "recipe.yaml", "--output", tmp_path / name,
+            *(f"--set={setting}" for setting in (*options, *settings)), ranks=ranks,
+        )  # fmt: skip
+        return losses(tmp_path / name)
+
+    expected = trained_losses("one", 1)
+    sharded = ("engine.zero_stage=3", "data.batch_size=4", "solver.grad_accumulation_steps=2")
+    assert trained_losses("sharded", 2, *sharded) == pytest.approx(expected, rel=1e-4)
+    half = ("engine.zero_stage=2", "data.batch_size=8", "engine.precision=bf16")
+    assert trained_losses("half", 2, *half) == pytest.approx(expected, rel=0.02)
+    assert len(expected) == 4
 
 
 @pytest.mark.slow

@@ -43,10 +43,12 @@ def reason_to_skip() -> str:
         return f"not installed: {', '.join(missing)} (apt-get install openssh-server pdsh iproute2)"
     if os.geteuid() != 0:
         return "needs root"
-    probe = subprocess.run(["ip", "netns", "add", "t4v-probe"], capture_output=True, text=True, check=False)
+    probe = subprocess.run(
+        ["ip", "netns", "add", f"t4v{os.getpid()}-probe"], capture_output=True, text=True, check=False
+    )
     if probe.returncode:
         return f"no network namespaces here: {probe.stderr.strip()}"
-    _ip("netns", "delete", "t4v-probe")
+    _ip("netns", "delete", f"t4v{os.getpid()}-probe")
     return ""
 
 
