@@ -1,5 +1,6 @@
 """Small video files."""
 
+import os
 import shutil
 import struct
 import subprocess
@@ -51,6 +52,7 @@ def encode(
     images = pictures(6) if images is None else images
     times = np.arange(len(images)) / rate if times is None else np.asarray(times)
     base = Fraction(1, rate) if np.allclose(times * rate % 1, 0, atol=1e-6) else Fraction(1, 1000)
+    scheduling = os.sched_getscheduler(0), os.sched_getparam(0)
     with av.open(str(path), "w", options=muxer or {}) as container:
         stream = container.add_stream(codec, rate=rate, options=options or {})
         stream.height, stream.width = images[0].shape[:2]
@@ -64,6 +66,8 @@ def encode(
             frame.time_base = base
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+    # SVT-AV1 makes root's thread a real-time one, and every process that is started later inherits it.
+    os.sched_setscheduler(0, *scheduling)
     if matrix is not None:
         path.write_bytes(turned(path.read_bytes(), matrix))
     return path
