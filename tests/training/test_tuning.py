@@ -125,3 +125,25 @@ def test_a_model_starts_from_the_weights_that_adapters_gave(project, trained):
     model = build_model(config.network, config.data.num_segments, image_size=config.data.input_size)
     load_pretrained(model, output)
     assert all(model.state_dict()[name].equal(value) for name, value in parts.video.items())
+
+
+@pytest.mark.long
+def test_one_command_measures_mixtures_and_another_exports_one(project, trained, tmp_path):
+    output, _, _ = trained
+    report, picture, export = tmp_path / "curve.json", tmp_path / "curve.png", tmp_path / "mixed"
+    others = ("--other", project.config, "--set", "data.test_clips=2", "--set", "engine.precision=fp32")
+    ended = program(
+        "tools/interpolate.py", output, *others, "--alphas", "1,0,0.5", "--report", report, "--picture", picture
+    )
+    assert ended.returncode == 0, ended.stderr
+    own, other = json.loads(report.read_text())["sets"]
+    assert [row["alpha"] for row in own["rows"]] == [row["alpha"] for row in other["rows"]] == [0, 0.5, 1]
+    best = json.loads((output / "checkpoints" / "best" / "state.json").read_text())["figures"]
+    assert own["rows"][2]["top1"] == pytest.approx(best["top1"]) and own["rows"][0]["videos"] == best["videos"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert program("tools/export.py", output, "--output", export, "--interpolate", "0.5").returncode == 0
+    again = tmp_path / "again.json"
+    run(EVALUATE, "--config", project.config, "--set=engine.precision=fp32", "--model", export, "--report", again)
+    assert json.loads(again.read_text())["top1"] == pytest.approx(own["rows"][1]["top1"])
+    card = json.loads((export / "export.json").read_text())["card"]
+    assert card["interpolation"] == 0.5 and card["evaluation"] is None
