@@ -31,7 +31,7 @@ def assert_merges(model: VideoClip, network: NetworkConfig, frames: torch.Tensor
     """The adapted model equals a plain one with the merged weights, which needs no peft."""
     plain = build_model(replace(network, adapter=None), model.num_segments)
     values = {"adapter_alpha": network.adapter_alpha, "adapter_rank": network.adapter_rank}
-    state = merged(model.state_dict(), values)
+    state = merged(model.state_dict(), {"network": values})
     plain.load_state_dict(state)
     with torch.no_grad():
         expected, found = (each.eval().encode_video(frames) for each in (model, plain))

@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA, Hu et al., 2022) on CLIP's towers, by peft, and their merging into plain weights.
 
     add_adapters(model, network)    W x  ->  W x + alpha / rank * B A x      A (rank, in), B (out, rank) train, W stays
-    merged(state, network)          W + alpha / rank * B A, under the names of the model without adapters
+    merged(state, config)           W + alpha / rank * B A, under the names of the model without adapters
 
 The visual tower gets them, and the text tower where it trains. Only `add_adapters` needs peft: whatever opens a trained
 model merges. DeepSpeed fetches a module's weights when the module is called (ZeRO-3), so a layer that is not called,
@@ -131,13 +131,14 @@ def _unpack_attention(tower: nn.Module) -> None:
             block.attn = Attention(block.attn)
 
 
-def merged(state: Mapping[str, Tensor], network: Mapping[str, Any]) -> State:
+def merged(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> State:
     """A model's tensors with its adapters merged into its weights, on the CPU; without adapters the tensors themselves.
 
-    network: the values of the section, for `adapter_alpha` and `adapter_rank`. The sum is computed in float64.
+    config: of the training, in plain values, for `adapter_alpha` and `adapter_rank`. The sum is computed in float64.
     """
     if not any(name.endswith(_A) for name in state):
         return dict(state)
+    network = config["network"]
     scale = network["adapter_alpha"] / network["adapter_rank"]
     plain = {}
     for name, tensor in state.items():

@@ -165,7 +165,7 @@ def read_parts(folder: Path) -> Parts:
     state = _read(folder / WEIGHTS)
     if (folder / AVERAGE).exists():
         state |= _read(folder / AVERAGE)
-    return Parts.of(merged(state, read_state(folder).config.get("network", {})))
+    return Parts.of(merged(state, read_state(folder).config))
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -315,7 +315,7 @@ class Trainer:
         """
         with self.engine.averaged():
             classes_CD = self.class_embeddings()
-            weights = merged(checkpointing.gather_weights(self.engine), self.state.config["network"])
+            weights = merged(checkpointing.gather_weights(self.engine), self.state.config)
             result = evaluate(
                 self.engine.model, classes_CD, self.class_names, self.val_loader,
                 weights=weights_fingerprint(weights), before_batch=self.save_and_stop_if_asked,
