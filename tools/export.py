@@ -4,9 +4,11 @@ Examples:
     python tools/export.py runs/demo --output exported
     python tools/export.py runs/demo --output exported --onnx       # also a graph that runs without torch
     python tools/export.py exported --onnx                          # adds the graph to an export
+    python tools/export.py runs/own --output mixed --interpolate 0.5   # half way back to the pre-trained weights
 
 text4vis.load and tools/predict.py open the folder; docs/deployment.md describes its files. The model card quotes the
-run's last evaluation, or the report of text4vis/evaluate.py that --report names.
+run's last evaluation, or the report of text4vis/evaluate.py that --report names. A mixture has no evaluation but that
+one; tools/interpolate.py measures mixtures.
 
 CHECKPOINT is a run's folder (its best weights are exported), one of its checkpoints, an export, or a .pt file of the
 original project, which needs --config and --labels. Exit codes: 0 done, 1 failed, 2 wrong usage.
@@ -36,7 +38,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--labels", type=Path, help="class names (CSV `id,name`) of a .pt file")
     parser.add_argument("--report", type=Path, help="evaluation for the model card; default: the run's last one")
     parser.add_argument("--onnx", action="store_true", help="also write model.onnx (pip install 'text4vis[onnx]')")
+    parser.add_argument(
+        "--interpolate", type=float, metavar="ALPHA",
+        help="export (1 - ALPHA) x the pre-trained weights + ALPHA x the trained ones (WiSE-FT), to keep zero-shot",
+    )  # fmt: skip
     arguments = parser.parse_args()
+    if arguments.interpolate is not None and not 0 <= arguments.interpolate <= 1:
+        parser.error(f"--interpolate: expected a number from 0 to 1, got {arguments.interpolate:g}")
     if not arguments.checkpoint.exists():
         parser.error(f"{arguments.checkpoint}: no such file or folder")
     if arguments.checkpoint.is_file() and not (arguments.config and arguments.labels):
@@ -70,14 +78,17 @@ def run(arguments: argparse.Namespace) -> None:
             f"{source.path}: is an export already; add to it with --onnx or --report, or name an --output"
         )
     trained = trained_model(source, arguments)
+    report = arguments.report or serving.last_report(source)
+    if arguments.interpolate is not None:
+        if arguments.output is None or arguments.output.resolve() == source.path.resolve():
+            raise ConfigError("--output: name another folder for the mixture; an export's own weights stay")
+        trained, report = saved.Interpolation(source, trained).at(arguments.interpolate), arguments.report
     output = arguments.output or source.path
     if source.kind == "export" and output.resolve() == source.path.resolve():
         graph = serving.add_to_export(output, trained, report=arguments.report, onnx=arguments.onnx)
         print(f"added to {output}")
     else:
-        graph = serving.export(
-            output, trained, report=arguments.report or serving.last_report(source), onnx=arguments.onnx
-        )
+        graph = serving.export(output, trained, report=report, onnx=arguments.onnx)
         print(f"exported {len(trained.class_names)} classes to {output}")
     if graph is not None:
         compared = "not compared with PyTorch: onnxruntime is not installed"

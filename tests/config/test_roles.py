@@ -28,7 +28,7 @@ CLASSIFIERS = ("text", "random", "orthogonal", "lda", "sentence", "file")
 VALUES = (
     True, False, 5, 3, 2, 0.25, 7.5, "shards:3", "gpu", "skip", "paper", "something", "lda", "text", "LSTM", "tsm",
     "NCE", "fp32", "sgd", "multistep", "parameters", "other {}", "other", (0.2, 0.3), ((0, 1),), ("other",),
-    "squash", "bilinear", "gelu", (0.2, 0.3, 0.4),
+    "squash", "bilinear", "gelu", (0.2, 0.3, 0.4), "lora", "mlp",
 )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 _LIBRARIES = (
     "torch", "torch._dynamo", "torchvision", "open_clip", "deepspeed", "nvidia.dali.fn", "cv2", "av", "pandas",
     "sklearn.covariance", "torch.utils.tensorboard", "matplotlib.figure", "webdataset", "rich.console", "fsspec",
-    "torch._inductor.compile_fx",
+    "torch._inductor.compile_fx", "peft",
 )  # fmt: skip
 _ranks = multiprocessing.get_context("forkserver")
 _ranks.set_forkserver_preload(list(_LIBRARIES))

@@ -10,6 +10,7 @@ from tiny import tiny_network
 
 from text4vis.config.loading import config_from_dict
 from text4vis.config.schema import ConfigError, SolverConfig, decay_epochs
+from text4vis.model.adapters import add_adapters
 from text4vis.model.video_clip import build_model
 from text4vis.training.optim import build_optimizer, learning_rate, multistep_rate, parameter_groups, scheduled_rate
 
@@ -113,3 +114,48 @@ def test_each_optimiser_takes_the_step_of_its_own(tmp_path):
         assert before - model.logit_scale.item() == pytest.approx(moved, rel=1e-3)
         decayed = build_optimizer(model, SolverConfig(optim=optim, **settings | {"weight_decay": 0.1}))
         assert {group["weight_decay"] for group in decayed.param_groups} == {0.1}
+
+
+def test_layer_decay_lowers_the_rate_by_the_depth_of_the_tower(tmp_path):
+    model, groups = groups_of(tmp_path, lr=1e-3, clip_ratio=0.1, layer_decay=0.5)
+    assert {name: group["lr"] for name, group in groups.items()} == pytest.approx({
+        "clip.0": 1.25e-5, "clip.1": 2.5e-5, "clip.2": 5e-5, "clip.3": 1e-4, "clip": 1e-4, "head": 1e-3,
+    })  # fmt: skip
+    assert all(group["base_lr"] == group["lr"] for group in groups.values())
+    assert "visual.conv1.weight" in names(model, groups["clip.0"])
+    assert all(name.startswith("visual.transformer.resblocks.1.") for name in names(model, groups["clip.2"]))
+    assert names(model, groups["clip.3"]) == {"visual.ln_post.weight", "visual.ln_post.bias", "visual.proj"}
+    assert names(model, groups["clip"]) == {"logit_scale"}
+    assert set().union(*(names(model, group) for group in groups.values())) == {
+        name for name, _ in model.named_parameters()
+    }
+
+
+def test_adapters_learn_with_the_head(tmp_path):
+    network = tiny_network(tmp_path, adapter="lora", fix_text=False)
+    model = build_model(network, 4)
+    add_adapters(model, network)
+    for decay, rate in ((1.0, 1e-3), (0.5, 2.5e-4)):
+        solver = SolverConfig(lr=1e-3, clip_ratio=0.1, layer_decay=decay)
+        groups = {group["name"]: group for group in parameter_groups(model, solver)}
+        assert names(model, groups["clip"]) == {"logit_scale"}
+        place = groups["head" if decay == 1 else "head.1"]
+        assert place["lr"] == pytest.approx(rate)
+        assert "visual.transformer.resblocks.0.attn.packed_qkv.lora_A.default.weight" in names(model, place)
+        assert any(name.startswith("text_tower.") for name in names(model, groups["head"]))
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"network": {"adapter": "lora", "fix_video": True}}, r"network\.adapter: lora has no tower .* network\.fix_video"),
+    ({"network": {"adapter": "lora", "freeze_blocks": 1}}, r"network\.freeze_blocks: an adapter freezes"),
+    ({"network": {"adapter": "lora", "init": False}}, r"network\.adapter: lora adapts trained weights, but"),
+    ({"network": {"adapter_rank": 8}}, r"network\.adapter_rank: is of network\.adapter: lora, which is not set"),
+    ({"network": {"freeze_blocks": 2, "fix_video": True}}, r"network\.freeze_blocks: 2 blocks are frozen already"),
+    ({"network": {"fix_video": True}, "solver": {"layer_decay": 0.8}}, r"solver\.layer_decay: has no blocks"),
+    ({"solver": {"layer_decay": 0}}, r"solver\.layer_decay"),
+    ({"solver": {"ema": 1}}, r"solver\.ema"),
+    ({"network": {"adapter": "dora"}}, r"network\.adapter"),
+])  # fmt: skip
+def test_what_cannot_train_is_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        config_from_dict(settings, "test")

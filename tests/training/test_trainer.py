@@ -2,6 +2,7 @@
 
 import json
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -283,7 +284,7 @@ def test_class_embeddings_are_those_that_train():
     parameter = torch.nn.Parameter(torch.zeros(2, 3))
     trained = bare(
         engine=SimpleNamespace(
-            model=SimpleNamespace(classifier=parameter, text_tower=None), whole=lambda of: ("whole", of)
+            model=SimpleNamespace(classifier=parameter, text_tower=None), result=lambda of: ("whole", of)
         )
     )
     assert trained.class_embeddings() == ("whole", parameter)
@@ -362,7 +363,7 @@ def evaluated(monkeypatch, top1: float, best: float) -> tuple[Trainer, list[str]
     order = SimpleNamespace(samples_by_source=lambda consumed: {"a": consumed})
     trainer = bare(
         state=at_step(5, best_top1=best), output=None, val_loader="val", class_names=["a"],
-        engine=SimpleNamespace(model="model", named_weights=lambda: iter(())),
+        engine=SimpleNamespace(model="model", named_results=lambda: iter(()), averaged=nullcontext),
         train_loader=SimpleNamespace(epoch_samples=7, planner=SimpleNamespace(order=order)),
         class_embeddings=lambda: "classes", save=lambda: done.append("step"),
     )  # fmt: skip

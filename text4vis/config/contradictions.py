@@ -24,6 +24,7 @@ def check(config: Config, origin: Mapping[str, str], where: str) -> Config:
     if config.engine.offload == "parameters" and config.engine.zero_stage != 3:
         fail("engine.offload", f"parameters needs engine.zero_stage 3, got {config.engine.zero_stage}")
     _check_network(config, fail)
+    _check_tuning(config, fail)
     _check_solver(config, fail)
     return config
 
@@ -54,6 +55,26 @@ def _check_network(config: Config, fail: Callable[[str, str], None]) -> None:
         fail("network.classifier", "sentence needs network.sentence_model, the folder of a text encoder")
     if network.classifier == "lda" and not network.init:
         fail("network.classifier", "lda needs CLIP's weights, but network.init is false")
+
+
+def _check_tuning(config: Config, fail: Callable[[str, str], None]) -> None:
+    """What trains of the towers, and at which rate."""
+    network, defaults = config.network, Config().network
+    if network.fix_video:
+        frozen = "network.fix_video freezes the visual tower"
+        if network.freeze_blocks:
+            fail("network.freeze_blocks", f"{network.freeze_blocks} blocks are frozen already: {frozen}")
+        if config.solver.layer_decay < 1:
+            fail("solver.layer_decay", f"has no blocks to act on: {frozen}")
+        if network.adapter and network.fix_text:
+            fail("network.adapter", f"{network.adapter} has no tower to train in: {frozen}; delete one of the two")
+    if network.adapter and network.freeze_blocks:
+        fail("network.freeze_blocks", "an adapter freezes all of CLIP's own weights (network.adapter); delete one")
+    if network.adapter and not network.init and not config.pretrain:
+        fail("network.adapter", f"{network.adapter} adapts trained weights, but network.init is false")
+    for key in ("adapter_rank", "adapter_alpha", "adapter_targets"):
+        if not network.adapter and getattr(network, key) != getattr(defaults, key):
+            fail(f"network.{key}", "is of network.adapter: lora, which is not set")
 
 
 def _check_solver(config: Config, fail: Callable[[str, str], None]) -> None:

@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal, cast
 
-from pydantic import Field
+import pydantic.dataclasses
+from pydantic import ConfigDict, Field
 
 PathKind = Literal["no", "path", "name or path"]
+
+# The decorator of a section: a frozen dataclass without other keys than its own.
+section = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 
 
 class Role(StrEnum):

@@ -10,11 +10,11 @@ import re
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field, StrictInt, StrictStr, TypeAdapter
-from pydantic.dataclasses import dataclass
+from pydantic import BeforeValidator, Field, StrictInt, StrictStr, TypeAdapter
 
 from shards.text import redact
-from text4vis.config.roles import Role, key
+from text4vis.config.network import NetworkConfig
+from text4vis.config.roles import Role, key, section
 from text4vis.config.sources import TrainSources
 from text4vis.config.values import (
     Bool,
@@ -26,10 +26,9 @@ from text4vis.config.values import (
     Positive,
     Probability,
     Rate,
+    Share,
     Sources,
     Str,
-    Triple,
-    false_is_none,
     number,
     pair,
     pairs,
@@ -44,10 +43,9 @@ class ConfigError(Exception):
 
 
 MULTI_LABEL_LOSSES = ("BCE", "ASL")
-_section = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 
 
-@_section
+@section
 class RandAugConfig:
     """RandAugment (Cubuk et al., 2020) over the frames of a video."""
 
@@ -59,7 +57,7 @@ class RandAugConfig:
     )
 
 
-@_section
+@section
 class DataConfig:
     """Which videos, and how they are read, sampled and augmented."""
 
@@ -180,96 +178,7 @@ class DataConfig:
     synthetic: Bool = key(False, Role.FRAMES, "synthetic frames instead of decoded ones: shows the loader's cost")
 
 
-@_section
-class NetworkConfig:
-    """The video model and its classifier."""
-
-    arch: Str = key(
-        "ViT-B/16",
-        Role.MODEL,
-        "CLIP or open_clip name, hf-hub:ORG/NAME, local-dir:FOLDER, a model JSON, or a weights file in OpenAI's layout",
-        classifiers=("lda",),
-        path="name or path",
-    )
-    pretrained: OptionalStr = key(
-        None,
-        Role.MODEL,
-        "open_clip tag or weights file; default: `openai` for CLIP's names, the file beside a JSON or in a folder",
-        classifiers=("lda",),
-        on_card=True,
-        path="name or path",
-    )
-    mean: Triple | None = key(
-        None, Role.MODEL, "mean of red, green and blue, 0 to 1; default: the model's own", classifiers=("lda",)
-    )
-    std: Triple | None = key(
-        None, Role.MODEL, "standard deviation of the same; default: the model's own", classifiers=("lda",)
-    )
-    activation: Literal["gelu", "quick_gelu"] | None = key(
-        None, Role.MODEL, "of open_clip's towers; default: what the weights were trained with", classifiers=("lda",)
-    )
-    init: Bool = key(True, Role.TRAINING, "start from pre-trained weights; false: random ones", on_card=True)
-    sim_header: Literal["None", "Transf", "Transf_cls", "LSTM", "Conv_1D"] = key(
-        "Transf", Role.MODEL, "temporal head; None: mean of frames, Transf: transformer, others: ActionCLIP's"
-    )
-    tm: Annotated[Literal["tsm", "tokenshift", "tokent1d"] | None, BeforeValidator(false_is_none)] = key(
-        None, Role.MODEL, "temporal modelling in the visual tower; tsm: shift patches' channels, others: class token's"
-    )
-    joint_st: Bool = key(False, Role.MODEL, "attention over all frames' patches at once; needs sim_header: None")
-    drop_out: Rate = key(
-        0.0,
-        Role.TRAINING,
-        "dropout of the visual tower's branches and attention: rate of the last block, from 0 in the first",
-        on_card=True,
-    )
-    emb_dropout: Rate = key(0.0, Role.TRAINING, "dropout of the visual tower's embedded patches")
-    classifier: Literal["text", "random", "orthogonal", "lda", "sentence", "file"] = key(
-        "text",
-        Role.CLASSIFIER,
-        "where the frozen class embeddings come from; text: CLIP's text tower, random and orthogonal: the "
-        "seed, lda: videos of data.train, sentence: another text encoder, file: classifier_file",
-    )
-    template: Annotated[StrictStr | tuple[StrictStr, ...], BeforeValidator(pair)] = key(
-        "a video of a person {}.",
-        Role.CLASSIFIER,
-        "prompt around a class name, a list of prompts (their mean), or a set: actionclip-16, kinetics-28",
-        classifiers=(
-            "text",
-            "sentence",
-        ),
-    )
-    classifier_file: OptionalStr = key(
-        None,
-        Role.CLASSIFIER,
-        "class embeddings (C, D): .safetensors, .npy or .pt; tools/build_classifier.py writes one",
-        classifiers=("file",),
-        path="path",
-    )
-    lda_videos: Annotated[StrictInt, Field(ge=2)] = key(
-        60, Role.CLASSIFIER, "lda: training videos a class, at most", classifiers=("lda",)
-    )
-    sentence_model: OptionalStr = key(
-        None, Role.CLASSIFIER, "sentence: folder of a Hugging Face text encoder", classifiers=("sentence",), path="path"
-    )
-    sentence_projection: Bool = key(
-        False,
-        Role.CLASSIFIER,
-        "sentence: bring its width to CLIP's by a fixed orthogonal projection",
-        classifiers=("sentence",),
-    )
-    fix_video: Bool = key(False, Role.TRAINING, "freeze the visual tower", on_card=True)
-    fix_text: Bool = key(
-        True,
-        Role.TRAINING,
-        "freeze the text tower; false: it trains, and encodes the prompts of the step's classes",
-        on_card=True,
-    )
-    classifier_trainable: Bool = key(
-        False, Role.TRAINING, "train the class embeddings, from those of the classifier", on_card=True
-    )
-
-
-@_section
+@section
 class SolverConfig:
     """The optimiser, its schedule and the loss."""
 
@@ -284,6 +193,12 @@ class SolverConfig:
     lr: Positive = key(5e-5, Role.TRAINING, "peak learning rate of the head", on_card=True)
     clip_ratio: NonNegative = key(
         0.1, Role.TRAINING, "learning rate of the visual tower and logit scale, as a share of lr", on_card=True
+    )
+    layer_decay: Share = key(
+        1.0,
+        Role.TRAINING,
+        "layer-wise decay: each block of the visual tower learns at this share of the rate of the block after it",
+        on_card=True,
     )
     lr_warmup_step: NonNegative = key(5, Role.TRAINING, "epochs of linear warm-up from 0", on_card=True)
     weight_decay: NonNegative = key(
@@ -306,6 +221,12 @@ class SolverConfig:
         1, Role.BATCH, "micro batches per optimiser step; follows from solver.global_batch where that is given"
     )
     clip_gradient: NonNegative = key(0.0, Role.TRAINING, "largest gradient norm; 0: no clipping")
+    ema: Rate = key(
+        0.0,
+        Role.TRAINING,
+        "decay of a moving average of the weights, which is what is evaluated and exported; 0: the weights themselves",
+        on_card=True,
+    )
     on_nonfinite: Literal["stop", "skip"] = key(
         "stop",
         Role.EXECUTION,
@@ -336,7 +257,7 @@ class SolverConfig:
         return self.loss_type in MULTI_LABEL_LOSSES
 
 
-@_section
+@section
 class EngineConfig:
     """How DeepSpeed and the ranks carry out the steps."""
 
@@ -365,7 +286,7 @@ class EngineConfig:
     )
 
 
-@_section
+@section
 class LoggingConfig:
     """What a run logs, evaluates and keeps."""
 
@@ -385,7 +306,7 @@ class LoggingConfig:
     )
 
 
-@_section
+@section
 class Config:
     """The configuration of a run: frozen, compared by value; made by `load_config`."""
 

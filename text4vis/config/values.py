@@ -53,6 +53,7 @@ Str = StrictStr
 OptionalStr = Annotated[StrictStr | None, BeforeValidator(lambda value: None if value == "" else value)]
 Probability = Annotated[float, Field(ge=0, le=1), BeforeValidator(number)]
 Rate = Annotated[float, Field(ge=0, lt=1), BeforeValidator(number)]
+Share = Annotated[float, Field(gt=0, le=1), BeforeValidator(number)]
 NonNegative = Annotated[float, Field(ge=0), BeforeValidator(number)]
 Positive = Annotated[float, Field(gt=0), BeforeValidator(number)]
 Natural = Annotated[StrictInt, Field(ge=0)]

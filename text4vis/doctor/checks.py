@@ -199,17 +199,25 @@ def _data(config: Config) -> Iterator[Finding]:
 
 def _model_and_output(config: Config, output: Path) -> Iterator[Finding]:
     """Builds the model, which reveals missing weights, and checks the disk's space for its checkpoints."""
+    from text4vis.model.adapters import add_adapters
     from text4vis.model.video_clip import build_model
     from text4vis.saved.checkpoint import CheckpointError, read_state
     from text4vis.saved.runs import find_start
     from text4vis.training.checkpointing import check_room
+    from text4vis.training.memory import StateMemory
 
-    parameters = 0
+    parameters = trainable = 0
     logging.disable()  # a download logs each retry; its outcome becomes a finding below
     try:
         model = build_model(config.network, config.data.num_segments, image_size=config.data.input_size)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        found = Finding("network", FINE, f"{config.network.arch}: {parameters / 1e6:,.1f} million parameters")
+        add_adapters(model, config.network)
+        memory = StateMemory.of(model, config, BatchSizes.of(config, config.engine.world_size or 1), 1)
+        parameters, trainable = memory.total, memory.trainable
+        words = memory.in_words()
+        found = Finding(
+            "network", FINE, f"{config.network.arch}: {words['trainable parameters']} parameters train; on one rank "
+            f"{words['memory a rank']}",
+        )  # fmt: skip
     except (ConfigError, OSError) as error:
         fix = "give network.pretrained a local file where there is no internet"
         found = Finding("network", PROBLEM, str(error), fix)
@@ -221,7 +229,9 @@ def _model_and_output(config: Config, output: Path) -> Iterator[Finding]:
         yield Finding("output", PROBLEM, f"{folder} cannot be written", "give another --output")
         return
     try:
-        check_room(output, config.logging.keep_checkpoints, 4 * parameters, 8 * parameters)
+        check_room(
+            output, config.logging.keep_checkpoints, 4 * parameters, (12 if config.solver.ema else 8) * trainable
+        )
         yield Finding("output", FINE, f"room for the run's checkpoints in {folder}")
     except CheckpointError as error:
         yield Finding("output", PROBLEM, str(error), "free some space")

@@ -226,11 +226,23 @@ def evaluate(
         return None
     skipped = loader.bad.entries()
     card |= {"missing": card["missing"] + len(skipped), "skipped": skipped}
+    return card | measured(embedded, class_embeddings_CD, class_names, loader, splits)
+
+
+def measured(
+    embedded: Embeddings,
+    class_embeddings_CD: torch.Tensor,
+    class_names: Sequence[str],
+    loader: Loader,
+    splits: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, Any]:
+    """The figures of a data set's embeddings: see `protocols.figures` and `multi_label.multi_label_figures`."""
+    data = loader.config.data
     views, classes_CD = Views(data.test_clips, data.test_crops, data.dense), class_embeddings_CD.float().cpu().numpy()
-    if multi_label:
+    if loader.dataset.multi_label or loader.config.solver.multi_label:
         targets_NC = multi_hot(torch.from_numpy(embedded.labels_N), len(class_names)).numpy()
-        return card | multi_label_figures(embedded.embeddings_NVD, targets_NC, classes_CD, class_names, views=views)
-    return card | figures(
+        return multi_label_figures(embedded.embeddings_NVD, targets_NC, classes_CD, class_names, views=views)
+    return figures(
         embedded.embeddings_NVD, embedded.labels_N, classes_CD, class_names, views=views, class_splits=splits
     )
 

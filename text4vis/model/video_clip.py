@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from text4vis.config.schema import ConfigError, DataConfig, NetworkConfig
+from text4vis.model.blocks import freeze_blocks, frozen_norms
 from text4vis.model.heads import NUM_POSITIONS, TransformerHead, build_head
 from text4vis.model.temporal import adapt
 from text4vis.model.towers import TextTower, Towers, build_towers
@@ -72,6 +73,9 @@ def build_model(network: NetworkConfig, num_segments: int, *, image_size: int | 
     except ValueError as error:
         raise ConfigError(str(error)) from None
     model = VideoClip(towers, head, num_segments, fix_video=network.fix_video, fix_text=network.fix_text)
+    if network.freeze_blocks:
+        freeze_blocks(model.visual, network.freeze_blocks)
+        model.train()
     model.takes_fixed_frames = bool(network.tm or network.joint_st) or network.sim_header == "Transf_cls"
     return model
 
@@ -106,8 +110,10 @@ class VideoClip(nn.Module):
         self.train()
 
     def train(self, mode: bool = True) -> VideoClip:
-        """A frozen visual tower stays in evaluation mode, so that its batch statistics stay frozen too."""
+        """What is frozen of the visual tower stays in evaluation mode, so that its batch statistics stay frozen too."""
         super().train(mode)
+        for norm in frozen_norms(self.visual):
+            norm.eval()
         if self.fix_video:
             self.visual.eval()
         return self

@@ -1,4 +1,5 @@
 from .checkpoint import CheckpointError as CheckpointError
+from .interpolation import Interpolation as Interpolation
 from .opening import SavedModel as SavedModel
 from .opening import TrainedModel as TrainedModel
 from .opening import open_saved as open_saved

@@ -3,11 +3,13 @@
     OUT/checkpoints/step-00000120/   model.safetensors       the whole model in fp32, also for evaluation and export
                                      exp_avg.safetensors     the optimiser's moments in fp32, by parameter name
                                      exp_avg_sq.safetensors
+                                     ema.safetensors         with solver.ema: the average of what trains
                                      state.json              position, figures, configuration, SHA-256 of all this
     OUT/checkpoints/best/            model.safetensors and state.json of the best evaluation
 
 The writer renames a folder to such a name when all of it is on disk, so a folder with this name is complete. A
-checkpoint does not depend on the number of ranks or the ZeRO stage: any job can go on with it.
+checkpoint does not depend on the number of ranks or the ZeRO stage: any job can go on with it. `model` has the tensors
+of adapters under their own names. What opens a trained model gets them merged, and the average where there is one.
 """
 
 from __future__ import annotations
@@ -22,13 +24,16 @@ from typing import Annotated, Any
 from pydantic import StringConstraints, TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
+from text4vis.model.adapters import merged
 from text4vis.model.video_clip import VideoClip
 from text4vis.saved.weights import Parts, load_parts
 
 FileName = Annotated[str, StringConstraints(pattern=r"^[a-z_]+\.safetensors\z")]  # beside state.json, nowhere else
 
 WEIGHTS = "model.safetensors"
+AVERAGE = "ema.safetensors"
 STATE = "state.json"
 BEST = "best"
 
@@ -155,11 +160,19 @@ def verify(folder: Path, only: Collection[str] | None = None) -> State:
 
 
 def read_parts(folder: Path) -> Parts:
-    """The tensors of a checkpoint's model, fp32 on the CPU. Only `verify` checks bytes. Raises CheckpointError."""
+    """The tensors of what a checkpoint's training has made: fp32 on the CPU, averaged where solver.ema says so, and
+    with merged adapters. Only `verify` checks bytes. Raises CheckpointError."""
+    state = _read(folder / WEIGHTS)
+    if (folder / AVERAGE).exists():
+        state |= _read(folder / AVERAGE)
+    return Parts.of(merged(state, read_state(folder).config))
+
+
+def _read(path: Path) -> dict[str, Tensor]:
     try:
-        return Parts.of(load_file(folder / WEIGHTS))
+        return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder / WEIGHTS}: cannot be read ({error}); delete {folder}") from error
+        raise CheckpointError(f"{path}: cannot be read ({error}); delete {path.parent}") from None
 
 
 def load_checkpoint(model: VideoClip, folder: Path) -> None:
@@ -167,7 +180,15 @@ def load_checkpoint(model: VideoClip, folder: Path) -> None:
 
     Raises CheckpointError, or ConfigError where the model is of another network.
     """
-    parts = read_parts(folder)
+    _load(model, read_parts(folder), folder)
+
+
+def load_to_train(model: VideoClip, folder: Path) -> None:
+    """Gives the model, with its adapters, the weights that a training goes on from. Raises as `load_checkpoint`."""
+    _load(model, Parts.of(_read(folder / WEIGHTS)), folder)
+
+
+def _load(model: VideoClip, parts: Parts, folder: Path) -> None:
     load_parts(
         model, parts, str(folder / WEIGHTS), "; the network of the configuration is not the one it was trained with"
     )

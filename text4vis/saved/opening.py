@@ -183,7 +183,7 @@ class SavedRun(SavedModel):
 
     def parts(self, key: str = "model") -> Parts:
         """The model's tensors on the CPU."""
-        checkpoint.verify(self.folder, only=[checkpoint.WEIGHTS])
+        checkpoint.verify(self.folder, only=[checkpoint.WEIGHTS, checkpoint.AVERAGE])
         return checkpoint.read_parts(self.folder)
 
     def load(self, config: Config | None = None) -> VideoClip:
@@ -193,7 +193,7 @@ class SavedRun(SavedModel):
         model = build_model(network, config.data.num_segments, image_size=config.data.input_size)
         if self._inputs:
             self._inputs.load_text(model)
-        checkpoint.verify(self.folder, only=[checkpoint.WEIGHTS])
+        checkpoint.verify(self.folder, only=[checkpoint.WEIGHTS, checkpoint.AVERAGE])
         checkpoint.load_checkpoint(model, self.folder)
         return model
 

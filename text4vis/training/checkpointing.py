@@ -40,8 +40,9 @@ def save(engine: Engine, output: Path, state: State, *, keep: int = 2) -> Path:
 
 
 def save_best(engine: Engine, output: Path, state: State) -> None:
-    """Replaces OUT/checkpoints/best by the present weights. Collective. Raises CheckpointError."""
-    files: Files = {WEIGHTS: engine.named_weights}
+    """Replaces OUT/checkpoints/best by the present weights, or their average with solver.ema. Collective. Raises
+    CheckpointError."""
+    files: Files = {WEIGHTS: engine.named_results}
     _write(output / "checkpoints" / BEST, files, state, engine.state_bytes()[0])
     distributed.barrier()
 
@@ -64,8 +65,9 @@ def check_room(output: Path, keep: int, weights: int, moments: int) -> None:
 
 
 def gather_weights(engine: Engine) -> dict[str, Tensor]:
-    """The whole model in fp32 on rank 0 (empty elsewhere), whatever the ZeRO stage. Collective."""
-    return _gather(engine.named_weights())
+    """The whole model in fp32 on rank 0 (empty elsewhere), whatever the ZeRO stage; with solver.ema the averages.
+    Collective."""
+    return _gather(engine.named_results())
 
 
 def _gather(tensors: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:

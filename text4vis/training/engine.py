@@ -7,6 +7,7 @@ by the parameter's name. So a checkpoint depends neither on the number of ranks 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from text4vis.model.video_clip import Classes, VideoClip
 
+EMA = "ema"  # the moving average of the weights, kept among the optimiser's moments
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -72,6 +74,8 @@ class Engine:
             group["fused"] = config.engine.offload != "none" or None
         trainable_numel = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         self.model = model
+        self.ema_decay, self.updates = config.solver.ema, 0
+        self._set_aside: dict[nn.Parameter, Tensor] = {}
         self.runtime: DeepSpeedEngine
         self.runtime, _, _, _ = deepspeed.initialize(
             model=model,
@@ -104,7 +108,23 @@ class Engine:
                 runtime.micro_steps += 1  # the only trace that a step leaves for the next one
                 return False
         runtime.step()
-        return runtime.was_step_applied()
+        applied = runtime.was_step_applied()
+        if applied:
+            self.updates += 1
+            self._average()
+        return applied
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Moves the averages on after an update: average = d * average + (1 - d) * weights.
+
+        d = min(solver.ema, (1 + n) / (10 + n)) after n updates, so that a short run does not keep its first weights
+        (TensorFlow's `ExponentialMovingAverage`).
+        """
+        if self.ema_decay:
+            masters, state = self._masters(), self.runtime.basic_optimizer.state
+            decay = min(self.ema_decay, (1 + self.updates) / (10 + self.updates))
+            torch._foreach_lerp_([state[master][EMA] for master in masters], masters, 1 - decay)
 
     def set_rates(self, rate: Callable[[float], float]) -> None:
         """Gives each parameter group the learning rate that `rate` computes from the group's peak."""
@@ -133,6 +153,7 @@ class Engine:
         for master in self._masters():
             zeros = {key: torch.zeros_like(master, requires_grad=False) for key in self.moment_names}
             self.runtime.basic_optimizer.state[master] = {"step": torch.tensor(float(updates)), **zeros}
+        self.updates = updates
         link = getattr(self.runtime.optimizer, "_lazy_init_hp_params_optimizer_state", None)
         if link is not None:  # ZeRO-1 and 2 find a parameter's moments only after this
             link()
@@ -141,12 +162,15 @@ class Engine:
             if moments is not None:
                 for key in self.moment_names:
                     self._write(parameter, moments(key, name), key)
+            elif self.ema_decay:
+                self._write(parameter, weights(name), EMA)
 
     @property
     def moment_names(self) -> tuple[str, ...]:
-        """The fp32 tensors that the optimiser keeps for every parameter, under torch's names."""
+        """The fp32 tensors that are kept for every parameter: the optimiser's, under torch's names, and the average."""
         is_sgd = isinstance(self.runtime.basic_optimizer, torch.optim.SGD)
-        return ("momentum_buffer",) if is_sgd else ("exp_avg", "exp_avg_sq")
+        moments = ("momentum_buffer",) if is_sgd else ("exp_avg", "exp_avg_sq")
+        return (*moments, EMA) if self.ema_decay else moments
 
     def whole(self, parameter: nn.Parameter, key: str | None = None) -> Tensor:
         """A parameter's fp32 value, or its moment `key`, in full, on every rank. Collective under ZeRO."""
@@ -161,7 +185,40 @@ class Engine:
             with deepspeed.zero.GatheredParameters([parameter]):
                 return parameter.detach().clone()
         master = self._whole_masters().get(parameter, parameter)
+        if key is None and parameter in self._set_aside:
+            return self._set_aside[parameter]
         return (master if key is None else self.runtime.basic_optimizer.state[master][key]).detach()
+
+    def result(self, parameter: nn.Parameter) -> Tensor:
+        """What training has made of a parameter, whole and in fp32: its average with solver.ema, else its value."""
+        return self.whole(parameter, EMA if self.ema_decay and parameter.requires_grad else None).float()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it the model computes with the averages of solver.ema. Collective, as is its end.
+
+        The state stays: it may be saved within. An exception ends the run, so the weights are then not put back.
+        """
+        averaged = [parameter for _, parameter in self._trainable()] if self.ema_decay else []
+        for parameter in averaged:
+            if not _is_partitioned(parameter) and parameter not in self._whole_masters():
+                self._set_aside[parameter] = parameter.detach().clone()
+            self._show(parameter, self.result(parameter))
+        yield
+        for parameter in averaged:
+            self._show(parameter, self.whole(parameter))
+        self._set_aside.clear()
+
+    @staticmethod
+    def _show(parameter: nn.Parameter, value: Tensor) -> None:
+        """Makes the forward pass compute with another value of a parameter, which the optimiser does not see."""
+        import deepspeed
+
+        if hasattr(parameter, "ds_id"):
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.data.copy_(value)
+        else:
+            parameter.data.copy_(value)
 
     def used(self, parameter: nn.Parameter) -> Tensor:
         """A parameter's whole value as the forward pass has it, in the run's precision. Collective under ZeRO."""
@@ -176,13 +233,20 @@ class Engine:
             if name not in parameters:
                 yield name, value.detach()
 
+    def named_results(self) -> Iterator[tuple[str, Tensor]]:
+        """As `named_weights`, with the averages in place of what trains with solver.ema. Collective."""
+        parameters = dict(self.model.named_parameters())
+        for name, value in self.named_weights():
+            averages = self.ema_decay and name in parameters and parameters[name].requires_grad
+            yield name, self.result(parameters[name]) if averages else value
+
     def named_moments(self, key: str) -> Iterator[tuple[str, Tensor]]:
         """The whole moments `key` of the trainable parameters in fp32, one after the other. Collective."""
         for name, parameter in self._trainable():
             yield name, self.whole(parameter, key).float()
 
     def state_bytes(self) -> tuple[int, int]:
-        """Bytes of the whole fp32 weights, and of the optimiser's moments."""
+        """Bytes of the whole fp32 weights, and of the moments, the average among them."""
         numels = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in self.model.parameters()]
         trainable = sum(numel for numel, trains in numels if trains)
         return 4 * sum(numel for numel, _ in numels), 4 * len(self.moment_names) * trainable

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from text4vis.config.schema import SolverConfig, decay_epochs
+from text4vis.model.blocks import depths
 
 CLIP_PARAMETERS = ("visual.", "text_tower.", "logit_scale")
 EPSILON = 1e-8
@@ -61,20 +62,30 @@ def build_optimizer(model: nn.Module, solver: SolverConfig) -> torch.optim.Optim
 def parameter_groups(model: nn.Module, solver: SolverConfig) -> list[dict[str, Any]]:
     """Groups `clip` (CLIP's towers, logit scale) at lr * clip_ratio and `head` (the rest) at lr.
 
-    The tower's convolutions over time (`control_point`, of `network.tm: tokent1d`) learn with the head.
+    The tower's convolutions over time (`control_point`, of `network.tm: tokent1d`) and adapters, which begin as the
+    head does, learn with the head. With `solver.layer_decay` below 1 the visual tower has a group for each depth,
+    `clip.0` or `head.0` for its stem and so on, whose rate is lower by that factor for each block that follows.
 
     Frozen parameters and empty groups are left out. Each group holds `params`, `name`, `lr`, `weight_decay` and
     `base_lr`, the peak from which a schedule computes `lr`.
     """
-    parameters: dict[str, list[nn.Parameter]] = {"clip": [], "head": []}
+    peaks = {"clip": solver.lr * solver.clip_ratio, "head": solver.lr}
+    depth, blocks = _depths(model) if solver.layer_decay < 1 else ({}, 0)
+    groups: dict[str, dict[str, Any]] = {}
+    for kind, peak in peaks.items():
+        for level in (*range(blocks + 2), None) if depth else (None,):
+            rate = peak * (1.0 if level is None else solver.layer_decay ** (blocks + 1 - level))
+            name = kind if level is None else f"{kind}.{level}"
+            groups[name] = {"params": [], "name": name, "lr": rate, "weight_decay": solver.weight_decay}
+            groups[name]["base_lr"] = rate
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_clip = name.startswith(CLIP_PARAMETERS) and "control_point" not in name
-            parameters["clip" if is_clip else "head"].append(parameter)
-    base_lrs = {"clip": solver.lr * solver.clip_ratio, "head": solver.lr}
-    return [
-        {"params": params, "name": name, "lr": base_lrs[name], "weight_decay": solver.weight_decay}
-        | {"base_lr": base_lrs[name]}
-        for name, params in parameters.items()
-        if params
-    ]
+            is_clip = name.startswith(CLIP_PARAMETERS) and "control_point" not in name and ".lora_" not in name
+            kind = "clip" if is_clip else "head"
+            groups[f"{kind}.{depth[name]}" if name in depth else kind]["params"].append(parameter)
+    return [group for group in groups.values() if group["params"]]
+
+
+def _depths(model: nn.Module) -> tuple[dict[str, int], int]:
+    found, blocks = depths(model.get_submodule("visual"))
+    return {f"visual.{name}": level for name, level in found.items()}, blocks

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -29,6 +28,7 @@ from text4vis.data.loader import Batch, Loader, build_loader
 from text4vis.data.traps import log_traps
 from text4vis.evaluation.embedding import evaluate, join_bad_videos, weights_fingerprint
 from text4vis.evaluation.protocols import deciding_figure, decision_of, in_words, main_figures, write_report
+from text4vis.model.adapters import add_adapters, merged
 from text4vis.model.video_clip import Classes, VideoClip, build_model
 from text4vis.saved import checkpoint
 from text4vis.saved.checkpoint import State
@@ -41,6 +41,7 @@ from text4vis.training.logs import Meter, gpu_utilisation, memory_bytes, table
 from text4vis.training.losses import Objective
 from text4vis.training.optim import scheduled_rate
 from text4vis.training.run_log import RunLog
+from text4vis.training.settings import run_settings
 
 logger = logging.getLogger("text4vis")
 
@@ -131,7 +132,7 @@ class Trainer:
 
     def dry_run(self) -> None:
         """Runs one micro batch forward and backward and logs the memory that it took. Changes and writes nothing."""
-        logger.info("%s", table("settings", self.settings()))
+        logger.info("%s", table("settings", run_settings(self)))
         if self.ranks.is_main:
             log_traps(logger, self.config, self.class_names, self.train_loader.dataset)
         self.backward(next(iter(self.train_loader)))
@@ -257,7 +258,7 @@ class Trainer:
         """Class embeddings (C, D) as trained so far, for evaluation. Collective."""
         model = self.engine.model
         if model.classifier is not None:
-            return self.engine.whole(model.classifier)
+            return self.engine.result(model.classifier)
         if model.text_tower is not None:
             return build_classifier(self.config, model, self.class_names)
         assert isinstance(self.objective.classes, torch.Tensor), "what trains is embedded anew"
@@ -312,12 +313,13 @@ class Trainer:
 
         Asked to stop meanwhile, it saves at once and raises Stopped; the run then goes on with this evaluation.
         """
-        classes_CD = self.class_embeddings()
-        result = evaluate(
-            self.engine.model, classes_CD, self.class_names, self.val_loader,
-            weights=weights_fingerprint(checkpointing.gather_weights(self.engine)),
-            before_batch=self.save_and_stop_if_asked,
-        )  # fmt: skip
+        with self.engine.averaged():
+            classes_CD = self.class_embeddings()
+            weights = merged(checkpointing.gather_weights(self.engine), self.state.config)
+            result = evaluate(
+                self.engine.model, classes_CD, self.class_names, self.val_loader,
+                weights=weights_fingerprint(weights), before_batch=self.save_and_stop_if_asked,
+            )  # fmt: skip
         (deciding,) = distributed.sum_over_ranks([deciding_figure(result) if result else 0.0])
         figures = self.report_evaluation(result, classes_CD) if result else {}
         self.list_skipped(self.val_loader)
@@ -349,28 +351,9 @@ class Trainer:
             self.save()
             raise self.stopped(code)
 
-    def settings(self) -> dict[str, Any]:
-        """The sizes and settings that the run will use, for the table at its start. Collective; complete on rank 0."""
-        hosts = distributed.gather_to_main(socket.gethostname()) or []
-        engine, sizes = self.config.engine, self.sizes
-        return {
-            "hosts": f"{len(set(hosts))} ({', '.join(dict.fromkeys(hosts))})",
-            "ranks": self.ranks.world_size,
-            "global batch": f"{sizes.global_batch} videos",
-            "micro batch": f"{sizes.micro} videos a rank",
-            "accumulation": f"{sizes.accumulation} x",
-            "ZeRO stage": f"{engine.zero_stage}, offload {engine.offload}",
-            "precision": engine.precision,
-            "activation checkpointing": engine.activation_checkpointing,
-            "torch.compile": engine.compile,
-            "steps": f"{self.num_steps}, {self.train_loader.epoch_samples / sizes.global_batch:.1f} an epoch",
-            "starts from": f"step {self.state.step}",
-            **{name: f"{share:.2%} of the samples" for name, share in self.train_loader.planner.order.shares().items()},
-        }
-
     def open_logs(self) -> None:
         """Rank 0 writes config.yaml and few_shot.txt, and cuts the logs back to the step that the run goes on from."""
-        settings = self.settings()
+        settings = run_settings(self)
         if not self.ranks.is_main:
             return
         checkpointing.check_room(self.output, self.config.logging.keep_checkpoints, *self.engine.state_bytes())
@@ -427,9 +410,12 @@ class Trainer:
         if inputs is not None:
             inputs.load_text(model)
         if self.start_from is not None:
-            checkpoint.load_checkpoint(model, self.start_from)  # the engine restores only what trains
+            add_adapters(model, config.network)
+            checkpoint.load_to_train(model, self.start_from)  # the engine restores only what trains
         elif config.pretrain:
             load_pretrained(model, Path(config.pretrain))
+        if self.start_from is None:
+            add_adapters(model, config.network)
         classes_CD = None if inputs is None else inputs.classes(self.class_names)
         return model, training_classes(config, model, self.class_names) if classes_CD is None else classes_CD
 
