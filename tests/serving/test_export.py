@@ -19,7 +19,6 @@ from videos import write_video
 import text4vis
 from text4vis.classifier.embeddings import build_classifier
 from text4vis.config.schema import Config, ConfigError, DataConfig, NetworkConfig
-from text4vis.evaluation.embedding import weights_fingerprint
 from text4vis.evaluation.multi_label import Decision
 from text4vis.evaluation.protocols import class_scores
 from text4vis.model import heads
@@ -29,6 +28,7 @@ from text4vis.saved.checkpoint import CheckpointError, State
 from text4vis.saved.inputs import digests
 from text4vis.saved.opening import TrainedModel, open_saved
 from text4vis.saved.runs import check_same_classes
+from text4vis.saved.weights import weights_fingerprint
 from text4vis.serving import onnx_graph
 from text4vis.serving.exporting import export, last_report, preprocessing
 from text4vis.serving.onnx_graph import write_onnx

@@ -7,11 +7,12 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from text4vis.serving.jobs import WorkList, WorkListError
+from text4vis.serving.jobs import WorkList, WorkListError, _byte
 
 SETTINGS = {"model": "a", "top": 5}
 
@@ -37,6 +38,27 @@ def test_each_item_once_in_one_process(tmp_path):
     assert records_of(tmp_path / "a.jsonl") == [{"video": video, "note": "ü\n"} for video in "xyz"]
     with open_list(tmp_path / "a.jsonl", ["w", "z"]) as work:  # another list: only what is new
         assert work.num_done == 1 and list(work.claim()) == ["w"]
+
+
+def test_who_is_done_waits_for_the_others_and_takes_over_from_the_killed(tmp_path, monkeypatch):
+    path, pauses = tmp_path / "a.jsonl", []
+    with open_list(path, "xyz") as one:
+        other = open_list(path, "xyz")
+        assert next(other.claim()) == "x"
+        events = [lambda: other.append([{"video": "x"}]), lambda: next(other.claim()), other.close]
+        monkeypatch.setattr(time, "sleep", lambda seconds: pauses.append(seconds) or events.pop(0)())
+        done = []
+        while one.is_unfinished():
+            for video in one.claim():
+                done.append(video)
+                if len(done) == 1:
+                    one.append([{"video": video}])
+                elif len(done) == 2:
+                    one._unlock(_byte(video))  # as if it had never got it
+                else:
+                    one.append([{"video": video}])
+    assert done == ["y", "z", "z"] and len(pauses) == 3 and not events
+    assert [record["video"] for record in records_of(path)] == ["y", "x", "z"]
 
 
 def test_failed_items_are_done_and_counted(tmp_path):

@@ -1,11 +1,13 @@
 from .exporting import add_to_export as add_to_export
 from .exporting import export as export
 from .exporting import last_report as last_report
+from .footage import FRAME_SUFFIXES as FRAME_SUFFIXES
+from .footage import PredictionError as PredictionError
+from .jobs import WorkList as WorkList
+from .jobs import WorkListError as WorkListError
 from .onnx_graph import require_packages as require_packages
 from .pictures import save_prediction as save_prediction
 from .pictures import save_timeline as save_timeline
-from .predictor import FRAME_SUFFIXES as FRAME_SUFFIXES
 from .predictor import Prediction as Prediction
-from .predictor import PredictionError as PredictionError
 from .predictor import Predictor as Predictor
 from .predictor import Timeline as Timeline

@@ -5,8 +5,9 @@ item. A process claims an item before it works on it, with a lock on a byte of t
 kernel frees the locks of a killed process, so its items are free at once, and the processes need no other connection.
 
     with WorkList("answers.jsonl", videos, {"model": digest}, key="video") as work:
-        for video in work.claim(rank, world_size):
-            work.append([{"video": video, "answer": compute(video)}])
+        while work.is_unfinished():
+            for video in work.claim(rank, world_size):
+                work.append([{"video": video, "answer": compute(video)}])
 
 A record is on the file as a whole or not at all, and an item has at most one. Uses the standard library alone.
 """
@@ -32,6 +33,7 @@ SYNC_SECONDS = 5.0
 # Bytes far behind the end of the file, which nobody reads or writes: one for the right to append, the others for items.
 _APPENDING, _ITEMS = 1 << 60, 1 << 61
 _PIECE = 1 << 20
+_PAUSE_SECONDS = 1.0
 _BEGIN = b'{"settings": '
 
 
@@ -55,6 +57,7 @@ class WorkList:
         self._num_done = self._num_failed = 0
         self._end = 0  # of the complete lines that were read
         self._lines = 0
+        self._looked_at = -1
         self._last_sync = time.monotonic()
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -113,6 +116,19 @@ class WorkList:
                 self._unlock(_byte(item))
             else:
                 yield item
+
+    def is_unfinished(self) -> bool:
+        """Whether an item has no record yet. From the second call on it waits a moment first if nothing was appended
+        since the last one: others are working on the rest, and `claim` takes over what a killed process leaves.
+
+        So all processes of a job end together; launchers stop the others when one ends with an error.
+        """
+        self.refresh()
+        if self._end == self._looked_at and self._num_done < len(self.items):
+            time.sleep(_PAUSE_SECONDS)
+            self.refresh()
+        self._looked_at = self._end
+        return self._num_done < len(self.items)
 
     def append(self, records: Sequence[Record]) -> None:
         """Writes the records of claimed items and ends their claims. An item that has a record keeps it."""
