@@ -35,11 +35,12 @@ _FPS, _SIZE = 25, (320, 240)  # of the long file
 _LOOP_FRAMES = 1000  # different frames in it
 _CLIP_FRAMES = 300
 _WINDOW, _STEP = 4.0, 2.0
-# Two blocks at 224 px: prediction costs no more than its frames.
+_SIDE = 64
+# Two blocks at 64 px: the model costs little beside its frames.
 _TINY = {
     "embed_dim": 64,
     "quick_gelu": True,
-    "vision_cfg": {"image_size": 224, "layers": 2, "width": 64, "head_width": 32, "patch_size": 56},
+    "vision_cfg": {"image_size": _SIDE, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16},
     "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1},
 }
 
@@ -99,7 +100,8 @@ def _process() -> Iterator[Callable[..., float]]:
 @cache
 def recogniser_of(model: Path) -> Predictor:
     """A recogniser of random weights."""
-    config = config_from_dict({"network": {"arch": str(model), "init": False, "classifier": "random"}}, "benchmark")
+    network = {"arch": str(model), "init": False, "classifier": "random"}
+    config = config_from_dict({"network": network, "data": {"input_size": _SIDE}}, "benchmark")
     torch.manual_seed(0)
     clip = build_model(config.network, config.data.num_segments)
     return Predictor(clip, config, [f"class {number}" for number in range(10)], torch.randn(10, clip.embed_dim))
