@@ -73,12 +73,16 @@ def parse_arguments() -> argparse.Namespace:
         "--predict-videos", type=int, default=200, metavar="N", help="clips to recognise, --clips in turn"
     )
     predict.add_argument("--predict-minutes", type=float, default=30, metavar="M", help="length of the long file")
+    search = parser.add_argument_group("search")
+    search.add_argument(
+        "--search-windows", type=int, default=10**6, metavar="N", help="windows in the index for search"
+    )
     arguments = parser.parse_args()
     if (arguments.shards is None) != (arguments.frames is None):
         parser.error("--shards and --frames go together: the alternatives read the frame folders")
     counts = ("runs", "batch_size", "workers", "videos", "frames_per_video", "index_videos", "index_frames")
     lists = ("ranks", "scale_videos", "world_sizes")
-    for name in (*counts, "order_samples", "step_videos", "predict_videos", *lists):
+    for name in (*counts, "order_samples", "step_videos", "predict_videos", "search_windows", *lists):
         given = getattr(arguments, name)
         if (smallest := min(given) if name in lists else given) < 1:
             parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {smallest}")
@@ -148,6 +152,7 @@ def main() -> None:
             clips=arguments.clips,
             predict_videos=arguments.predict_videos,
             predict_minutes=arguments.predict_minutes,
+            search_windows=arguments.search_windows,
         )
         for name in names:
             figures += SUITES[name](task)

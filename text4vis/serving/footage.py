@@ -88,6 +88,19 @@ class Sampler:
                 indices, frames = sample_frames(path, lambda timing: self.indices(timing.num_frames), self.prepare)
             return indices, np.stack(frames)
 
+    def sample_part(self, path: str | Path, start: float = 0.0, end: float | None = None) -> np.ndarray:
+        """The frames (T, S, S, 3) of a part of a file, in seconds, by default of the whole. Raises PredictionError."""
+
+        def choose(timing: Timing) -> np.ndarray:
+            if not 0 <= start < timing.duration:
+                raise PredictionError(f"{path}: lasts {timing.duration:.1f} s, so there is no moment at {start:g} s")
+            if end is None:
+                return self.indices(timing.num_frames)
+            return self.windows(timing, np.array([[start, min(end, timing.duration)]]))[0]
+
+        with _naming(Path(path)):
+            return np.stack(sample_frames(path, choose, self.prepare)[1])
+
     def indices(self, num_frames: int) -> np.ndarray:
         """The frames that an evaluation of one clip takes, (T,) int64."""
         return test_indices(num_frames, self._config.data.num_segments, dense=self._config.data.dense)

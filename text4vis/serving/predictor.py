@@ -14,9 +14,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -41,6 +40,9 @@ from text4vis.serving.footage import (
     local_copy,
     open_long,
 )
+
+# Starts and ends (W, 2) in seconds of windows, a row for each, and their pictures (S, S, 3).
+Windows: TypeAlias = tuple[np.ndarray, np.ndarray, list[np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -267,33 +269,69 @@ class Predictor:
             raise PredictionError(f"windows of {window_seconds} s every {step} s: expected lengths above 0")
         if batch_size < 1 or threads < 0:
             raise PredictionError(f"batch_size {batch_size}: expected at least 1; threads {threads}: 0 or more")
-        scan = partial(
-            self._scan,
-            *self._classes(labels),
+        names, classes_CD = self._classes(labels)
+        seconds_W2, scores_WC, thumbnails = self._scan(
+            video,
+            lambda frames_BTSS3: self._scores(frames_BTSS3, classes_CD),
             window_seconds=window_seconds,
             step_seconds=step,
             batch_size=batch_size,
             threads=threads or cores_per_rank(),
         )
+        return Timeline(names, seconds_W2, scores_WC, thumbnails)
+
+    def embed_windows(
+        self,
+        video: str | Path,
+        *,
+        window_seconds: float = 4.0,
+        step_seconds: float = 2.0,
+        batch_size: int = 8,
+        threads: int = 1,
+    ) -> tuple[float, np.ndarray]:
+        """Length of a video in seconds, and the embeddings (W, D) float32 of the windows that `scan` would take, as
+        unit vectors. Raises PredictionError.
+        """
+        seconds_W2, embeddings_WD, _ = self._scan(
+            video,
+            self._embed,
+            window_seconds=window_seconds,
+            step_seconds=step_seconds,
+            batch_size=batch_size,
+            threads=threads,
+            pictures=False,
+        )
+        return float(seconds_W2[-1, 1]), _unit(embeddings_WD, video)
+
+    def embed_moment(self, video: str | Path, start: float = 0.0, end: float | None = None) -> np.ndarray:
+        """The embedding (D,) float32, a unit vector, of a part of a video file, in seconds. Raises PredictionError."""
+        frames_TSS3 = Sampler(self.config).sample_part(video, start, end)
+        return _unit(self._embed(frames_TSS3[None]), video)[0]
+
+    def _scan(self, video: str | Path, use: Callable[[np.ndarray], np.ndarray], **options: Any) -> Windows:
+        """See `_scan_opened`. A file whose packets do not tell its times is read anew."""
         with local_copy(video) as path:
             try:
-                return scan(path, open_long(path))
+                return self._scan_opened(path, open_long(path), use, **options)
             except PacketsError:
-                return scan(path, open_long(path, by_packets=False))
+                return self._scan_opened(path, open_long(path, by_packets=False), use, **options)
 
-    def _scan(
+    def _scan_opened(
         self,
-        names: list[str],
-        classes_CD: torch.Tensor,
         path: Path,
         video: LongVideo,
+        use: Callable[[np.ndarray], np.ndarray],
         *,
         window_seconds: float,
         step_seconds: float,
         batch_size: int,
         threads: int,
-    ) -> Timeline:
-        """`scan` of an opened file. U distinct windows."""
+        pictures: bool = True,
+    ) -> Windows:
+        """The windows of an opened file, what `use` makes of their frames (B, T, S, S, 3), and their pictures.
+
+        U distinct windows.
+        """
         sampler, duration = Sampler(self.config), video.timing.duration
         last = max(0.0, duration - window_seconds)
         starts = np.append(np.arange(0.0, last, step_seconds), last)
@@ -301,7 +339,7 @@ class Predictor:
         windows_UT, which_W = np.unique(sampler.windows(video.timing, seconds_W2), axis=0, return_inverse=True)
         frames = sampler.in_order(path, video, np.unique(windows_UT).tolist(), threads)
         order_U = np.argsort(windows_UT.max(axis=1), kind="stable")
-        scores_UC = np.empty((len(windows_UT), len(names)))
+        results: dict[int, np.ndarray] = {}
         thumbnails: dict[int, np.ndarray] = {}
         held: dict[int, np.ndarray] = {}  # frames that later windows need, too
         uses = Counter(windows_UT.ravel().tolist())
@@ -312,25 +350,29 @@ class Predictor:
                 number, frame = next(frames)
                 held[number] = frame
             frames_NSS3 = np.stack([held[number] for number in needed])
-            scores_UC[batch] = self._scores(
-                frames_NSS3.reshape(*windows_UT[batch].shape, *frames_NSS3.shape[1:]), classes_CD
-            )
-            thumbnails |= {int(u): held[int(windows_UT[u][windows_UT.shape[1] // 2])].copy() for u in batch}
+            found = use(frames_NSS3.reshape(*windows_UT[batch].shape, *frames_NSS3.shape[1:]))
+            results |= zip(batch.tolist(), found, strict=True)
+            if pictures:
+                thumbnails |= {int(u): held[int(windows_UT[u][windows_UT.shape[1] // 2])].copy() for u in batch}
             for number, count in Counter(needed).items():
                 uses[number] -= count
                 if not uses[number]:
                     del held[number]
         which = which_W.ravel().tolist()
-        return Timeline(names, seconds_W2, scores_UC[which], [thumbnails[u] for u in which])
+        return seconds_W2, np.stack([results[u] for u in which]), [thumbnails[u] for u in which if pictures]
 
     @torch.no_grad()
+    def _embed(self, frames_BTSS3: np.ndarray) -> np.ndarray:
+        """Embeddings (B, D) float32, not normalised."""
+        frames_BTCHW = torch.from_numpy(frames_BTSS3).permute(0, 1, 4, 2, 3).to(self.device)
+        return self.model.encode_video(frames_BTCHW).float().cpu().numpy()
+
     def _scores(self, frames_BTSS3: np.ndarray, classes_CD: torch.Tensor) -> np.ndarray:
         """Probabilities (B, C), calibrated where the classes are the model's own and a calibration is known.
 
         Of each class by itself for models of several labels a video, else they add up to 1.
         """
-        frames_BTCHW = torch.from_numpy(frames_BTSS3).permute(0, 1, 4, 2, 3).to(self.device)
-        embeddings_BVD = self.model.encode_video(frames_BTCHW)[:, None].float().cpu().numpy()
+        embeddings_BVD = self._embed(frames_BTSS3)[:, None]
         if self.decision is not None:
             return self.decision.probabilities(class_logits(embeddings_BVD, classes_CD.float().cpu().numpy()))
         scores_BC = class_scores(embeddings_BVD, classes_CD.float().cpu().numpy())
@@ -378,6 +420,14 @@ class Predictor:
             except ConfigError as error:
                 raise PredictionError(f"labels: {error}") from None
         return self._embedded[1]
+
+
+def _unit(embeddings_WD: np.ndarray, video: str | Path) -> np.ndarray:
+    """The same as unit vectors. Raises PredictionError where a model gives no numbers."""
+    lengths_W1 = np.linalg.norm(embeddings_WD, axis=1, keepdims=True)
+    if not (np.isfinite(lengths_W1) & (lengths_W1 > 0)).all():
+        raise PredictionError(f"{video}: the model gives no finite embedding of it; are its weights damaged?")
+    return embeddings_WD / lengths_W1
 
 
 def _reaching(names: Sequence[str], scores_C: np.ndarray, from_C: np.ndarray) -> list[tuple[str, float]]:

@@ -32,6 +32,7 @@ from benchmarks.figures import (
 from benchmarks.prediction import predict
 from benchmarks.remote import remote
 from benchmarks.scale import scale
+from benchmarks.search import search
 from shards.plan import epoch_order
 from shards.writer import build_shards
 from text4vis.config.schema import Config
@@ -52,7 +53,7 @@ class Task:
     measurement. index_videos, index_frames: size of the index for `open` and `position`. order_samples: length of the
     permutation. model, step_videos, precision: see `EngineSetup`. ranks: numbers of ranks for `memory`. scale_videos,
     world_sizes: sizes of data sets and jobs for `scale`. clips: videos for `predict`, or None. predict_videos,
-    predict_minutes: how many of them, and the length of its long file.
+    predict_minutes: how many of them, and the length of its long file. search_windows: size of the index for `search`.
     """
 
     find_workload: Callable[[], Workload]
@@ -74,6 +75,7 @@ class Task:
     clips: Path | None
     predict_videos: int
     predict_minutes: float
+    search_windows: int
 
     @cached_property
     def setup(self) -> Setup:
@@ -342,4 +344,5 @@ SUITES: dict[str, Callable[[Task], list[Figure]]] = {
         threads=task.workers,
         rounds=task.rounds,
     ),
+    "search": lambda task: search(task.work, task.search_windows, task.processes, task.rounds),
 }
