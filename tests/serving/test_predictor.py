@@ -12,21 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from launch import finish, program, start
 from PIL import Image
 from shard_data import serve
-from tiny import tiny_network
+from tiny import write_export
 from videos import encode, pictures, write_video
 
 import text4vis
 from shards.frames import PacketTable
-from text4vis.classifier.embeddings import build_classifier
-from text4vis.config.schema import Config, DataConfig
-from text4vis.model.preprocessing import settle
-from text4vis.model.video_clip import build_model
 from text4vis.saved.checkpoint import CheckpointError
-from text4vis.saved.weights import export_model
 from text4vis.serving.footage import FRAMES_IN_FLIGHT
 from text4vis.serving.pictures import save_timeline
 from text4vis.serving.predictor import PredictionError
@@ -36,14 +30,7 @@ NAMES = ["archery", "surfing", "playing the flute"]
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory) -> Path:
-    base = tmp_path_factory.mktemp("export")
-    network = tiny_network(base / "clip")
-    torch.manual_seed(0)
-    model = build_model(network, 4).eval()
-    config = settle(Config(network=network, data=DataConfig(num_segments=4, input_size=32, dataset="tiny")))
-    classes_CD = build_classifier(config, model, NAMES)
-    export_model(base / "export", model, network, config.to_dict(), NAMES, classes_CD, {})
-    return base / "export"
+    return write_export(tmp_path_factory.mktemp("export"), NAMES)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,8 @@ from .indexing import index_videos as index_videos
 from .jobs import WorkList as WorkList
 from .jobs import WorkListError as WorkListError
 from .onnx_graph import require_packages as require_packages
+from .page import Page as Page
+from .page_server import serve_page as serve_page
 from .pictures import clock as clock
 from .pictures import save_moments as save_moments
 from .pictures import save_prediction as save_prediction

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path, PurePath
+from typing import BinaryIO
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -57,10 +58,11 @@ def save_prediction(prediction: Prediction, title: str, path: str | Path) -> Non
     figure.savefig(path)
 
 
-def save_timeline(timeline: Timeline, title: str, path: str | Path) -> None:
+def save_timeline(timeline: Timeline, title: str, path: str | Path | BinaryIO) -> None:
     """One PNG: pictures of the video in order, and below them the likeliest classes' probabilities over time.
 
     A window's picture and probability are drawn at its middle; the line changes half-way between two middles.
+    path: a stream, too.
     """
     middles_W = timeline.seconds_W2.mean(axis=1)
     start, end = timeline.seconds_W2[0, 0], timeline.seconds_W2[-1, 1]
@@ -92,10 +94,12 @@ def save_timeline(timeline: Timeline, title: str, path: str | Path) -> None:
     figure.savefig(path)
 
 
-def save_moments(moments: Sequence[Moment], frames: Sequence[np.ndarray | None], title: str, path: str | Path) -> None:
+def save_moments(
+    moments: Sequence[Moment], frames: Sequence[np.ndarray | None], title: str, path: str | Path | BinaryIO
+) -> None:
     """One PNG, two moments a row: some frames of each, with its place, score, time and file.
 
-    frames: (T, S, S, 3) uint8 of each moment, or None for a file that cannot be read any more.
+    frames: (T, S, S, 3) uint8 of each moment, or None for a file that cannot be read any more. path: a stream, too.
     """
     columns = 1 if len(moments) == 1 else 2
     rows = max(1, -(-len(moments) // columns))
