@@ -107,9 +107,12 @@ def scan_folders(
     return found
 
 
-def find_videos(root: str | Path) -> tuple[list[str], dict[str, list[str]]]:
-    """Paths of all videos below a folder, sorted, those that do not open too; and what is left out, by reason."""
-    found, paths, _ = _look_at_all(Path(root), (), None, None)
+def find_videos(root: str | Path, *, known: Collection[str] = ()) -> tuple[list[str], dict[str, list[str]]]:
+    """Paths of all videos below a folder, sorted, those that do not open too; and what is left out, by reason.
+
+    known: paths that are taken for videos without a look into them.
+    """
+    found, paths, _ = _look_at_all(Path(root), known, None, None)
     return paths, found.left_out
 
 

@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-from shards.video import (
-    UNSPECIFIED,
-    PacketTable,
-    Source,
-    VideoError,
-    decoded_frames,
-    opened_video,
-    turning_filters,
-)
+from shards.frames import PacketTable
+from shards.video import UNSPECIFIED, Source, VideoError, decoded_frames, opened_video, turning_filters
 
 _CODECS = {"h264", "hevc", "mpeg4", "vp8", "vp9", "libdav1d", "av1"}
 _LIMITED, _BT601 = 1, {5, 6}  # ITU-T H.273

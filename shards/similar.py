@@ -25,9 +25,10 @@ import cv2
 import numpy as np
 
 from shards.format import ShardError
+from shards.frames import FrameReader
 from shards.index import Index
 from shards.sources import thinned
-from shards.video import FrameReader, VideoError
+from shards.video import VideoError
 
 FRAMES = 32
 MAX_BITS = 10

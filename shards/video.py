@@ -1,10 +1,10 @@
 """What a video file shows: which stream, which frames at which times, turned and coloured as `ffmpeg` shows them.
 
 Every decision on a video is made here, so building, checking, training, evaluation and prediction see the same pixels.
-Uses PyAV and numpy only: `tools/export.py --onnx` copies this file beside its program.
+Uses PyAV and numpy only: `tools/export.py --onnx` copies this file and `shards/frames.py` beside its program.
 
-Frame numbers count from 0 in the order of presentation, the order in which a decoder gives frames out. Everything here
-agrees on these numbers: `iter_frames`, `FrameReader`, `decode_frames` and `VideoInfo.times_N`.
+Frame numbers count from 0 in the order of presentation, the order in which a decoder gives frames out. `iter_frames`,
+`Timing.times_N` and all of `shards.frames` agree on these numbers.
 
 N frames of a video, K of them.
 """
@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import io
 import math
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -42,17 +42,10 @@ _DEFAULT_FPS = 25.0
 _LONGEST_STEP, _LONGEST_STEPS = 30 * 3600.0, {"mpegts": 10.0, "mpeg": 10.0}
 _REORDERED_FRAMES = 8  # frames may come out of order for so long; a clock that stays behind was reset
 _PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
-# Of these a decoder that begins at a key frame shows what one does that begins with the file. Others lack a palette
-# then, or their containers take every frame for a key frame.
-_SEEKABLE_CODECS = {
-    "h264", "hevc", "vvc", "vp8", "vp9", "av1", "libdav1d", "mpeg4", "mpeg2video", "mpeg1video", "msmpeg4", "wmv2",
-    "mjpeg", "prores", "dnxhd", "ffv1", "huffyuv", "ffvhuff", "utvideo",
-}  # fmt: skip
-_NO_TIMESTAMPS = 0x80  # AVFMT_NOTIMESTAMPS: a stream without a container, whose times FFmpeg's parser guesses
+_NO_TIMESTAMPS = 0x80  # AVFMT_NOTIMESTAMPS
 UNSPECIFIED = 2  # of colour matrices, by ITU-T H.273
 _MATRICES = {0, 1, UNSPECIFIED, 4, 5, 6, 7, 9}  # RGB, BT.709, …, FCC, BT.601 twice, SMPTE 240M, BT.2020
 
-Use = Callable[[np.ndarray], np.ndarray]
 Source = str | Path | bytes
 _Filter = tuple[str, str]  # name and arguments
 
@@ -62,17 +55,12 @@ class VideoError(ValueError):
 
 
 @dataclass(frozen=True)
-class VideoInfo:
-    """extension: mp4, avi, mkv or webm by the container, None for another container.
+class Timing:
+    """When the frames of a video are shown.
 
-    width, height in pixels as shown, fps (average; None when unknown) in frames a second, duration in seconds.
-    times_N: seconds at which each decoded frame is shown, from 0, increasing.
+    duration in seconds. times_N: seconds at which each decoded frame is shown, from 0, increasing.
     """
 
-    extension: str | None
-    width: int
-    height: int
-    fps: float | None
     duration: float
     times_N: np.ndarray
 
@@ -84,8 +72,25 @@ class VideoInfo:
     def shown(self, start: float, stop: float) -> np.ndarray:
         """Numbers (K,) int64 of the frames on the screen from `start` to `stop` seconds, one for each step of the
         video's usual rate: a frame that stands still is repeated. At least one."""
-        step = float(np.median(np.diff(self.times_N))) if self.num_frames > 1 else self.duration
-        return frames_at(self.times_N, start + np.arange(max(1, round((stop - start) / step))) * step)
+        steps = max(1, round((stop - start) / self._usual_step))
+        return frames_at(self.times_N, start + np.arange(steps) * self._usual_step)
+
+    @cached_property
+    def _usual_step(self) -> float:
+        return float(np.median(np.diff(self.times_N))) if self.num_frames > 1 else self.duration
+
+
+@dataclass(frozen=True)
+class VideoInfo(Timing):
+    """extension: mp4, avi, mkv or webm by the container, None for another container.
+
+    width, height in pixels as shown, fps (average; None when unknown) in frames a second.
+    """
+
+    extension: str | None
+    width: int
+    height: int
+    fps: float | None
 
 
 def frames_at(times_N: np.ndarray, seconds_K: np.ndarray) -> np.ndarray:
@@ -101,167 +106,34 @@ def frames_at_rate(times_N: np.ndarray, duration: float, fps: float) -> np.ndarr
     return frames_at(times_N, np.arange(max(1, math.floor(duration * fps + 0.5))) / fps)
 
 
-def probe_video(source: Source) -> VideoInfo:
-    """Decodes the whole video: only then is the number of frames known, and that all of them decode.
+def probe_video(source: Source, look: Callable[[int, av.VideoFrame], object] = lambda *_: None) -> VideoInfo:
+    """Decodes the whole video: only then is it certain how many frames there are, and that all of them decode.
 
-    Raises VideoError.
+    look: called with the number and every frame. Raises VideoError.
     """
     with opened_video(source) as (container, stream):
-        clock = _Clock(timed=not container.format.flags & _NO_TIMESTAMPS)
+        clock = _Clock(timed=is_timed(container))
         size: tuple[int, int] | None = None
-        for frame in decoded_frames(container, stream):
+        for number, frame in enumerate(decoded_frames(container, stream)):
             clock.add(frame)
+            look(number, frame)
             if size is None:
-                height, width, _ = _RgbConverter()(frame).shape
+                height, width, _ = RgbConverter()(frame).shape
                 size = width, height
         if size is None:
             raise VideoError("it holds no frame that decodes")
         stated = float(stream.average_rate) if stream.average_rate else None
-        times_N, duration = clock.times(stated, _LONGEST_STEPS.get(container.format.name, _LONGEST_STEP))
-        measured = len(times_N) / duration
-        fps = stated if len(times_N) == 1 or (stated and abs(stated - measured) < 0.01 * measured) else measured
-        return VideoInfo(_extension(container.format.name, source), *size, fps, duration, times_N)
+        timing = clock.timing(stated, container.format.name)
+        measured = timing.num_frames / timing.duration
+        fps = stated if timing.num_frames == 1 or (stated and abs(stated - measured) < 0.01 * measured) else measured
+        extension = _extension(container.format.name, source)
+        return VideoInfo(timing.duration, timing.times_N, extension, *size, fps)
 
 
 def iter_frames(source: Source, *, threads: int = 1) -> Iterator[np.ndarray]:
     """All frames in order, each (H, W, 3) uint8 RGB of one size. Raises VideoError."""
     with opened_video(source, threads) as (container, stream):
-        yield from map(_RgbConverter(), decoded_frames(container, stream))
-
-
-def decode_frames(
-    source: Source, indices: Sequence[int] | np.ndarray, *, num_frames: int | None = None, threads: int = 1
-) -> list[np.ndarray]:
-    """`FrameReader.read` of a video that is read once."""
-    return FrameReader(source, num_frames=num_frames, threads=threads).read(indices)
-
-
-class FrameReader:
-    """A video's frames by their numbers.
-
-    Where the packets tell the frames' order, decoding starts at the last key frame before a wanted frame, else at the
-    beginning. num_frames: the video's number of frames if known; a file whose packets do not add up to it is decoded
-    from the beginning, so that damage never shifts the numbers.
-    """
-
-    def __init__(self, source: Source, *, num_frames: int | None = None, threads: int = 1) -> None:
-        self._source, self._num_frames, self._threads = source, num_frames, threads
-        self._table: PacketTable | None = None
-        self._looked = False
-
-    def read(self, indices: Sequence[int] | np.ndarray, use: Use | None = None) -> list[np.ndarray]:
-        """Exactly the frames with the numbers `indices` (any order, repeats allowed), each (H, W, 3) uint8 RGB.
-
-        use: called with each frame as soon as it is decoded; its result is returned in place of the frame, to save
-        memory. Raises VideoError; IndexError for a number that the video does not have.
-        """
-        wanted = sorted({int(index) for index in indices})
-        if not wanted:
-            return []
-        if wanted[0] < 0:
-            raise IndexError(f"frame {wanted[0]} of a video")
-        found: dict[int, np.ndarray] | None = None
-        with opened_video(self._source, self._threads) as (container, stream):
-            table = self._packets(container, stream)
-            if table is not None and wanted[-1] < len(table.pts):
-                found = _decode_seeking(container, stream, table, wanted, use)
-        if found is None:
-            found = _decode_from_start(self._source, wanted, self._threads, use)
-        return [found[int(index)] for index in indices]
-
-    def _packets(self, container: InputContainer, stream: av.VideoStream) -> PacketTable | None:
-        """Read once; None where packets do not tell the frames' numbers."""
-        if not self._looked:
-            table = PacketTable.read(container, stream)
-            self._table = table if table is not None and self._num_frames in (None, len(table.pts)) else None
-            self._looked = True
-        return self._table
-
-
-@dataclass(frozen=True)
-class PacketTable:
-    """Presentation times of all frames in order, and of the key frames, in the stream's time base.
-
-    discards: whether there are packets that are decoded and not shown, as edit lists want it.
-    """
-
-    pts: list[int]
-    key_pts: list[int]
-    discards: bool
-
-    @classmethod
-    def read(cls, container: InputContainer, stream: av.VideoStream) -> PacketTable | None:
-        """None where packets do not tell the frames' order: without times, with equal ones, or a clock that jumps; and
-        where decoding has to begin with the file."""
-        if stream.codec_context.name not in _SEEKABLE_CODECS:
-            return None
-        pts: list[int] = []
-        key_pts: list[int] = []
-        discards = False
-        for packet in container.demux(stream):
-            discards |= packet.is_discard
-            if packet.size == 0 or packet.is_discard:
-                continue
-            if packet.pts is None:
-                return None
-            pts.append(packet.pts)
-            if packet.is_keyframe:
-                key_pts.append(packet.pts)
-        pts.sort()
-        if not pts or not key_pts or key_pts[0] != pts[0] or any(a >= b for a, b in pairwise(key_pts)):
-            return None
-        return None if any(a == b for a, b in pairwise(pts)) else cls(pts, key_pts, discards)
-
-
-def _decode_seeking(
-    container: InputContainer, stream: av.VideoStream, table: PacketTable, wanted: list[int], use: Use | None
-) -> dict[int, np.ndarray] | None:
-    """The wanted frames, or None when the decoder's frames do not follow the packet table."""
-    found: dict[int, np.ndarray] = {}
-    convert, size = _RgbConverter(), (stream.codec_context.width, stream.codec_context.height)
-    position = -1  # number of the last frame decoded
-    frames: Iterator[av.VideoFrame] | None = None
-    for index in wanted:
-        key = table.key_pts[bisect_right(table.key_pts, table.pts[index]) - 1]
-        if frames is None or key > table.pts[position]:
-            container.seek(key, stream=stream, backward=True)
-            frames = decoded_frames(container, stream)
-            position = -1
-        for frame in frames:
-            if frame.pts is None or (frame.width, frame.height) != size:
-                return None
-            if frame.is_corrupt and frame.pts >= key:  # concealed with what lies before, so begin there
-                return None
-            number = bisect_right(table.pts, frame.pts) - 1
-            if number < 0 or table.pts[number] != frame.pts or (position >= 0 and number != position + 1):
-                return None
-            if number > index:
-                return None
-            position = number
-            if number == index:
-                found[index] = convert(frame) if use is None else use(convert(frame))
-                break
-        else:
-            return None
-    return found
-
-
-def _decode_from_start(source: Source, wanted: list[int], threads: int, use: Use | None) -> dict[int, np.ndarray]:
-    found: dict[int, np.ndarray] = {}
-    remaining = set(wanted)
-    count = 0
-    convert = _RgbConverter()
-    with opened_video(source, threads) as (container, stream):
-        for frame in decoded_frames(container, stream):
-            if count in remaining or count == 0:  # the first one decides the size of all
-                image = convert(frame)
-            if count in remaining:
-                found[count] = image if use is None else use(image)
-                remaining.remove(count)
-                if not remaining:
-                    return found
-            count += 1
-    raise IndexError(f"frame {max(remaining)} of a video of {count} frames")
+        yield from map(RgbConverter(), decoded_frames(container, stream))
 
 
 @contextmanager
@@ -276,6 +148,11 @@ def opened_video(source: Source, threads: int = 1) -> Iterator[tuple[InputContai
     except (av.error.FFmpegError, UnicodeDecodeError) as error:
         # FFmpeg's errors derive from OSError and ValueError in turn; strerror is the sentence without the address.
         raise VideoError(f"it does not decode ({getattr(error, 'strerror', None) or error})") from error
+
+
+def is_timed(container: InputContainer) -> bool:
+    """Whether it stores times: those of a stream without a container are guesses of FFmpeg's parser."""
+    return not container.format.flags & _NO_TIMESTAMPS
 
 
 def _open(source: Source) -> InputContainer:
@@ -321,7 +198,7 @@ def decoded_frames(container: InputContainer, stream: av.VideoStream) -> Iterato
         yield from frames
 
 
-class _RgbConverter:
+class RgbConverter:
     """Frames of one video to (H, W, 3) uint8 RGB, by the filters that `ffmpeg` itself would choose.
 
     These know colour matrices, ranges and the sampling of chroma. A frame of another size than the first is scaled to
@@ -391,17 +268,23 @@ class _Clock:
         self._stamps.append((pts, dts))
         self._last_frame = float(frame.duration * base)
 
-    def times(self, stated_fps: float | None, longest_step: float) -> tuple[np.ndarray, float]:
-        """Seconds (N,) from 0, increasing, and the duration. A step above `longest_step` seconds is a jump.
+    def timing(self, stated_fps: float | None, format_name: str) -> Timing:
+        """Where the clock jumps, frames follow at the usual rate; frames without a time lie between their neighbours.
 
-        Where the clock jumps, frames follow at the usual rate; frames without a time lie between their neighbours.
+        Which step counts as a jump depends on the container's format.
         """
         stamps = min(([pts for pts, _ in self._stamps], [dts for _, dts in self._stamps]), key=_faults)
-        steps = np.diff([stamp for stamp in stamps if stamp is not None])
-        steps = steps[(steps > 0) & (steps <= longest_step)]
-        usual = float(np.median(steps)) if len(steps) else self._last_frame or 1 / (stated_fps or _DEFAULT_FPS)
-        times_N = _continuous(stamps, usual, longest_step)
-        return times_N, float(times_N[-1]) + max(self._last_frame, usual)
+        return timing_of(stamps, self._last_frame, stated_fps, format_name)
+
+
+def timing_of(stamps: Sequence[float | None], last_frame: float, stated_fps: float | None, format_name: str) -> Timing:
+    """From the frames' times in seconds, how long the last one is shown, and the rate that the stream states."""
+    longest_step = _LONGEST_STEPS.get(format_name, _LONGEST_STEP)
+    steps = np.diff([stamp for stamp in stamps if stamp is not None])
+    steps = steps[(steps > 0) & (steps <= longest_step)]
+    usual = float(np.median(steps)) if len(steps) else last_frame or 1 / (stated_fps or _DEFAULT_FPS)
+    times_N = _continuous(stamps, usual, longest_step)
+    return Timing(float(times_N[-1]) + max(last_frame, usual), times_N)
 
 
 def _faults(stamps: Sequence[float | None]) -> int:
@@ -410,7 +293,7 @@ def _faults(stamps: Sequence[float | None]) -> int:
 
 
 def _continuous(stamps: Sequence[float | None], usual: float, longest_step: float) -> np.ndarray:
-    """Seconds (N,) from 0, increasing; see `_Clock.times`."""
+    """Seconds (N,) from 0, increasing; see `_Clock.timing`."""
     numbers: list[int] = []  # of the frames whose stamps hold, and their times
     times: list[float] = []
     offset = last = 0.0

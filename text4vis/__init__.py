@@ -12,6 +12,7 @@ import lazy_loader
 
 if TYPE_CHECKING:
     from text4vis.serving.predictor import Predictor
+    from text4vis.serving.search import SearchIndex
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
@@ -41,3 +42,14 @@ def load(export_dir: str | Path, device: str | None = None) -> Predictor:
     from text4vis.serving.predictor import Predictor
 
     return Predictor.load(export_dir, device)
+
+
+def open_index(folder: str | Path, model: str | Path | None = None, device: str | None = None) -> SearchIndex:
+    """Opens an index of tools/search.py to find moments of videos.
+
+    model: the export or run that it was made with; by default where that lay then. device: as of `load`. Raises
+    text4vis.serving.SearchError.
+    """
+    from text4vis.serving.search import SearchIndex
+
+    return SearchIndex.open(folder, model, device)

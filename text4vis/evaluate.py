@@ -74,10 +74,11 @@ def measure(arguments: argparse.Namespace, config: Config) -> None:
     from text4vis.cluster import distributed
     from text4vis.data.datasets import class_names
     from text4vis.data.loader import build_loader
-    from text4vis.evaluation.embedding import class_splits, evaluate, weights_fingerprint
+    from text4vis.evaluation.embedding import class_splits, evaluate
     from text4vis.evaluation.protocols import write_report
     from text4vis.model.preprocessing import KEYS, settle
     from text4vis.saved.opening import open_saved
+    from text4vis.saved.weights import weights_fingerprint
 
     ranks = distributed.ranks()
     distributed.use_cores(config.engine.num_threads)

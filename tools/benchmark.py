@@ -68,12 +68,21 @@ def parse_arguments() -> argparse.Namespace:
     videos = (10**6, 10**7, 10**8)
     add("--scale-videos", type=int, nargs="+", default=videos, metavar="N", help="sizes of data sets for scale")
     add("--world-sizes", type=int, nargs="+", default=(1, 8, 1024, 4096), metavar="N", help="numbers of ranks, also")
+    predict = parser.add_argument_group("predict")
+    predict.add_argument(
+        "--predict-videos", type=int, default=200, metavar="N", help="clips to recognise, --clips in turn"
+    )
+    predict.add_argument("--predict-minutes", type=float, default=30, metavar="M", help="length of the long file")
+    search = parser.add_argument_group("search")
+    search.add_argument(
+        "--search-windows", type=int, default=10**6, metavar="N", help="windows in the index for search"
+    )
     arguments = parser.parse_args()
     if (arguments.shards is None) != (arguments.frames is None):
         parser.error("--shards and --frames go together: the alternatives read the frame folders")
     counts = ("runs", "batch_size", "workers", "videos", "frames_per_video", "index_videos", "index_frames")
     lists = ("ranks", "scale_videos", "world_sizes")
-    for name in (*counts, "order_samples", "step_videos", *lists):
+    for name in (*counts, "order_samples", "step_videos", "predict_videos", "search_windows", *lists):
         given = getattr(arguments, name)
         if (smallest := min(given) if name in lists else given) < 1:
             parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {smallest}")
@@ -140,6 +149,10 @@ def main() -> None:
             ranks=arguments.ranks,
             scale_videos=arguments.scale_videos,
             world_sizes=arguments.world_sizes,
+            clips=arguments.clips,
+            predict_videos=arguments.predict_videos,
+            predict_minutes=arguments.predict_minutes,
+            search_windows=arguments.search_windows,
         )
         for name in names:
             figures += SUITES[name](task)

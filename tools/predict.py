@@ -5,12 +5,16 @@ Examples:
     python tools/predict.py clip.mp4 frames/clip2 --model runs/own --labels 'surfing,skiing' --top 2 --picture seen.png
     python tools/predict.py videos 'more/*.mp4' https://host/x.mp4 --model exported --json all.json --csv all.csv
     python tools/predict.py match.mp4 --model exported --window 4 --picture timeline.png
+    deepspeed tools/predict.py videos --model exported --jsonl answers.jsonl
 
 A folder of images is one video; a folder of video files stands for all videos in it and in its sub-folders. With
 --window a video is scanned in windows of that many seconds, each half a window after the last. A model of several
 labels a video shows every class above its threshold instead of the --top likeliest. A video that cannot be read is
 named and skipped, and the exit code is 1. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C; --json
 and --csv then hold the predictions made so far.
+
+--jsonl is for long lists: any number of processes on any number of hosts, started by deepspeed, torchrun or by hand,
+share the videos and append to one file, a line for each video. After a kill the same command goes on.
 """
 
 from __future__ import annotations
@@ -19,12 +23,13 @@ import argparse
 import csv
 import glob
 import json
+import os
 import sys
-from collections.abc import Iterator
-from functools import partial
-from itertools import repeat
+from collections import deque
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from rich.console import Console
 
@@ -37,7 +42,7 @@ from shards.format import ShardError
 from shards.list_lines import is_video_file
 from shards.text import redact, shown
 from shards.walk import describe, is_hidden
-from text4vis import saved, serving  # faces: they load torch where it is first needed
+from text4vis import cluster, saved, serving  # faces: they load torch where it is first needed
 from text4vis.common.console import console, table
 from text4vis.common.progress import Progress
 from text4vis.config.schema import ConfigError
@@ -51,7 +56,8 @@ Row = dict[str, Any]
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("videos", nargs="+", metavar="VIDEO", help="video file, folder, pattern, frame folder or address")
+    add("videos", nargs="*", metavar="VIDEO", help="video file, folder, pattern, frame folder or address")
+    add("--list", type=Path, metavar="FILE", help="more of these from a text file, one a line")
     add("--model", required=True, type=Path, help="folder written by tools/export.py, or a run")
     labels = parser.add_mutually_exclusive_group()
     labels.add_argument("--labels", help="class names to choose from, separated by commas; default: the model's own")
@@ -68,7 +74,13 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--json", type=Path, metavar="FILE", help="write all predictions as JSON")
     add("--csv", type=Path, metavar="FILE", help="write all predictions as CSV, one line per class")
+    add("--jsonl", type=Path, metavar="FILE", help="append the predictions, a line per video; goes on after a kill")
+    add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     arguments = parser.parse_args()
+    if not arguments.videos and arguments.list is None:
+        parser.error("no videos: give VIDEO or --list FILE")
+    if arguments.jsonl and (arguments.json or arguments.csv or arguments.picture):
+        parser.error("--jsonl: leave --json, --csv and --picture out; they are written when all is done")
     for name in ("top", "batch_size"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(arguments, name)}")
@@ -92,10 +104,13 @@ def class_names(arguments: argparse.Namespace) -> list[str] | None:
     return names
 
 
-def find_videos(arguments: list[str]) -> list[str]:
-    """The videos that the command's VIDEO arguments stand for, each once, in order. Raises PredictionError."""
+def find_videos(arguments: argparse.Namespace) -> list[str]:
+    """The videos that the command's VIDEO arguments and list stand for, each once, in order. Raises PredictionError."""
+    given = list(arguments.videos)
+    if arguments.list is not None:
+        given += [line for line in arguments.list.read_text(encoding="utf-8").splitlines() if line.strip()]
     found: list[str] = []
-    for argument in arguments:
+    for argument in given:
         if scheme_of(argument) is not None or not any(character in argument for character in "*?["):
             paths = [argument]
         else:
@@ -114,7 +129,7 @@ def _in_folder(folder: Path) -> list[str]:
     if has_frames and not any(is_video_file(path.name) for path in files):
         return [str(folder)]
     videos, left_out = list_videos(folder)
-    if notice := describe(left_out):
+    if (notice := describe(left_out)) and cluster.ranks().is_main:
         print(f"predict: notice: {folder}: {notice}", file=sys.stderr)
     if not videos:
         raise serving.PredictionError(
@@ -131,49 +146,60 @@ def top_rows(top: list[tuple[str, float]]) -> list[Row]:
     return [{"class": name, "probability": round(probability, 6)} for name, probability in top]
 
 
-def recognise(recogniser: serving.Predictor, videos: list[str], arguments: argparse.Namespace) -> Iterator[list[Row]]:
-    """Yields the rows of each video and writes its picture."""
+Answer: TypeAlias = "serving.Prediction | serving.Timeline | serving.PredictionError"
+
+
+def recognise(
+    recogniser: serving.Predictor, videos: Iterable[str], arguments: argparse.Namespace
+) -> Iterator[tuple[str, Answer]]:
+    """Yields each video with its answer, in order. Videos are taken ahead of the answers."""
     labels = class_names(arguments)
-    results: Iterator[Any]
-    if arguments.window is None:
-        results = recogniser.predict_many(
-            videos,
-            labels,
-            arguments.top,
-            arguments.batch_size,
-            accuracy=arguments.accuracy,
-            coverage=arguments.coverage,
-        )
-    else:
-        scan = partial(recogniser.scan, window_seconds=arguments.window, batch_size=arguments.batch_size)
-        results = map(scan, videos, repeat(labels))  # next() continues with the next video after one has raised
-    for number, video in enumerate(videos):
-        name = redact(video)
-        try:
-            result = next(results)
-        except serving.PredictionError as error:
-            result = error
-        picture = arguments.picture and picture_path(arguments.picture, number, len(videos))
-        if isinstance(result, serving.PredictionError):
-            yield [{"video": name, "error": str(result)}]
-        elif isinstance(result, serving.Timeline):
-            if picture:
-                serving.save_timeline(result, name, picture)
-            yield [
-                {"video": name, "start": start, "end": end, "top": top_rows(result.top(window, arguments.top))}
-                for window, (start, end) in enumerate(result.seconds_W2.round(3).tolist())
-            ]
-        else:
-            if picture:
-                serving.save_prediction(result, name, picture)
-            row: Row = {"video": name, "top": top_rows(result.top), "calibrated": result.calibrated}
-            if result.sure is not None:
-                row["sure"] = result.sure
-            if result.candidates is not None:
-                row["candidates"] = result.candidates
-            if result.present is not None:
-                row["present"] = top_rows(result.present)
-            yield [row]
+    if arguments.window is not None:
+        for video in videos:
+            try:
+                scan = recogniser.scan(video, labels, window_seconds=arguments.window, batch_size=arguments.batch_size)
+            except serving.PredictionError as error:
+                yield video, error
+            else:
+                yield video, scan
+        return
+    taken: deque[str] = deque()
+
+    def take() -> Iterator[str]:
+        for video in videos:
+            taken.append(video)
+            yield video
+
+    for answer in recogniser.predict_many(
+        take(), labels, arguments.top, arguments.batch_size, accuracy=arguments.accuracy, coverage=arguments.coverage
+    ):
+        yield taken.popleft(), answer
+
+
+def rows_of(video: str, answer: Answer, top: int) -> list[Row]:
+    name = redact(video)
+    if isinstance(answer, serving.PredictionError):
+        return [{"video": name, "error": str(answer)}]
+    if isinstance(answer, serving.Timeline):
+        return [
+            {"video": name, "start": start, "end": end, "top": top_rows(answer.top(window, top))}
+            for window, (start, end) in enumerate(answer.seconds_W2.round(3).tolist())
+        ]
+    row: Row = {"video": name, "top": top_rows(answer.top), "calibrated": answer.calibrated}
+    if answer.sure is not None:
+        row["sure"] = answer.sure
+    if answer.candidates is not None:
+        row["candidates"] = answer.candidates
+    if answer.present is not None:
+        row["present"] = top_rows(answer.present)
+    return [row]
+
+
+def draw(video: str, answer: Answer, picture: Path) -> None:
+    if isinstance(answer, serving.Timeline):
+        serving.save_timeline(answer, redact(video), picture)
+    elif isinstance(answer, serving.Prediction):
+        serving.save_prediction(answer, redact(video), picture)
 
 
 def show(rows: list[Row], screen: Console) -> None:
@@ -213,21 +239,59 @@ def write_csv(path: Path, rows: list[Row]) -> None:
                 writer.writerow([*head, "", "", "", row["error"]])
 
 
-def run(arguments: argparse.Namespace) -> int:
-    for option in ("picture", "json", "csv"):
-        if path := getattr(arguments, option):
-            require_file(path, f"--{option}")
-    videos = find_videos(arguments.videos)
-    recogniser = text4vis.load(arguments.model)
+def record_of(rows: list[Row]) -> Row:
+    """A video's line in --jsonl: its row; the windows of a timeline are a list in it."""
+    if "start" not in rows[0]:
+        return rows[0]
+    return {
+        "video": rows[0]["video"],
+        "windows": [{key: value for key, value in row.items() if key != "video"} for row in rows],
+    }
+
+
+def recognise_listed(recogniser: serving.Predictor, videos: list[str], arguments: argparse.Namespace) -> int:
+    """Recognises this process's share of the videos, and waits for the others. Returns the number of failed ones."""
+    by_name = {redact(video): video for video in videos}
+    if len(by_name) < len(videos):
+        raise serving.PredictionError(
+            "--jsonl: several addresses differ only in what must not be written (passwords, ?…)"
+        )
+    settings = recogniser.settings(class_names(arguments))
+    settings |= {name: getattr(arguments, name) for name in ("top", "accuracy", "coverage", "window")}
+    place = cluster.ranks()
+    with serving.WorkList(arguments.jsonl, by_name, settings, key="video") as work:
+        seen = work.num_done
+        with Progress(total=len(by_name) - seen, quiet=not place.is_main) as progress:
+            while work.is_unfinished():
+                claimed = (by_name[name] for name in work.claim(place.rank, place.world_size))
+                for records in batched(recognise(recogniser, claimed, arguments), arguments):
+                    work.append(records)
+                    progress.update(work.num_done - seen)
+                    seen = work.num_done
+            progress.update(work.num_done - seen)
+        return work.num_failed
+
+
+def batched(answers: Iterator[tuple[str, Answer]], arguments: argparse.Namespace) -> Iterator[list[Row]]:
+    """Records of the answers, as many at a time as the model answers."""
+    while records := [
+        record_of(rows_of(video, answer, arguments.top)) for video, answer in islice(answers, arguments.batch_size)
+    ]:
+        yield records
+
+
+def recognise_and_show(recogniser: serving.Predictor, videos: list[str], arguments: argparse.Namespace) -> int:
+    """Shows the answer of each video and writes the files that were asked for. Returns the number of failed ones."""
     screen = console()
     rows: list[Row] = []
     pictures: list[Path] = []
     try:
         with Progress(total=len(videos), quiet=len(videos) == 1) as progress:
-            for number, video_rows in enumerate(recognise(recogniser, videos, arguments)):
-                rows += video_rows
-                if arguments.picture and "error" not in video_rows[0]:
+            for number, (video, answer) in enumerate(recognise(recogniser, videos, arguments)):
+                if arguments.picture and not isinstance(answer, serving.PredictionError):
                     pictures.append(picture_path(arguments.picture, number, len(videos)))
+                    draw(video, answer, pictures[-1])
+                rows += (video_rows := rows_of(video, answer, arguments.top))
                 with progress.aside():
                     show(video_rows, screen)
                 progress.update()
@@ -241,17 +305,47 @@ def run(arguments: argparse.Namespace) -> int:
         written.append(f"{pictures[0]} to {pictures[-1].name}" if pictures[1:] else str(pictures[0]))
     if written:
         screen.print("wrote " + ", ".join(written))
-    failed = sum("error" in row for row in rows)
-    if failed:
+    return sum("error" in row for row in rows)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    for option in ("picture", "json", "csv", "jsonl"):
+        if path := getattr(arguments, option):
+            require_file(path, f"--{option}")
+    place = cluster.ranks()
+    if place.world_size > 1 and not arguments.jsonl:
+        raise serving.PredictionError(
+            f"{place.world_size} processes share their videos through a file: give --jsonl FILE"
+        )
+    videos = find_videos(arguments)
+    recogniser = text4vis.load(arguments.model, str(cluster.device()))
+    if arguments.jsonl:
+        failed = recognise_listed(recogniser, videos, arguments)
+        if place.is_main:
+            console().print(f"{arguments.jsonl}: {len(videos)} videos")
+    else:
+        failed = recognise_and_show(recogniser, videos, arguments)
+    if failed and place.is_main:
         print(f"predict: error: {failed} of {len(videos)} videos could not be read", file=sys.stderr)
+        if arguments.jsonl:
+            print("predict: delete their lines, which have an `error`, to try them again", file=sys.stderr)
     return 1 if failed else 0
 
 
 def main() -> int:
     arguments = parse_arguments()
+    # Threads of the model that wait would take the cores from those that decode. Read when torch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return run(arguments)
-    except (saved.CheckpointError, ConfigError, ShardError, serving.PredictionError, OSError) as error:
+    except (
+        saved.CheckpointError,
+        ConfigError,
+        ShardError,
+        serving.PredictionError,
+        serving.WorkListError,
+        OSError,
+    ) as error:
         print(f"predict: error: {shown(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

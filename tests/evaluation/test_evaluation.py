@@ -31,13 +31,12 @@ from text4vis.evaluation.embedding import (
     embed_videos,
     evaluate,
     protocol_card,
-    weights_fingerprint,
 )
 from text4vis.evaluation.protocols import CENTRE_CROP, Views, figures, write_report
 from text4vis.model.preprocessing import settle
 from text4vis.model.tensors import write_tensors
 from text4vis.model.video_clip import build_model
-from text4vis.saved.weights import export_model, load_export, load_text4vis
+from text4vis.saved.weights import export_model, load_export, load_text4vis, weights_fingerprint
 
 T, NUM_VIDEOS, NUM_CLASSES = 4, 11, 6
 EVALUATE, COMPARE = "text4vis/evaluate.py", "tools/compare_reports.py"

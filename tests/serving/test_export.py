@@ -19,7 +19,6 @@ from videos import write_video
 import text4vis
 from text4vis.classifier.embeddings import build_classifier
 from text4vis.config.schema import Config, ConfigError, DataConfig, NetworkConfig
-from text4vis.evaluation.embedding import weights_fingerprint
 from text4vis.evaluation.multi_label import Decision
 from text4vis.evaluation.protocols import class_scores
 from text4vis.model import heads
@@ -29,6 +28,7 @@ from text4vis.saved.checkpoint import CheckpointError, State
 from text4vis.saved.inputs import digests
 from text4vis.saved.opening import TrainedModel, open_saved
 from text4vis.saved.runs import check_same_classes
+from text4vis.saved.weights import weights_fingerprint
 from text4vis.serving import onnx_graph
 from text4vis.serving.exporting import export, last_report, preprocessing
 from text4vis.serving.onnx_graph import write_onnx
@@ -143,16 +143,17 @@ def test_the_program_names_the_classes_that_reach_their_thresholds():
 def test_the_program_sees_the_same_frames(exported, dense, size):
     from PIL import Image
 
+    from text4vis.serving.footage import Sampler
     from text4vis.serving.standalone import frame_numbers, scale_and_crop
 
     recogniser = text4vis.load(exported[1])
     recogniser.config = replace(recogniser.config, data=replace(recogniser.config.data, dense=dense))
-    rule = preprocessing(recogniser.config)
+    rule, sampler = preprocessing(recogniser.config), Sampler(recogniser.config)
     video = np.random.default_rng(0).integers(0, 256, (3, *size, 3), np.uint8)
     for count in (1, 3, 130, 301):
-        assert frame_numbers(count, rule) == recogniser._indices(count).tolist()
+        assert frame_numbers(count, rule) == sampler.indices(count).tolist()
     ours = np.stack([scale_and_crop(Image.fromarray(image), rule) for image in video])
-    assert np.array_equal(ours.transpose(0, 2, 3, 1), np.stack([recogniser._prepare(image) for image in video]))
+    assert np.array_equal(ours.transpose(0, 2, 3, 1), np.stack([sampler.prepare(image) for image in video]))
 
 
 def test_the_code_of_the_deployment_page_gives_the_same_probabilities(exported, tmp_path, monkeypatch):

@@ -6,26 +6,22 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from launch import program
+from launch import finish, program, start
 from PIL import Image
 from shard_data import serve
-from tiny import tiny_network
-from videos import write_video
+from tiny import write_export
+from videos import encode, pictures, write_video
 
 import text4vis
-from shards.video import PacketTable
-from text4vis.classifier.embeddings import build_classifier
-from text4vis.config.schema import Config, DataConfig
-from text4vis.model.preprocessing import settle
-from text4vis.model.video_clip import build_model
+from shards.frames import PacketTable
 from text4vis.saved.checkpoint import CheckpointError
-from text4vis.saved.weights import export_model
+from text4vis.serving.footage import FRAMES_IN_FLIGHT
 from text4vis.serving.pictures import save_timeline
 from text4vis.serving.predictor import PredictionError
 
@@ -34,14 +30,7 @@ NAMES = ["archery", "surfing", "playing the flute"]
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory) -> Path:
-    base = tmp_path_factory.mktemp("export")
-    network = tiny_network(base / "clip")
-    torch.manual_seed(0)
-    model = build_model(network, 4).eval()
-    config = settle(Config(network=network, data=DataConfig(num_segments=4, input_size=32, dataset="tiny")))
-    classes_CD = build_classifier(config, model, NAMES)
-    export_model(base / "export", model, network, config.to_dict(), NAMES, classes_CD, {})
-    return base / "export"
+    return write_export(tmp_path_factory.mktemp("export"), NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -264,10 +253,10 @@ def test_the_command_keeps_what_was_done_when_it_is_stopped(export, videos, tmp_
     folder = tmp_path / "mine"
     shutil.copytree(videos / "deep", folder)
     shutil.copy(videos / "frames" / "img_1.png", folder / "cover.png")
-    code = "import runpy, sys, text4vis.serving.predictor as p\nread, calls = p.probe_video, []\n"
-    code += "def probe(path):\n    calls.append(path)\n    if len(calls) > 1: raise KeyboardInterrupt\n"
-    code += "    return read(path)\n"
-    code += "p.probe_video = probe\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    code = "import runpy, sys, text4vis.serving.footage as f\nread = f.sample_frames\n"
+    code += "def sample(path, *given):\n    if path.name == 'video1.mp4': raise KeyboardInterrupt\n"
+    code += "    return read(path, *given)\n"
+    code += "f.sample_frames = sample\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
     output = tmp_path / "all.json"
     command = ["-c", code, "tools/predict.py", folder, "--model", export, "--batch-size", "1", "--json", output]
     result = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
@@ -295,3 +284,112 @@ def test_the_command_scans_an_address_and_hides_its_secret(export, videos):
     assert found.returncode == 0 and "0.5 to 1.5" in found.stdout, found.stderr
     assert missing.returncode == 1 and "cannot be fetched" in missing.stdout
     assert "secret" not in found.stdout + found.stderr + missing.stdout + missing.stderr
+
+
+def listed(folder: Path, count: int) -> list[Path]:
+    """Copies of one video, one file that is none among them."""
+    folder.mkdir()
+    write_video(folder / "video000.mp4", 40, 12)
+    for number in range(1, count):
+        shutil.copy(folder / "video000.mp4", folder / f"video{number:03d}.mp4")
+    (folder / "video001.mp4").write_bytes(b"no video")
+    return sorted(folder.iterdir())
+
+
+def lines_of(path: Path) -> list[dict]:
+    """Its complete lines without the first one, which holds the settings."""
+    _, *records = path.read_text().split("\n")[:-1]
+    return [json.loads(record) for record in records]
+
+
+def test_processes_share_a_list_and_the_same_command_goes_on(export, tmp_path):
+    """Two ranks; then one, of a list with more videos; then with settings that would change the answers."""
+    paths, answers = listed(tmp_path / "videos", 9), tmp_path / "answers.jsonl"
+    (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in paths[:6]))
+    command = ["--list", tmp_path / "list.txt", "--model", export, "--top", 2, "--jsonl", answers, "--batch-size", 2]
+    for code, output in finish(start("tools/predict.py", *command, ranks=2)):
+        assert code == 1, output
+    assert "1 of 6 videos could not be read" in output or "error" in answers.read_text()
+    before = answers.read_text()
+    records = lines_of(answers)
+    assert sorted(record["video"] for record in records) == [str(path) for path in paths[:6]]
+    assert [Path(record["video"]).name for record in records if "error" in record] == ["video001.mp4"]
+    assert len({json.dumps(record["top"]) for record in records if "top" in record}) == 1
+    with answers.open("a") as file:
+        file.write('{"video": "half a li')
+    result = predict(*command, tmp_path / "videos")
+    assert result.returncode == 1 and "1 of 9 videos could not be read" in result.stderr, result.stderr
+    assert answers.read_text().startswith(before) and len(lines_of(answers)) == 9
+    assert {record["video"] for record in lines_of(answers)} == {str(path) for path in paths}
+    expected = text4vis.load(export).predict(paths[0], top=2).top
+    assert [entry["class"] for entry in records[0].get("top", records[1].get("top"))] == [name for name, _ in expected]
+    other = predict(*command, "--labels", "a cat,a dog")
+    assert other.returncode == 1 and re.search(
+        r"other settings \(classes: .*, now \[\"a cat\", \"a dog\"\]", other.stderr
+    )
+
+
+@pytest.mark.parametrize(("options", "code", "message"), [
+    (["--jsonl", "a.jsonl", "--json", "b.json"], 2, "--jsonl: leave --json, --csv and --picture out"),
+    ([], 2, "no videos: give VIDEO or --list FILE"),
+])  # fmt: skip
+def test_wrong_usage_of_lists_is_named(options, code, message):
+    result = predict("--model", "gone", *options, *(["x.mp4"] if options else []))
+    assert result.returncode == code and message in result.stderr
+
+
+def test_frames_ahead_of_the_model_are_bounded_and_batches_fill_across_unreadable_videos(export, videos, monkeypatch):
+    recogniser, sound = text4vis.load(export), videos / "deep" / "video0.mp4"
+    taken, batches, score = [], [], recogniser._scores
+    monkeypatch.setattr(
+        recogniser, "_scores", lambda frames, *given: batches.append(len(frames)) or score(frames, *given)
+    )
+    given = [sound, "gone.mp4"] * 60
+    answers = recogniser.predict_many((taken.append(video) or video for video in given), batch_size=4, threads=2)
+    for number, answer in enumerate(answers):
+        assert isinstance(answer, PredictionError) == (given[number] == "gone.mp4")
+        assert len(taken) <= number + 2 * 4 + FRAMES_IN_FLIGHT // 4 + 1
+    assert number == 119 and batches == [4] * 15
+
+
+def test_a_scan_decodes_each_frame_once_in_several_parts(export, tmp_path, monkeypatch):
+    from shards import frames
+
+    path = encode(tmp_path / "v.mp4", images=pictures(300), options={"g": "25", "bf": "2"})
+    monkeypatch.setattr(frames, "_PART_FRAMES", 50)
+    recogniser, decoded, received = text4vis.load(export), [], frames._Feed.received
+    monkeypatch.setattr(frames._Feed, "received", lambda *given: decoded.append(received(*given)) or decoded[-1])
+    timeline = recogniser.scan(path, window_seconds=2, threads=3)
+    assert len(timeline.scores_WC) == 14 and len(decoded) == len(set(decoded))
+    decoded.clear()
+    alone = recogniser.scan(path, window_seconds=2, threads=1, batch_size=1)
+    np.testing.assert_allclose(timeline.scores_WC, alone.scores_WC, atol=1e-5)
+
+
+def test_a_scan_of_a_video_whose_packets_say_nothing_or_lie_sees_the_same(export, tmp_path, monkeypatch):
+    from shards import frames
+
+    path = encode(tmp_path / "v.mp4", images=pictures(60), options={"g": "25", "bf": "2"})
+    expected = text4vis.load(export).scan(path, window_seconds=1)
+    monkeypatch.setattr(frames._Feed, "received", lambda *_: (_ for _ in ()).throw(frames.PacketsError()))
+    found = text4vis.load(export).scan(path, window_seconds=1)
+    np.testing.assert_array_equal(found.scores_WC, expected.scores_WC)
+    np.testing.assert_array_equal(found.thumbnails, expected.thumbnails)
+
+
+@pytest.mark.slow
+def test_a_kill_loses_only_what_was_in_work(export, tmp_path):
+    paths, answers = listed(tmp_path / "videos", 60), tmp_path / "answers.jsonl"
+    command = [tmp_path / "videos", "--model", export, "--jsonl", answers, "--batch-size", "2"]
+    ranks = start("tools/predict.py", *command, ranks=2)
+    while not answers.exists() or answers.read_text().count("\n") < 4:
+        time.sleep(0.01)
+    for rank in ranks:
+        rank.kill()
+        rank.wait()
+    before = lines_of(answers)
+    for code, output in finish(start("tools/predict.py", *command, ranks=3)):
+        assert code == 1, output
+    after = lines_of(answers)
+    assert after[: len(before)] == before
+    assert sorted(record["video"] for record in after) == [str(path) for path in paths]

@@ -8,14 +8,13 @@ import av
 import numpy as np
 import PIL.Image
 import pytest
-from videos import ORIENTATIONS, encode, ffmpeg_shows, pictures, turned
+from videos import ORIENTATIONS, assert_sampled_as_decoded, encode, ffmpeg_shows, pictures, turned
 
+from shards.frames import FrameReader, decode_frames
 from shards.images import encode_jpeg
 from shards.nvdec import nvdec_shows_the_same
 from shards.video import (
-    FrameReader,
     VideoError,
-    decode_frames,
     frames_at,
     frames_at_rate,
     iter_frames,
@@ -78,6 +77,7 @@ def assert_as_ffmpeg_shows(path, *, times=True) -> None:
     if times:
         np.testing.assert_allclose(info.times_N, seconds, atol=0.0011)  # containers round to a millisecond
     last = info.num_frames - 1
+    assert_sampled_as_decoded(path, info, frames)
     for source in (path, path.read_bytes()):
         for frame, number in zip(decode_frames(source, [last, 0], num_frames=last + 1), [last, 0], strict=True):
             np.testing.assert_array_equal(frame, frames[number])

@@ -16,13 +16,16 @@ import numpy as np
 import pytest
 from frame_folders import jpeg
 from PIL import Image
+from videos import assert_sampled_as_decoded
 
+from shards import frames as by_number
 from shards.annotations import parse_annotations
 from shards.checker import check_datasets
 from shards.extraction import extract_frames
 from shards.format import ShardError
+from shards.frames import FrameReader, LongVideo, PacketsError, PacketTable, decode_frames, sample_frames
 from shards.index import open_index, read_local_manifest
-from shards.video import FrameReader, PacketTable, VideoError, decode_frames, frames_at_rate, iter_frames, probe_video
+from shards.video import Timing, VideoError, frames_at_rate, iter_frames, probe_video
 from shards.writer import build_shards
 
 EXTRACT = Path(__file__).parents[2] / "tools" / "extract_frames.py"
@@ -119,13 +122,76 @@ def test_decode_frames_refuses_numbers_outside_the_video(videos):
 
 def test_seeking_decodes_less(videos, monkeypatch):
     converted = []
-    import shards.video
-
-    start = shards.video._decode_from_start
-    monkeypatch.setattr(shards.video, "_decode_from_start", lambda *_: converted.append(1) or start(*_))
+    start = by_number._from_start
+    monkeypatch.setattr(by_number, "_from_start", lambda *_: converted.append(1) or start(*_))
     for name in ("bframes.mp4", "opengop.mkv", "vp9.webm", "intra.mkv", "uneven.mp4"):
         assert shown_number(decode_frames(videos / name, [44])[0]) == 44
     assert converted == []
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_frames_taken_by_packets_are_those_of_decoding_everything(videos, name):
+    for source in (videos / name, (videos / name).read_bytes()):
+        assert_sampled_as_decoded(source, probe_video(source), list(iter_frames(source)))
+
+
+def count_decoded(monkeypatch) -> list[int]:
+    """Numbers of all frames that come out of a decoder."""
+    decoded, received = [], by_number._Feed.received
+    monkeypatch.setattr(by_number._Feed, "received", lambda *given: decoded.append(received(*given)) or decoded[-1])
+    monkeypatch.setattr(by_number, "decoded_frames", lambda *_: pytest.fail("decoded from the beginning"))
+    monkeypatch.setattr(by_number, "probe_video", lambda *_: pytest.fail("decoded everything"))
+    return decoded
+
+
+def long_video(path: Path) -> Path:
+    """1200 frames, a key frame every 50, of which the decoder needs about half: the others are B-frames."""
+    options = {"bf": "3", "g": "50", "x264-params": "b-pyramid=none:b-adapt=0:scenecut=0"}
+    write_video(path, "libx264", options, frames=1200)
+    return path
+
+
+def test_a_few_frames_of_a_long_video_cost_little(tmp_path, monkeypatch):
+    path, decoded = long_video(tmp_path / "v.mp4"), count_decoded(monkeypatch)
+    numbers, frames = sample_frames(path, lambda timing: np.arange(8) * timing.num_frames // 8)
+    assert [shown_number(frame) for frame in frames] == [number % 64 for number in numbers]
+    assert len(decoded) < 60, "each is a key frame, but what is decoded to check the packets"
+    decoded.clear()
+    numbers, frames = sample_frames(path, lambda _: np.array([1199, 49, 77]))
+    assert [shown_number(frame) for frame in frames] == [1199 % 64, 49, 77 % 64]
+    assert len(decoded) < 24 + 0.4 * (50 + 28 + 50) and len(decoded) == len(set(decoded))
+
+
+def test_a_long_video_is_read_in_parts_that_share_no_frame(tmp_path, monkeypatch):
+    path, decoded = long_video(tmp_path / "v.mp4"), count_decoded(monkeypatch)
+    monkeypatch.setattr(by_number, "_PART_FRAMES", 100)
+    video = LongVideo(path)
+    parts = video.parts(range(0, 1200, 7))
+    assert len(parts) >= 8 and [number for part in parts for number in part] == list(range(0, 1200, 7))
+    shown = {number: shown_number(frame) for part in reversed(parts) for number, frame in video.read(part)}
+    assert shown == {number: number % 64 for number in range(0, 1200, 7)}
+    assert len(decoded) == len(set(decoded)) < 1000
+    assert video.parts([]) == []
+
+
+def test_where_the_decoder_contradicts_the_packets_all_is_decoded(videos, monkeypatch):
+    """As with files whose packets lie; the numbers are chosen anew."""
+    table = PacketTable.read
+
+    def one_more(*given):
+        found = table(*given)
+        timing = Timing(found.timing.duration, np.append(found.timing.times_N, 9.0))
+        return PacketTable([found.pts[0], found.pts[0] + 1, *found.pts[1:]], found.key_pts, False, timing)
+
+    monkeypatch.setattr(PacketTable, "read", one_more)
+    counts = []
+    numbers, frames = sample_frames(
+        videos / "bframes.mp4", lambda timing: counts.append(timing.num_frames) or np.array([timing.num_frames - 1, 3])
+    )
+    assert counts[0] == 46 and counts[-1] == 45
+    assert numbers.tolist() == [44, 3] and [shown_number(frame) for frame in frames] == [44, 3]
+    with pytest.raises(PacketsError):
+        list(LongVideo(videos / "bframes.mp4").read([3]))
 
 
 @pytest.mark.parametrize("data", [b"", b"no video at all" * 99, b"#EXTM3U\nfile:///etc/passwd\n"])
@@ -146,6 +212,7 @@ def test_damaged_videos_raise_only_video_errors(videos):
         try:
             info = probe_video(bytes(damaged))
             assert len(decode_frames(bytes(damaged), range(info.num_frames), num_frames=info.num_frames)) > 0
+            assert len(sample_frames(bytes(damaged), lambda timing: np.arange(timing.num_frames))[1]) > 0
         except VideoError:
             pass
 

@@ -39,6 +39,8 @@ from frame_folders import jpeg
 from PIL import Image
 from safetensors.torch import save
 from shard_data import make_dataset
+from stub_index import build as build_stub
+from stub_index import vectors
 
 from shards.address import expand_sources, join_address
 from shards.annotations import parse_annotations, parse_labels
@@ -58,6 +60,8 @@ from text4vis.model.tensors import read_weights
 from text4vis.saved import checkpoint
 from text4vis.saved.checkpoint import CheckpointError
 from text4vis.saved.weights import read_index, read_text4vis
+from text4vis.serving.index_store import SearchError
+from text4vis.serving.search import SearchIndex
 from text4vis.training.logs import _step_of
 
 CASE_SECONDS = 20
@@ -115,6 +119,25 @@ def _change(data: bytearray, tokens: tuple[bytes, ...], seeds: list[bytes], draw
         data[place:] = other[draw.randrange(len(other) + 1) :]
     else:
         del data[place:]
+
+
+def _search_seeds(folder: Path) -> list[bytes]:
+    """The lines of an index of three files, one of them broken, whose vectors have a fixed name."""
+    for name, content in (("a", "1 3"), ("b", "2 3"), ("c", "none")):
+        (folder / name).write_text(content)
+    build_stub(folder / "searched", [str(folder / name) for name in "abc"])
+    (part,) = (folder / "searched" / "vectors").iterdir()
+    fixed = part.rename(part.with_stem("0" * 32))
+    return [(folder / "searched" / "videos.jsonl").read_bytes().replace(part.name.encode(), fixed.name.encode())]
+
+
+def _parse_search(data: bytes, folder: Path) -> None:
+    index = folder / "searched"
+    if not index.exists():
+        _search_seeds(folder)
+    (index / "videos.jsonl").write_bytes(data)
+    opened = SearchIndex.open(index)
+    opened.nearest(vectors(0, 1, opened.catalogue.settings.dims)[0])
 
 
 ODD_VALUES: tuple[Any, ...] = (
@@ -452,6 +475,7 @@ TARGETS = {
         True,
     ),
     "index": Target(_read_file("index/*.npy"), _parse_index, (ShardError,), (b"'descr'", b"(", b"9" * 12, b"|O")),
+    "search-index": Target(_search_seeds, _parse_search, (SearchError,), JSON_TOKENS, False),
     "shard": Target(
         _read_file("000000.tar"), _parse_shard, (), (b"../x\0", b"/etc/passwd\0", b"ustar", b"00000000000\0")
     ),

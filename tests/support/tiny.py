@@ -3,13 +3,18 @@
 import copy
 import gzip
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from open_clip.model import CLIP
 from safetensors.torch import save_file
 
-from text4vis.config.schema import NetworkConfig
+from text4vis.classifier.embeddings import build_classifier
+from text4vis.config.schema import Config, DataConfig, NetworkConfig
+from text4vis.model.preprocessing import settle
+from text4vis.model.video_clip import build_model
+from text4vis.saved.weights import export_model
 
 # As OpenAI's CLIPs see pixels.
 PIXELS = {
@@ -78,3 +83,14 @@ def random_frames(videos: int, frames: int, size: int = 32, seed: int = 0) -> to
     """Frames (B, T, 3, H, W) uint8."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (videos, frames, 3, size, size), dtype=torch.uint8, generator=generator)
+
+
+def write_export(folder: Path, class_names: Sequence[str], frames: int = 4, seed: int = 0, **network: object) -> Path:
+    """Writes an export of a tiny model of random weights to `folder`/export; returns that."""
+    settings = tiny_network(folder / "clip", **network)
+    config = settle(Config(network=settings, data=DataConfig(num_segments=frames, input_size=32, dataset="tiny")))
+    torch.manual_seed(seed)
+    model = build_model(settings, frames).eval()
+    classes_CD = build_classifier(config, model, class_names)
+    export_model(folder / "export", model, settings, config.to_dict(), list(class_names), classes_CD, {})
+    return folder / "export"

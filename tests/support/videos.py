@@ -12,6 +12,9 @@ import av
 import numpy as np
 import pytest
 
+from shards.frames import LongVideo, PacketsError, sample_frames
+from shards.video import Timing, VideoInfo
+
 
 def write_video(path: Path, value: int, frames: int = 6) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,6 +94,34 @@ ORIENTATIONS = {
     "transposed": ((0, 1, 1, 0), lambda image: image.transpose(1, 0, 2)),
     "transposed the other way": ((0, -1, -1, 0), lambda image: np.rot90(image, 2).transpose(1, 0, 2)),
 }
+
+
+def assert_sampled_as_decoded(source: Path | bytes, info: VideoInfo, frames: Sequence[np.ndarray]) -> None:
+    """Frames taken by what the packets say are those that decoding everything gives, with the same numbers and times.
+
+    info, frames: from decoding everything.
+    """
+    last = info.num_frames - 1
+    timings: list[Timing] = []
+    for wanted in ([0], [last], [last, 0, last // 2, last // 2], list(range(0, last + 1, 3))):
+        chosen = np.array(wanted)
+        numbers, sampled = sample_frames(source, lambda timing, chosen=chosen: timings.append(timing) or chosen)
+        assert numbers.tolist() == wanted
+        for number, frame in zip(wanted, sampled, strict=True):
+            np.testing.assert_array_equal(frame, frames[number])
+        np.testing.assert_array_equal(timings[-1].times_N, info.times_N)
+        assert timings[-1].duration == info.duration
+    try:
+        shown = read_long(LongVideo(source), range(0, last + 1, 2))
+    except PacketsError:
+        shown = read_long(LongVideo(source, by_packets=False), range(0, last + 1, 2))
+    assert list(shown) == list(range(0, last + 1, 2))
+    for number, frame in shown.items():
+        np.testing.assert_array_equal(frame, frames[number])
+
+
+def read_long(video: LongVideo, wanted: Sequence[int]) -> dict[int, np.ndarray]:
+    return {number: frame for part in video.parts(wanted) for number, frame in video.read(part)}
 
 
 def ffmpeg_shows(path: Path, height: int, width: int) -> tuple[np.ndarray, list[float]]:

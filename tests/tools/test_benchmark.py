@@ -29,10 +29,11 @@ from text4vis.data.loader import build_loader
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "benchmark.py"
 TINY = (
     "--videos 4 --frames-per-video 10 --runs 1 --seconds 0.05 --batch-size 2 --index-videos 300 --index-frames 12 "
-    "--order-samples 1000 --step-videos 1 --ranks 2 --scale-videos 1000 --world-sizes 1 8"
+    "--order-samples 1000 --step-videos 1 --ranks 2 --scale-videos 1000 --world-sizes 1 8 "
+    "--predict-videos 4 --predict-minutes 0.2 --search-windows 3000"
 )
 FIGURES = {"loader": 5, "views": 2, "read": 4, "build": 3, "open": 2, "order": 2, "position": 2}
-FIGURES |= {"remote": 25, "step": 4, "memory": 16, "resume": 3, "scale": 14}
+FIGURES |= {"remote": 25, "step": 4, "memory": 16, "resume": 3, "scale": 14, "predict": 6, "search": 2}
 # Two blocks at 224 px, the size of the recipe that the benchmarks train.
 SMALL_VIT = {
     "embed_dim": 64,

@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 
 from shards.format import SampleError
+from shards.frames import decode_frames
 from shards.nvdec import nvdec_shows_the_same
 from shards.reader import ShardDataset
-from shards.video import VideoError, decode_frames
+from shards.video import VideoError
 from text4vis.data import dali
 from text4vis.data.finishing import Decoded, Pixels, at_decoded_size
 from text4vis.data.plan import VideoPlan

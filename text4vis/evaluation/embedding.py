@@ -37,7 +37,6 @@ from text4vis.evaluation.multi_label import multi_label_figures
 from text4vis.evaluation.protocols import FUSION, Views, figures
 from text4vis.model.tensors import fingerprint, write_tensors
 from text4vis.model.video_clip import VideoClip
-from text4vis.saved.weights import Parts
 
 logger = logging.getLogger("text4vis")
 
@@ -281,12 +280,6 @@ def protocol_card(
         "decode": loader.device.type,
         "versions": versions(),
     }
-
-
-def weights_fingerprint(state: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of a model's weights without the text tower, in fp32: equal for a run, its checkpoint and its export."""
-    video = Parts.of(state).video
-    return fingerprint({name: value.float() if value.is_floating_point() else value for name, value in video.items()})
 
 
 def _pixels(model: VideoClip, config: Config) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from shards.files import replacing_path, write_atomically
 from text4vis.classifier.embeddings import TENSOR
 from text4vis.config.schema import ConfigError, NetworkConfig
 from text4vis.model.layouts import State, without_wrappers
-from text4vis.model.tensors import is_state, load_strictly, read_torch_file, read_weights, write_tensors
+from text4vis.model.tensors import fingerprint, is_state, load_strictly, read_torch_file, read_weights, write_tensors
 from text4vis.model.video_clip import VideoClip, build_model
 
 logger = logging.getLogger("text4vis")
@@ -314,3 +314,9 @@ def write_state(path: Path, state: Mapping[str, Tensor]) -> None:
             write_tensors(temporary, state)
     except SafetensorError as error:
         raise OSError(f"{path}: cannot be written ({error})") from None
+
+
+def weights_fingerprint(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a model's weights without the text tower, in fp32: equal for a run, its checkpoint and its export."""
+    video = Parts.of(state).video
+    return fingerprint({name: value.float() if value.is_floating_point() else value for name, value in video.items()})

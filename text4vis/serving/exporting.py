@@ -2,30 +2,29 @@
 
 README.md         the model card
 model.onnx        the visual side with the classes (text4vis/serving/onnx_graph.py); model.onnx.data from 2 GB on
-predict_onnx.py   text4vis/serving/standalone.py, which runs the graph without torch; beside it shards/video.py as
-predict_onnx_video.py, which decides what a video shows
+predict_onnx.py   text4vis/serving/standalone.py, which runs the graph without torch; beside it shards/frames.py and
+shards/video.py as predict_onnx_frames.py and predict_onnx_video.py, which decide what a video shows
 """
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import asdict
+from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-import shards.video
 from shards.files import require_folder, write_atomically
 from text4vis.config.keys import schema
 from text4vis.config.schema import DENSE_WINDOW, Config, ConfigError
 from text4vis.data.augmentation import frame_rule
 from text4vis.evaluation.comparison import read_report
-from text4vis.evaluation.embedding import versions, weights_fingerprint
+from text4vis.evaluation.embedding import versions
 from text4vis.evaluation.multi_label import Decision
 from text4vis.evaluation.protocols import is_multi_label
 from text4vis.model.sources import CLIP_NAMES
 from text4vis.saved.opening import SavedModel, SavedRun, TrainedModel
-from text4vis.saved.weights import EXPORT_FILE, Parts, export_model, write_card
+from text4vis.saved.weights import EXPORT_FILE, Parts, export_model, weights_fingerprint, write_card
 from text4vis.serving.fitted import fitted_of
 from text4vis.serving.model_card import file_name, model_card
 from text4vis.serving.onnx_graph import OPSET, OnnxFile, remove_onnx, require_packages, write_onnx
@@ -33,7 +32,9 @@ from text4vis.serving.predictor import takes_labels
 
 CARD_FILE = "README.md"
 ONNX_FILE = "model.onnx"
-ONNX_PROGRAM, ONNX_VIDEO = "predict_onnx.py", "predict_onnx_video.py"
+ONNX_PROGRAM = "predict_onnx.py"
+# The modules that read videos: the very ones that made what the model was trained on.
+ONNX_MODULES = {"shards.frames": "predict_onnx_frames.py", "shards.video": "predict_onnx_video.py"}
 UNFINISHED = ".exporting"  # an export that was killed may be written again
 ADDED = ("preprocessing", "evaluation", "onnx", "versions")  # to the card of a run, by its export
 RESIZE_WORDS = {
@@ -59,7 +60,7 @@ def export(folder: Path, trained: TrainedModel, *, report: Path | None = None, o
     (folder / UNFINISHED).touch()
     (folder / EXPORT_FILE).unlink(missing_ok=True)  # without it the folder is no export
     remove_onnx(folder / ONNX_FILE)
-    for name in (ONNX_PROGRAM, ONNX_VIDEO):
+    for name in (ONNX_PROGRAM, *ONNX_MODULES.values()):
         (folder / name).unlink(missing_ok=True)
     graph = _write_graph(folder, trained, evaluation) if onnx else None
     config, names = trained.config, trained.class_names
@@ -138,12 +139,14 @@ def _page(trained: TrainedModel, card: dict[str, Any]) -> str:
 
 
 def _write_program(folder: Path) -> None:
-    """The program and the module that reads its videos: the very one that made what the model was trained on."""
-    program = Path(__file__).with_name("standalone.py").read_text(encoding="utf-8")
-    own = program.replace(f"from {shards.video.__name__} import", f"from {Path(ONNX_VIDEO).stem} import")
-    assert own != program
-    (folder / ONNX_PROGRAM).write_text(own, encoding="utf-8")
-    shutil.copyfile(str(shards.video.__file__), folder / ONNX_VIDEO)
+    """The program and the modules that read its videos, which import each other by their names in the folder."""
+    sources = {Path(__file__).with_name("standalone.py"): ONNX_PROGRAM}
+    sources |= {Path(str(import_module(name).__file__)): copy for name, copy in ONNX_MODULES.items()}
+    for source, copy in sources.items():
+        text = source.read_text(encoding="utf-8")
+        for name, other in ONNX_MODULES.items():
+            text = text.replace(f"from {name} import", f"from {Path(other).stem} import")
+        (folder / copy).write_text(text, encoding="utf-8")
 
 
 def last_report(saved: SavedModel) -> Path | None:

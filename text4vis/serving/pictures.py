@@ -1,18 +1,22 @@
-"""Pictures of predictions: a video's frames with its likeliest classes, and the timeline of a long video.
+"""Pictures of predictions: a video's frames with its likeliest classes, the timeline of a long video, found moments.
 
-C classes, W windows.
+C classes, W windows, T frames, S their side in pixels.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
+from pathlib import Path, PurePath
+from typing import BinaryIO
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from text4vis.report.pictures import INK, QUIET, plain
 from text4vis.serving.predictor import Prediction, Timeline
+from text4vis.serving.search import Moment
 
+_SHOWN_FRAMES = 3  # of a moment
 LINES = ("#2f6fab", "#d1662f", "#4b8f5b", "#8a5fa8", "#b08b2e")
 BAR, BAR_REST = "#2f6fab", "#b9cbe0"
 
@@ -54,10 +58,11 @@ def save_prediction(prediction: Prediction, title: str, path: str | Path) -> Non
     figure.savefig(path)
 
 
-def save_timeline(timeline: Timeline, title: str, path: str | Path) -> None:
+def save_timeline(timeline: Timeline, title: str, path: str | Path | BinaryIO) -> None:
     """One PNG: pictures of the video in order, and below them the likeliest classes' probabilities over time.
 
     A window's picture and probability are drawn at its middle; the line changes half-way between two middles.
+    path: a stream, too.
     """
     middles_W = timeline.seconds_W2.mean(axis=1)
     start, end = timeline.seconds_W2[0, 0], timeline.seconds_W2[-1, 1]
@@ -87,3 +92,39 @@ def save_timeline(timeline: Timeline, title: str, path: str | Path) -> None:
     axes.tick_params(colors=QUIET, length=0)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
+
+
+def save_moments(
+    moments: Sequence[Moment], frames: Sequence[np.ndarray | None], title: str, path: str | Path | BinaryIO
+) -> None:
+    """One PNG, two moments a row: some frames of each, with its place, score, time and file.
+
+    frames: (T, S, S, 3) uint8 of each moment, or None for a file that cannot be read any more. path: a stream, too.
+    """
+    columns = 1 if len(moments) == 1 else 2
+    rows = max(1, -(-len(moments) // columns))
+    figure = Figure(figsize=(6.2 * columns, 2.45 * rows + 0.6), dpi=100, facecolor="white", layout="constrained")
+    figure.suptitle(plain(title, 100), color=INK, fontsize=13, parse_math=False)
+    cells = figure.subfigures(rows, columns, squeeze=False, hspace=0.02).flat
+    for number, (moment, frames_TSS3, cell) in enumerate(zip(moments, frames, cells, strict=False), start=1):
+        times = f"{clock(moment.start)} to {clock(moment.end)}"
+        cell.suptitle(
+            f"{number}   {moment.score:.3f}   {times}   {plain(PurePath(moment.video).name, 42)}",
+            color=INK, fontsize=9, x=0.02, ha="left", parse_math=False,
+        )  # fmt: skip
+        drawn = cell.subplots(1, _SHOWN_FRAMES)
+        for place, axes in enumerate(drawn):
+            axes.set_axis_off()
+            if frames_TSS3 is not None:
+                axes.imshow(frames_TSS3[(2 * place + 1) * len(frames_TSS3) // (2 * _SHOWN_FRAMES)])
+            elif place == 0:
+                axes.text(0, 0.5, "the file cannot be read any more", color=QUIET, fontsize=9)
+    figure.savefig(path)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as people read them on a player: `1:02:03.4`, `2:03.4`."""
+    tenths = round(10 * seconds)
+    hours, minutes = divmod(tenths // 600, 60)
+    rest = f"{tenths // 10 % 60:02}.{tenths % 10}"
+    return f"{hours}:{minutes:02}:{rest}" if hours else f"{minutes}:{rest}"

@@ -11,42 +11,38 @@ B videos of a batch, T frames, S side of the model's input, C classes, D embeddi
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import re
-import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-import fsspec
 import numpy as np
 import torch
 
-from shards.address import scheme_of
-from shards.format import ShardError
-from shards.images import read_image
-from shards.text import redact, redact_text
-from shards.video import FrameReader, VideoError, VideoInfo, probe_video
-from shards.walk import is_hidden
+from shards.frames import LongVideo, PacketsError
 from text4vis.classifier.embeddings import text_classifier
+from text4vis.cluster.distributed import cores_per_rank
 from text4vis.config.schema import Config, ConfigError
-from text4vis.data.augmentation import eval_geometry, frame_rule
-from text4vis.data.finishing import place
-from text4vis.data.sampling import test_indices
+from text4vis.data.augmentation import frame_rule
 from text4vis.evaluation.calibration import Calibration, at_temperature
 from text4vis.evaluation.multi_label import MIDDLE, Decision
 from text4vis.evaluation.protocols import class_logits, class_scores
 from text4vis.model.video_clip import VideoClip
 from text4vis.saved.opening import open_saved
+from text4vis.saved.weights import weights_fingerprint
 from text4vis.serving.fitted import fitted_of
+from text4vis.serving.footage import (
+    PredictionError,
+    Sampled,
+    Sampler,
+    Video,
+    local_copy,
+    open_long,
+)
 
-FRAME_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
-
-
-class PredictionError(Exception):
-    """Input that cannot be recognised. The message names it and the fix."""
+# Starts and ends (W, 2) in seconds of windows, a row for each, and their pictures (S, S, 3).
+Windows: TypeAlias = tuple[np.ndarray, np.ndarray, list[np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -120,7 +116,7 @@ class Predictor:
 
     def predict(
         self,
-        video: str | Path | np.ndarray,
+        video: Video,
         labels: Sequence[str] | None = None,
         top: int = 5,
         *,
@@ -140,26 +136,33 @@ class Predictor:
 
     def predict_many(
         self,
-        videos: Iterable[str | Path | np.ndarray],
+        videos: Iterable[Video],
         labels: Sequence[str] | None = None,
         top: int = 5,
         batch_size: int = 8,
         *,
         accuracy: float | None = None,
         coverage: float | None = None,
+        threads: int = 0,
     ) -> Iterator[Prediction | PredictionError]:
         """`predict` of each video in order, `batch_size` at a time. Instead of the prediction of a video that cannot be
         read comes its PredictionError: it is yielded, not raised.
 
-        Raises PredictionError at once for labels that the model cannot take.
+        Videos are taken from `videos` and decoded ahead of the model, in `threads` threads (0: the cores of this rank);
+        see text4vis.serving.footage.FRAMES_IN_FLIGHT. Raises PredictionError at once for labels that the model cannot
+        take.
         """
         if isinstance(videos, str | Path | bytes):
             raise PredictionError(f"videos: {videos!r} is one video; give a list of them, or use predict")
-        if batch_size < 1 or top < 1:
-            raise PredictionError(f"batch_size {batch_size}, top {top}: expected at least 1")
+        if batch_size < 1 or top < 1 or threads < 0:
+            raise PredictionError(
+                f"batch_size {batch_size}, top {top}: expected at least 1; threads {threads}: 0 or more"
+            )
         labels = None if labels is None else _names(labels)  # an iterator is read once
         answer = self._answering(labels, top, accuracy, coverage)
-        return self._predict_batches(iter(videos), self._classes(labels)[1], answer, batch_size)
+        sampler = Sampler(self.config)
+        sampled = sampler.sample_many(videos, threads=threads or cores_per_rank(), at_least=batch_size)
+        return self._predict_batches(sampled, self._classes(labels)[1], answer, batch_size)
 
     def _answering(
         self, labels: Sequence[str] | None, top: int, accuracy: float | None, coverage: float | None
@@ -220,17 +223,30 @@ class Predictor:
         return found
 
     def _predict_batches(
-        self, videos: Iterator[Any], classes_CD: torch.Tensor, answer: Callable[..., Prediction], batch_size: int
+        self,
+        sampled: Iterable[Sampled | PredictionError],
+        classes_CD: torch.Tensor,
+        answer: Callable[..., Prediction],
+        batch_size: int,
     ) -> Iterator[Prediction | PredictionError]:
-        while batch := list(itertools.islice(videos, batch_size)):
-            sampled = [self._sampled(video) for video in batch]
-            good = [one for one in sampled if not isinstance(one, PredictionError)]
+        """In order, in batches of `batch_size` videos that could be read."""
+        waiting: list[Sampled | PredictionError] = []
+
+        def answered() -> Iterator[Prediction | PredictionError]:
+            good = [one for one in waiting if not isinstance(one, PredictionError)]
             scores = iter(self._scores(np.stack([frames for _, frames in good]), classes_CD) if good else ())
-            for one in sampled:
-                if isinstance(one, PredictionError):
-                    yield one
-                else:
-                    yield answer(next(scores), *one)
+            for one in waiting:
+                yield one if isinstance(one, PredictionError) else answer(next(scores), *one)
+            waiting.clear()
+
+        num_good = 0
+        for one in sampled:
+            waiting.append(one)
+            num_good += not isinstance(one, PredictionError)
+            if num_good in (0, batch_size):
+                yield from answered()
+                num_good = 0
+        yield from answered()
 
     def scan(
         self,
@@ -240,51 +256,144 @@ class Predictor:
         window_seconds: float = 4.0,
         step_seconds: float | None = None,
         batch_size: int = 8,
+        threads: int = 0,
     ) -> Timeline:
         """Recognises a long video, a file or its address, window by window.
 
         A new window begins every `step_seconds` (default: half a window). The last one ends with the video; a video
-        shorter than a window is one window. Raises PredictionError.
+        shorter than a window is one window. Each frame is decoded once, and windows of the same frames are recognised
+        once. threads: that decode (0: the cores of this rank). Raises PredictionError.
         """
         step = window_seconds / 2 if step_seconds is None else step_seconds
         if not step > 0 or not window_seconds > 0:
             raise PredictionError(f"windows of {window_seconds} s every {step} s: expected lengths above 0")
-        if batch_size < 1:
-            raise PredictionError(f"batch_size {batch_size}: expected at least 1")
-        if scheme_of(str(video)) is not None:
-            with _fetched(str(video)) as copy:
-                return self.scan(copy, labels, window_seconds=window_seconds, step_seconds=step, batch_size=batch_size)
+        if batch_size < 1 or threads < 0:
+            raise PredictionError(f"batch_size {batch_size}: expected at least 1; threads {threads}: 0 or more")
         names, classes_CD = self._classes(labels)
-        info = _probe(video)
-        last = max(0.0, info.duration - window_seconds)
-        starts = np.append(np.arange(0.0, last, step), last)
-        seconds_W2 = np.stack([starts, np.minimum(starts + window_seconds, info.duration)], axis=1)
-        frames = FrameReader(video, num_frames=info.num_frames)
-        scores, thumbnails = [], []
-        for begin in range(0, len(starts), batch_size):
-            shown = [info.shown(start, stop) for start, stop in seconds_W2[begin : begin + batch_size].tolist()]
-            windows = [frames_n[self._indices(len(frames_n))] for frames_n in shown]
-            indices = np.concatenate(windows)
-            frames_NSS3 = np.stack(self._decode(video, frames, indices))
-            frames_BTSS3 = frames_NSS3.reshape(len(windows), -1, *frames_NSS3.shape[1:])
-            scores.append(self._scores(frames_BTSS3, classes_CD))
-            thumbnails += [frames_TSS3[len(frames_TSS3) // 2].copy() for frames_TSS3 in frames_BTSS3]
-        return Timeline(names, seconds_W2, np.concatenate(scores), thumbnails)
+        seconds_W2, scores_WC, thumbnails = self._scan(
+            video,
+            lambda frames_BTSS3: self._scores(frames_BTSS3, classes_CD),
+            window_seconds=window_seconds,
+            step_seconds=step,
+            batch_size=batch_size,
+            threads=threads or cores_per_rank(),
+        )
+        return Timeline(names, seconds_W2, scores_WC, thumbnails)
+
+    def embed_windows(
+        self,
+        video: str | Path,
+        *,
+        window_seconds: float = 4.0,
+        step_seconds: float = 2.0,
+        batch_size: int = 8,
+        threads: int = 1,
+    ) -> tuple[float, np.ndarray]:
+        """Length of a video in seconds, and the embeddings (W, D) float32 of the windows that `scan` would take, as
+        unit vectors. Raises PredictionError.
+        """
+        seconds_W2, embeddings_WD, _ = self._scan(
+            video,
+            self._embed,
+            window_seconds=window_seconds,
+            step_seconds=step_seconds,
+            batch_size=batch_size,
+            threads=threads,
+            pictures=False,
+        )
+        return float(seconds_W2[-1, 1]), _unit(embeddings_WD, video)
+
+    def embed_moment(self, video: str | Path, start: float = 0.0, end: float | None = None) -> np.ndarray:
+        """The embedding (D,) float32, a unit vector, of a part of a video file, in seconds. Raises PredictionError."""
+        frames_TSS3 = Sampler(self.config).sample_part(video, start, end)
+        return _unit(self._embed(frames_TSS3[None]), video)[0]
+
+    def _scan(self, video: str | Path, use: Callable[[np.ndarray], np.ndarray], **options: Any) -> Windows:
+        """See `_scan_opened`. A file whose packets do not tell its times is read anew."""
+        with local_copy(video) as path:
+            try:
+                return self._scan_opened(path, open_long(path), use, **options)
+            except PacketsError:
+                return self._scan_opened(path, open_long(path, by_packets=False), use, **options)
+
+    def _scan_opened(
+        self,
+        path: Path,
+        video: LongVideo,
+        use: Callable[[np.ndarray], np.ndarray],
+        *,
+        window_seconds: float,
+        step_seconds: float,
+        batch_size: int,
+        threads: int,
+        pictures: bool = True,
+    ) -> Windows:
+        """The windows of an opened file, what `use` makes of their frames (B, T, S, S, 3), and their pictures.
+
+        U distinct windows.
+        """
+        sampler, duration = Sampler(self.config), video.timing.duration
+        last = max(0.0, duration - window_seconds)
+        starts = np.append(np.arange(0.0, last, step_seconds), last)
+        seconds_W2 = np.stack([starts, np.minimum(starts + window_seconds, duration)], axis=1)
+        windows_UT, which_W = np.unique(sampler.windows(video.timing, seconds_W2), axis=0, return_inverse=True)
+        frames = sampler.in_order(path, video, np.unique(windows_UT).tolist(), threads)
+        order_U = np.argsort(windows_UT.max(axis=1), kind="stable")
+        results: dict[int, np.ndarray] = {}
+        thumbnails: dict[int, np.ndarray] = {}
+        held: dict[int, np.ndarray] = {}  # frames that later windows need, too
+        uses = Counter(windows_UT.ravel().tolist())
+        for begin in range(0, len(order_U), batch_size):
+            batch = order_U[begin : begin + batch_size]
+            needed = windows_UT[batch].ravel().tolist()
+            while not held.keys() >= set(needed):
+                number, frame = next(frames)
+                held[number] = frame
+            frames_NSS3 = np.stack([held[number] for number in needed])
+            found = use(frames_NSS3.reshape(*windows_UT[batch].shape, *frames_NSS3.shape[1:]))
+            results |= zip(batch.tolist(), found, strict=True)
+            if pictures:
+                thumbnails |= {int(u): held[int(windows_UT[u][windows_UT.shape[1] // 2])].copy() for u in batch}
+            for number, count in Counter(needed).items():
+                uses[number] -= count
+                if not uses[number]:
+                    del held[number]
+        which = which_W.ravel().tolist()
+        return seconds_W2, np.stack([results[u] for u in which]), [thumbnails[u] for u in which if pictures]
 
     @torch.no_grad()
+    def _embed(self, frames_BTSS3: np.ndarray) -> np.ndarray:
+        """Embeddings (B, D) float32, not normalised."""
+        frames_BTCHW = torch.from_numpy(frames_BTSS3).permute(0, 1, 4, 2, 3).to(self.device)
+        return self.model.encode_video(frames_BTCHW).float().cpu().numpy()
+
     def _scores(self, frames_BTSS3: np.ndarray, classes_CD: torch.Tensor) -> np.ndarray:
         """Probabilities (B, C), calibrated where the classes are the model's own and a calibration is known.
 
         Of each class by itself for models of several labels a video, else they add up to 1.
         """
-        frames_BTCHW = torch.from_numpy(frames_BTSS3).permute(0, 1, 4, 2, 3).to(self.device)
-        embeddings_BVD = self.model.encode_video(frames_BTCHW)[:, None].float().cpu().numpy()
+        embeddings_BVD = self._embed(frames_BTSS3)[:, None]
         if self.decision is not None:
             return self.decision.probabilities(class_logits(embeddings_BVD, classes_CD.float().cpu().numpy()))
         scores_BC = class_scores(embeddings_BVD, classes_CD.float().cpu().numpy())
         if self.calibration is None or classes_CD is not self.class_embeddings_CD:
             return scores_BC
         return at_temperature(scores_BC, self.calibration.temperature)
+
+    def settings(self, labels: Sequence[str] | None = None) -> dict[str, Any]:
+        """What decides its answers, in JSON values: equal for a run, its checkpoint and its export."""
+        data, network = self.config.data, self.config.network
+        resize, interpolation = frame_rule(data)
+        return {
+            "weights": weights_fingerprint(self.model.state_dict()),
+            "classifier": network.classifier,
+            "template": network.template,
+            "fitted": repr(self.calibration or self.decision),
+            "classes": self.class_names if labels is None else list(labels),
+            "frames": data.num_segments,
+            "dense": data.dense,
+            "pixels": [self.config.scale_size, data.input_size, resize, interpolation],
+        }
 
     def _classes(self, labels: Sequence[str] | None) -> tuple[list[str], torch.Tensor]:
         if labels is None:
@@ -312,59 +421,13 @@ class Predictor:
                 raise PredictionError(f"labels: {error}") from None
         return self._embedded[1]
 
-    def _sampled(self, video: str | Path | np.ndarray) -> tuple[np.ndarray, np.ndarray] | PredictionError:
-        try:
-            indices, frames = self._sample(video)
-        except PredictionError as error:
-            return error
-        except ShardError as error:  # an address that is refused
-            return PredictionError(str(error))
-        return indices, np.stack(frames)
 
-    def _sample(self, video: str | Path | np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Numbers of the sampled frames, and these (S, S, 3) uint8."""
-        if isinstance(video, np.ndarray):
-            if video.ndim != 4 or video.shape[3] != 3 or video.dtype != np.uint8 or not video.size:
-                raise PredictionError(f"expected frames (N, H, W, 3) uint8, got {video.shape} {video.dtype}")
-            indices = self._indices(len(video))
-            return indices, [self._prepare(video[i]) for i in indices]
-        if not isinstance(video, str | Path):
-            raise PredictionError(f"expected a path, an address or an array of frames, got {type(video).__name__}")
-        if scheme_of(str(video)) is not None:
-            with _fetched(str(video)) as copy:
-                return self._sample(copy)
-        path = Path(video)
-        if path.is_dir():
-            files = [p for p in path.iterdir() if p.suffix.lower() in FRAME_SUFFIXES and not is_hidden(p.name)]
-            files.sort(key=_natural)
-            if not files:
-                raise PredictionError(f"{path}: holds no frames ({', '.join(sorted(FRAME_SUFFIXES))})")
-            indices = self._indices(len(files))
-            return indices, [self._prepare(_read_image(files[i])) for i in indices]
-        num_frames = _probe(path).num_frames
-        indices = self._indices(num_frames)
-        return indices, self._decode(path, FrameReader(path, num_frames=num_frames), indices)
-
-    def _decode(self, path: str | Path, frames: FrameReader, indices: np.ndarray) -> list[np.ndarray]:
-        """Prepared frames of the file at `path`."""
-        try:
-            return frames.read(indices, use=self._prepare)
-        except (VideoError, IndexError) as error:
-            raise PredictionError(f"{path}: {error}; is it damaged?") from error
-
-    def _indices(self, num_frames: int) -> np.ndarray:
-        """The frames that an evaluation of one clip takes, (T,)."""
-        return test_indices(num_frames, self.config.data.num_segments, dense=self.config.data.dense)
-
-    def _prepare(self, image: np.ndarray) -> np.ndarray:
-        """A frame (H, W, 3) as (S, S, 3) uint8: scaled and centre-cropped as in evaluation."""
-        side = self.config.data.input_size
-        out_VTSS3 = np.empty((1, 1, side, side, 3), np.uint8)
-        (height, width), scale_size = image.shape[:2], self.config.scale_size
-        resize, interpolation = frame_rule(self.config.data)
-        geometry = eval_geometry(height, width, scale_size, side, 1, resize=resize, interpolation=interpolation)
-        place(image, geometry, [(0, 0, 0)], out_VTSS3)
-        return out_VTSS3[0, 0]
+def _unit(embeddings_WD: np.ndarray, video: str | Path) -> np.ndarray:
+    """The same as unit vectors. Raises PredictionError where a model gives no numbers."""
+    lengths_W1 = np.linalg.norm(embeddings_WD, axis=1, keepdims=True)
+    if not (np.isfinite(lengths_W1) & (lengths_W1 > 0)).all():
+        raise PredictionError(f"{video}: the model gives no finite embedding of it; are its weights damaged?")
+    return embeddings_WD / lengths_W1
 
 
 def _reaching(names: Sequence[str], scores_C: np.ndarray, from_C: np.ndarray) -> list[tuple[str, float]]:
@@ -383,42 +446,3 @@ def _names(labels: Iterable[str]) -> list[str]:
 
 def _top(names: Sequence[str], scores_C: np.ndarray, count: int) -> list[tuple[str, float]]:
     return [(names[c], float(scores_C[c])) for c in np.argsort(-scores_C, kind="stable")[:count]]
-
-
-@contextlib.contextmanager
-def _fetched(address: str) -> Iterator[Path]:
-    """A local copy of a remote file, for a while."""
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "video"
-        try:
-            fsspec.filesystem(scheme_of(address)).get_file(address, str(copy))
-        except Exception as error:  # every kind of file system has its own
-            reason = redact_text(str(error))
-            if reason in ("", redact(address)):  # a server's 404 is no more than the address
-                reason = "not found" if isinstance(error, FileNotFoundError) else type(error).__name__
-            raise PredictionError(f"{redact(address)}: cannot be fetched ({reason})") from None
-        try:
-            yield copy
-        except PredictionError as error:
-            raise PredictionError(str(error).replace(str(copy), redact(address))) from error
-
-
-def _probe(path: str | Path) -> VideoInfo:
-    if not Path(path).is_file():
-        raise PredictionError(f"{path}: no such video file or folder of frames")
-    try:
-        return probe_video(path)
-    except VideoError as error:
-        raise PredictionError(f"{path}: {error}; is it a video file?") from error
-
-
-def _read_image(path: Path) -> np.ndarray:
-    try:
-        return np.asarray(read_image(path.read_bytes()))
-    except (OSError, ValueError) as error:
-        raise PredictionError(f"{path}: not a readable image ({error})") from error
-
-
-def _natural(path: Path) -> list[Any]:
-    """Sorts img_2 before img_10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]

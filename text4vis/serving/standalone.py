@@ -3,8 +3,8 @@
     python predict_onnx.py model.onnx clip.mp4 [more.mp4 …]
 
 Prints video, class and probability for the five most probable classes; where a video may show several classes, or none,
-for those that reach their threshold. Needs predict_onnx_video.py beside it, which
-reads the videos: copy both files together.
+for those that reach their threshold. Needs predict_onnx_frames.py and
+predict_onnx_video.py beside it, which read the videos: copy the three files together.
 """
 
 import argparse
@@ -16,7 +16,8 @@ import numpy as np
 import onnxruntime
 from PIL import Image
 
-from shards.video import FrameReader, VideoError, probe_video
+from shards.frames import sample_frames
+from shards.video import VideoError
 
 
 def load(path: str) -> tuple[Any, dict[str, Any]]:
@@ -61,10 +62,12 @@ def scale_and_crop(image: Image.Image, rule: dict[str, Any]) -> np.ndarray:
 
 def read_frames(path: str, rule: dict[str, Any]) -> np.ndarray:
     """Reads (T, 3, S, S) uint8 RGB. Raises VideoError if it is damaged or no video, OSError if it is unreadable."""
-    count = probe_video(path).num_frames
-    reader = FrameReader(path, num_frames=count)
-    wanted = frame_numbers(count, rule)
-    return np.stack(reader.read(wanted, use=lambda frame: scale_and_crop(Image.fromarray(frame), rule)))
+    _, frames = sample_frames(
+        path,
+        lambda timing: np.array(frame_numbers(timing.num_frames, rule)),
+        lambda frame: scale_and_crop(Image.fromarray(frame), rule),
+    )
+    return np.stack(frames)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

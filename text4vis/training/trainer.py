@@ -26,7 +26,7 @@ from text4vis.config.schema import Config
 from text4vis.data.datasets import check_labels, class_names, positive_share
 from text4vis.data.loader import Batch, Loader, build_loader
 from text4vis.data.traps import log_traps
-from text4vis.evaluation.embedding import evaluate, join_bad_videos, weights_fingerprint
+from text4vis.evaluation.embedding import evaluate, join_bad_videos
 from text4vis.evaluation.protocols import deciding_figure, decision_of, in_words, main_figures, write_report
 from text4vis.model.adapters import add_adapters, merged
 from text4vis.model.video_clip import Classes, VideoClip, build_model
@@ -35,6 +35,7 @@ from text4vis.saved.checkpoint import State
 from text4vis.saved.inputs import RunInputs
 from text4vis.saved.opening import load_pretrained
 from text4vis.saved.runs import find_start
+from text4vis.saved.weights import weights_fingerprint
 from text4vis.training import checkpointing, joining
 from text4vis.training.engine import Engine
 from text4vis.training.logs import Meter, gpu_utilisation, memory_bytes, table

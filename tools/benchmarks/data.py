@@ -100,12 +100,12 @@ def make_workload(work: Path, *, num_videos: int, num_frames: int, clips: Path |
     clips: a folder of video files to cut the frames from; without it they pan over scikit-learn's two photographs.
     Raises ShardError.
     """
-    files = _clip_files(clips)
+    files = clip_files(clips)
     recipe = [num_videos, num_frames, SHORT_SIDE, QUALITY, [(path.name, path.stat().st_size) for path in files]]
     folder = work / f"data-{hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]}"
     if not (folder / "shards" / MANIFEST).exists():
         shutil.rmtree(folder, ignore_errors=True)
-        sources = map(_clip_frames, files) if files else _photograph_frames(num_frames)
+        sources = map(_clip_frames, files) if files else photograph_frames(num_frames)
         base = list(track(sources, "decoding clips", len(files) or _PHOTOGRAPHS))
         annotations = _write_folders(folder / "frames", base, num_videos, num_frames)
         total_bytes = sum(path.stat().st_size for path in (folder / "frames").rglob("*.jpg"))
@@ -120,7 +120,7 @@ def make_workload(work: Path, *, num_videos: int, num_frames: int, clips: Path |
     return open_workload(folder / "shards", folder / "frames")
 
 
-def _clip_files(clips: Path | None) -> list[Path]:
+def clip_files(clips: Path | None) -> list[Path]:
     if clips is None:
         return []
     files = sorted(path for path in clips.iterdir() if path.suffix.lower() in VIDEO_EXTENSIONS)
@@ -138,7 +138,7 @@ def _encode(image: Image.Image) -> bytes:
     return encode_jpeg(image.resize((width, height), Image.Resampling.BICUBIC), None, QUALITY)
 
 
-def _photograph_frames(num_frames: int) -> Iterator[list[bytes]]:
+def photograph_frames(num_frames: int) -> Iterator[list[bytes]]:
     """Clips that pan over a photograph, with a little noise."""
     try:
         from sklearn.datasets import load_sample_image

@@ -29,8 +29,10 @@ from benchmarks.figures import (
     interleaved,
     run_fresh,
 )
+from benchmarks.prediction import predict
 from benchmarks.remote import remote
 from benchmarks.scale import scale
+from benchmarks.search import search
 from shards.plan import epoch_order
 from shards.writer import build_shards
 from text4vis.config.schema import Config
@@ -50,7 +52,8 @@ class Task:
     folder for temporary data. rounds: repetitions of each contender. seconds: shortest duration of a throughput
     measurement. index_videos, index_frames: size of the index for `open` and `position`. order_samples: length of the
     permutation. model, step_videos, precision: see `EngineSetup`. ranks: numbers of ranks for `memory`. scale_videos,
-    world_sizes: sizes of data sets and jobs for `scale`.
+    world_sizes: sizes of data sets and jobs for `scale`. clips: videos for `predict`, or None. predict_videos,
+    predict_minutes: how many of them, and the length of its long file. search_windows: size of the index for `search`.
     """
 
     find_workload: Callable[[], Workload]
@@ -69,6 +72,10 @@ class Task:
     ranks: Sequence[int]
     scale_videos: Sequence[int]
     world_sizes: Sequence[int]
+    clips: Path | None
+    predict_videos: int
+    predict_minutes: float
+    search_windows: int
 
     @cached_property
     def setup(self) -> Setup:
@@ -329,4 +336,13 @@ SUITES: dict[str, Callable[[Task], list[Figure]]] = {
     "memory": lambda task: engine.memory(task.model, task.ranks),
     "resume": lambda task: engine.resume(task.engine_setup, task.work, task.rounds),
     "scale": lambda task: scale(task.scale_videos, task.world_sizes, task.batch_size, task.rounds),
+    "predict": lambda task: predict(
+        task.work,
+        task.clips,
+        videos=task.predict_videos,
+        minutes=task.predict_minutes,
+        threads=task.workers,
+        rounds=task.rounds,
+    ),
+    "search": lambda task: search(task.work, task.search_windows, task.processes, task.rounds),
 }
