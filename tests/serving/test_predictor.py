@@ -366,6 +366,21 @@ def test_a_scan_decodes_each_frame_once_in_several_parts(export, tmp_path, monke
     np.testing.assert_allclose(timeline.scores_WC, alone.scores_WC, atol=1e-5)
 
 
+def test_a_frame_of_several_windows_is_encoded_once_unless_the_model_joins_frames(export, tmp_path):
+    path = encode(tmp_path / "v.mp4", images=pictures(80))  # 20 a second
+    recogniser, encoded = text4vis.load(export), []
+    recogniser.model.visual.register_forward_pre_hook(lambda _, given: encoded.append(len(given[0])))
+    scores = {}
+    for together in (False, True):
+        recogniser.model.takes_fixed_frames = together  # as with network.tm and network.joint_st
+        scores[together] = recogniser.scan(path, window_seconds=2, step_seconds=0.5, batch_size=3).scores_WC
+        encoded.append(0)
+    windows, alone, joined = len(scores[True]), sum(encoded[: encoded.index(0)]), sum(encoded[encoded.index(0) :])
+    num_segments = recogniser.config.data.num_segments
+    assert windows == 5 and joined == windows * num_segments and alone <= num_segments + 4 * (num_segments // 4 + 1)
+    np.testing.assert_allclose(scores[False], scores[True], atol=1e-6)
+
+
 def test_a_scan_of_a_video_whose_packets_say_nothing_or_lie_sees_the_same(export, tmp_path, monkeypatch):
     from shards import frames
 

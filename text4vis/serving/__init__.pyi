@@ -1,3 +1,5 @@
+from .answers import Prediction as Prediction
+from .answers import Timeline as Timeline
 from .captions import score_captions as score_captions
 from .exporting import add_to_export as add_to_export
 from .exporting import export as export
@@ -17,8 +19,6 @@ from .pictures import clock as clock
 from .pictures import save_moments as save_moments
 from .pictures import save_prediction as save_prediction
 from .pictures import save_timeline as save_timeline
-from .predictor import Prediction as Prediction
 from .predictor import Predictor as Predictor
-from .predictor import Timeline as Timeline
 from .search import Moment as Moment
 from .search import SearchIndex as SearchIndex

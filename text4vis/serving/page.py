@@ -22,8 +22,10 @@ from markupsafe import Markup
 from PIL import Image
 
 from shards.text import printable
+from text4vis.serving.answers import Prediction
+from text4vis.serving.footage import PredictionError
 from text4vis.serving.pictures import clock, save_moments, save_timeline
-from text4vis.serving.predictor import Prediction, PredictionError, Predictor, takes_labels
+from text4vis.serving.predictor import Predictor, takes_labels
 from text4vis.serving.search import Moment, SearchIndex
 
 UPLOAD_BYTES = 2**30  # the default limit

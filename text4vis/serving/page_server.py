@@ -19,9 +19,9 @@ from typing import Any
 from aiohttp import web
 from yarl import URL
 
+from text4vis.serving.footage import PredictionError
 from text4vis.serving.index_store import SearchError
 from text4vis.serving.page import Page, Upload, size_in_words
-from text4vis.serving.predictor import PredictionError
 
 logger = logging.getLogger("text4vis")
 

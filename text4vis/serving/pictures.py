@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from text4vis.report.pictures import INK, QUIET, plain
-from text4vis.serving.predictor import Prediction, Timeline
+from text4vis.serving.answers import Prediction, Timeline
 from text4vis.serving.search import Moment
 
 _SHOWN_FRAMES = 3  # of a moment

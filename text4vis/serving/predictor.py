@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -31,6 +30,7 @@ from text4vis.evaluation.protocols import class_logits, class_scores
 from text4vis.model.video_clip import VideoClip
 from text4vis.saved.opening import open_saved
 from text4vis.saved.weights import weights_fingerprint
+from text4vis.serving.answers import Prediction, Timeline, likeliest_of, reaching
 from text4vis.serving.fitted import fitted_of
 from text4vis.serving.footage import (
     PredictionError,
@@ -43,40 +43,6 @@ from text4vis.serving.footage import (
 
 # Starts and ends (W, 2) in seconds of windows, a row for each, and their pictures (S, S, 3).
 Windows: TypeAlias = tuple[np.ndarray, np.ndarray, list[np.ndarray]]
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """top: (class name, probability), the likeliest first. indices: (T,) frame numbers; frames: (T, S, S, 3) uint8.
-
-    calibrated: whether the probabilities use a temperature that an evaluation fitted. sure: whether the answer is
-    confident enough for the `accuracy` that was given. candidates: class names, likeliest first, one of which is right
-    as often as the `coverage` that was given. Both are None if nothing was given. present: for a model of several
-    labels a video, (class name, probability) of all classes whose probability reaches their threshold, likeliest first;
-    else None.
-    """
-
-    top: list[tuple[str, float]]
-    indices: np.ndarray
-    frames: np.ndarray = field(repr=False)
-    calibrated: bool = False
-    sure: bool | None = None
-    candidates: list[str] | None = None
-    present: list[tuple[str, float]] | None = None
-
-
-@dataclass(frozen=True)
-class Timeline:
-    """A long video, window by window: seconds_W2 (start, end), scores_WC probabilities, thumbnails (S, S, 3)."""
-
-    class_names: list[str]
-    seconds_W2: np.ndarray
-    scores_WC: np.ndarray
-    thumbnails: list[np.ndarray]
-
-    def top(self, window: int, count: int = 5) -> list[tuple[str, float]]:
-        """The likeliest classes of one window."""
-        return _top(self.class_names, self.scores_WC[window], count)
 
 
 def takes_labels(config: Config) -> bool:
@@ -178,7 +144,7 @@ class Predictor:
         present_from_C = self._present_from(labels)
 
         def answer(scores_C: np.ndarray, indices: np.ndarray, frames: np.ndarray) -> Prediction:
-            likeliest = _top(names, scores_C, len(names) if candidate_from is not None else top)
+            likeliest = likeliest_of(names, scores_C, len(names) if candidate_from is not None else top)
             return Prediction(
                 likeliest[:top],
                 indices,
@@ -186,7 +152,7 @@ class Predictor:
                 calibrated,
                 None if sure_from is None else likeliest[0][1] >= sure_from,
                 None if candidate_from is None else [name for name, share in likeliest if share >= candidate_from],
-                None if present_from_C is None else _reaching(names, scores_C, present_from_C),
+                None if present_from_C is None else reaching(names, scores_C, present_from_C),
             )
 
         return answer
@@ -234,7 +200,8 @@ class Predictor:
 
         def answered() -> Iterator[Prediction | PredictionError]:
             good = [one for one in waiting if not isinstance(one, PredictionError)]
-            scores = iter(self._scores(np.stack([frames for _, frames in good]), classes_CD) if good else ())
+            frames = np.stack([frames for _, frames in good]) if good else None
+            scores = iter(() if frames is None else self._scores(self._embed(self._frames(frames)), classes_CD))
             for one in waiting:
                 yield one if isinstance(one, PredictionError) else answer(next(scores), *one)
             waiting.clear()
@@ -272,7 +239,7 @@ class Predictor:
         names, classes_CD = self._classes(labels)
         seconds_W2, scores_WC, thumbnails = self._scan(
             video,
-            lambda frames_BTSS3: self._scores(frames_BTSS3, classes_CD),
+            lambda embeddings_BD: self._scores(embeddings_BD, classes_CD),
             window_seconds=window_seconds,
             step_seconds=step,
             batch_size=batch_size,
@@ -294,7 +261,7 @@ class Predictor:
         """
         seconds_W2, embeddings_WD, _ = self._scan(
             video,
-            self._embed,
+            lambda embeddings_BD: embeddings_BD,
             window_seconds=window_seconds,
             step_seconds=step_seconds,
             batch_size=batch_size,
@@ -306,7 +273,7 @@ class Predictor:
     def embed_moment(self, video: str | Path, start: float = 0.0, end: float | None = None) -> np.ndarray:
         """The embedding (D,) float32, a unit vector, of a part of a video file, in seconds. Raises PredictionError."""
         frames_TSS3 = Sampler(self.config).sample_part(video, start, end)
-        return _unit(self._embed(frames_TSS3[None]), video)[0]
+        return _unit(self._embed(self._frames(frames_TSS3[None])), video)[0]
 
     def _scan(self, video: str | Path, use: Callable[[np.ndarray], np.ndarray], **options: Any) -> Windows:
         """See `_scan_opened`. A file whose packets do not tell its times is read anew."""
@@ -328,9 +295,9 @@ class Predictor:
         threads: int,
         pictures: bool = True,
     ) -> Windows:
-        """The windows of an opened file, what `use` makes of their frames (B, T, S, S, 3), and their pictures.
+        """The windows of an opened file, what `use` makes of their embeddings (B, D), and their pictures.
 
-        U distinct windows.
+        Where the model sees each frame by itself, a frame of several windows is encoded once. U distinct windows.
         """
         sampler, duration = Sampler(self.config), video.timing.duration
         last = max(0.0, duration - window_seconds)
@@ -339,43 +306,59 @@ class Predictor:
         windows_UT, which_W = np.unique(sampler.windows(video.timing, seconds_W2), axis=0, return_inverse=True)
         frames = sampler.in_order(path, video, np.unique(windows_UT).tolist(), threads)
         order_U = np.argsort(windows_UT.max(axis=1), kind="stable")
+        middles_U = windows_UT[:, windows_UT.shape[1] // 2].tolist()
         results: dict[int, np.ndarray] = {}
-        thumbnails: dict[int, np.ndarray] = {}
-        held: dict[int, np.ndarray] = {}  # frames that later windows need, too
+        thumbnails: dict[int, np.ndarray] = {}  # by the number of the frame
+        held: dict[int, torch.Tensor] = {}  # frames, or their embeddings, that these or later windows need
         uses = Counter(windows_UT.ravel().tolist())
         for begin in range(0, len(order_U), batch_size):
             batch = order_U[begin : begin + batch_size]
             needed = windows_UT[batch].ravel().tolist()
-            while not held.keys() >= set(needed):
-                number, frame = next(frames)
-                held[number] = frame
-            frames_NSS3 = np.stack([held[number] for number in needed])
-            found = use(frames_NSS3.reshape(*windows_UT[batch].shape, *frames_NSS3.shape[1:]))
-            results |= zip(batch.tolist(), found, strict=True)
+            new: dict[int, np.ndarray] = {}
+            while not held.keys() | new.keys() >= set(needed):
+                new |= [next(frames)]
+            held |= zip(new, self._seen([*new.values()]), strict=True)
             if pictures:
-                thumbnails |= {int(u): held[int(windows_UT[u][windows_UT.shape[1] // 2])].copy() for u in batch}
+                thumbnails |= {number: new[number].copy() for number in new.keys() & set(middles_U)}
+            windows = torch.stack([held[number] for number in needed]).unflatten(0, (len(batch), -1))
+            results |= zip(batch.tolist(), use(self._embed(windows)), strict=True)
             for number, count in Counter(needed).items():
                 uses[number] -= count
                 if not uses[number]:
                     del held[number]
         which = which_W.ravel().tolist()
-        return seconds_W2, np.stack([results[u] for u in which]), [thumbnails[u] for u in which if pictures]
+        shown = [thumbnails[middles_U[u]] for u in which if pictures]
+        return seconds_W2, np.stack([results[u] for u in which]), shown
 
     @torch.no_grad()
-    def _embed(self, frames_BTSS3: np.ndarray) -> np.ndarray:
-        """Embeddings (B, D) float32, not normalised."""
-        frames_BTCHW = torch.from_numpy(frames_BTSS3).permute(0, 1, 4, 2, 3).to(self.device)
-        return self.model.encode_video(frames_BTCHW).float().cpu().numpy()
+    def _seen(self, frames: Sequence[np.ndarray]) -> Sequence[torch.Tensor]:
+        """Of each frame (S, S, 3) what `_embed` takes: its embedding (D,), or where the model looks at the frames of a
+        window together, the frame (3, S, S) itself."""
+        if not frames:
+            return []
+        frames_NCHW = self._frames(np.stack(frames))
+        alone = not self.model.takes_fixed_frames
+        return (self.model.encode_frames(frames_NCHW[:, None])[:, 0] if alone else frames_NCHW).unbind()
 
-    def _scores(self, frames_BTSS3: np.ndarray, classes_CD: torch.Tensor) -> np.ndarray:
+    @torch.no_grad()
+    def _embed(self, windows: torch.Tensor) -> np.ndarray:
+        """Embeddings (B, D) float32, not normalised, of frames (B, T, 3, S, S) uint8 or their embeddings (B, T, D)."""
+        embed = self.model.encode_video if windows.dtype == torch.uint8 else self.model.fusion_model
+        return embed(windows).float().cpu().numpy()
+
+    def _frames(self, frames: np.ndarray) -> torch.Tensor:
+        """Frames (..., S, S, 3) as (..., 3, S, S) on the device."""
+        return torch.from_numpy(frames).movedim(-1, -3).to(self.device)
+
+    def _scores(self, embeddings_BD: np.ndarray, classes_CD: torch.Tensor) -> np.ndarray:
         """Probabilities (B, C), calibrated where the classes are the model's own and a calibration is known.
 
         Of each class by itself for models of several labels a video, else they add up to 1.
         """
-        embeddings_BVD = self._embed(frames_BTSS3)[:, None]
+        embeddings_BVD, known_CD = embeddings_BD[:, None], classes_CD.float().cpu().numpy()
         if self.decision is not None:
-            return self.decision.probabilities(class_logits(embeddings_BVD, classes_CD.float().cpu().numpy()))
-        scores_BC = class_scores(embeddings_BVD, classes_CD.float().cpu().numpy())
+            return self.decision.probabilities(class_logits(embeddings_BVD, known_CD))
+        scores_BC = class_scores(embeddings_BVD, known_CD)
         if self.calibration is None or classes_CD is not self.class_embeddings_CD:
             return scores_BC
         return at_temperature(scores_BC, self.calibration.temperature)
@@ -430,19 +413,9 @@ def _unit(embeddings_WD: np.ndarray, video: str | Path) -> np.ndarray:
     return embeddings_WD / lengths_W1
 
 
-def _reaching(names: Sequence[str], scores_C: np.ndarray, from_C: np.ndarray) -> list[tuple[str, float]]:
-    reached = int((scores_C >= from_C).sum())
-    chosen_C = np.where(scores_C >= from_C, scores_C, -1.0)
-    return _top(names, chosen_C, reached)
-
-
 def _names(labels: Iterable[str]) -> list[str]:
     names = list(labels)
     wrong = labels if isinstance(labels, str) else next((name for name in names if not isinstance(name, str)), None)
     if wrong is not None:
         raise PredictionError(f"labels: {wrong!r}; give a list of class names")
     return names
-
-
-def _top(names: Sequence[str], scores_C: np.ndarray, count: int) -> list[tuple[str, float]]:
-    return [(names[c], float(scores_C[c])) for c in np.argsort(-scores_C, kind="stable")[:count]]
