@@ -162,7 +162,7 @@ def predict_twice_seconds(model: Path, path: Path) -> float:
     def run() -> None:
         count = probe_video(path).num_frames
         frames = FrameReader(path, num_frames=count).read(sampler.indices(count), sampler.prepare)
-        recogniser._scores(np.stack(frames)[None], recogniser.class_embeddings_CD)
+        _recognise(recogniser, np.stack(frames)[None])
 
     return _processor_seconds(run)
 
@@ -187,9 +187,14 @@ def scan_twice_seconds(model: Path, path: Path) -> float:
         for begin in range(0, len(windows_WT), 8):
             batch_BT = windows_WT[begin : begin + 8]
             frames = np.stack(reader.read(batch_BT.ravel(), sampler.prepare))
-            recogniser._scores(frames.reshape(*batch_BT.shape, *frames.shape[1:]), recogniser.class_embeddings_CD)
+            _recognise(recogniser, frames.reshape(*batch_BT.shape, *frames.shape[1:]))
 
     return _processor_seconds(run)
+
+
+def _recognise(recogniser: Predictor, frames_BTSS3: np.ndarray) -> None:
+    embeddings_BD = recogniser._embed(recogniser._frames(frames_BTSS3))
+    recogniser._scores(embeddings_BD, recogniser.class_embeddings_CD)
 
 
 def _processor_seconds(run: Callable[[], object]) -> float:
