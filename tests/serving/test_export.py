@@ -162,7 +162,7 @@ def test_the_code_of_the_deployment_page_gives_the_same_probabilities(exported, 
     (tmp_path / "exported").symlink_to(folder)
     monkeypatch.chdir(tmp_path)
     (block,) = code_blocks("docs/deployment.md", "python")
-    result = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, check=False)
+    result = subprocess.run([sys.executable, "-B", "-c", block], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     name, share = text4vis.load("exported").predict("clip.mp4").top[0]
     found = result.stdout.strip().rpartition(" ")
