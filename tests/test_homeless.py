@@ -13,7 +13,10 @@ from project import EVALUATE, TRAIN
 from videos import write_video
 
 UNKNOWN = 54321  # a number that no list of users has
-HOMES = {"no home": {}, "a home that cannot be written": {"HOME": "/proc"}}
+HOMES = [
+    pytest.param({}, id="no home"),
+    pytest.param({"HOME": "/proc"}, id="a home that cannot be written", marks=pytest.mark.long),
+]
 
 pytestmark = [
     pytest.mark.slow,
@@ -44,7 +47,7 @@ def folder(tmp_path):
     return tmp_path / "own"
 
 
-@pytest.mark.parametrize("home", HOMES.values(), ids=HOMES)
+@pytest.mark.parametrize("home", HOMES)
 def test_every_program_works(project, folder, tmp_path, home):
     frames = make_frame_folders(tmp_path / "frames", [3, 4])
     write_video(tmp_path / "clip.mp4", 9, 7)
@@ -75,7 +78,7 @@ def test_every_program_works(project, folder, tmp_path, home):
     assert elsewhere.returncode == 0 and "cache:" not in elsewhere.stdout + elsewhere.stderr
 
 
-@pytest.mark.parametrize("home", HOMES.values(), ids=HOMES)
+@pytest.mark.parametrize("home", HOMES)
 def test_the_launcher_works(project, folder, home):
     launcher = ["deepspeed", "--num_gpus", 1, "--master_port", free_port()]
     words = [ROOT / TRAIN, "--config", project.config, "--set=solver.epochs=1", "--output", "run"]

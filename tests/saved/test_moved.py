@@ -24,7 +24,7 @@ from text4vis.saved.inputs import RunInputs, digests
 from text4vis.saved.runs import check_same_run
 
 NAMES = ["walking", "running", "jumping"]
-CLASSIFIERS = ("text", "file")
+CLASSIFIERS = (pytest.param("text", marks=pytest.mark.long), "file")
 FRAMES = np.random.default_rng(0).integers(0, 256, (9, 40, 48, 3), np.uint8)
 
 

@@ -176,7 +176,9 @@ def plain(project, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(
+    "option", [pytest.param(name, marks=[pytest.mark.long] * (name == "compile")) for name in OPTIONS]
+)
 def test_options_compute_the_same_training(project, tmp_path, plain, option):
     project.train(tmp_path / "run", "engine.precision=fp32", "solver.epochs=1", *OPTIONS[option])
     assert losses(tmp_path / "run") == pytest.approx(plain, rel=1e-4)
