@@ -222,7 +222,10 @@ def test_windows_of_a_timeline_show_what_is_on_the_screen(tmp_path, recogniser, 
     red, green = (np.full((32, 48, 3), colour, np.uint8) for colour in ((220, 20, 20), (20, 200, 20)))
     path = encode(tmp_path / "v.mp4", images=[red] * 9 + [green], times=[k / 10 for k in range(9)] + [9.0], rate=10)
     seen = []
-    monkeypatch.setattr(recogniser, "_scores", lambda frames, _: seen.extend(frames) or np.zeros((len(frames), 1)))
+    recogniser.model.takes_fixed_frames = True  # so that it gets the frames of a window together
+    keep = lambda frames: seen.extend(frames.movedim(-3, -1).numpy()) or np.zeros((len(frames), 1))  # noqa: E731
+    monkeypatch.setattr(recogniser, "_embed", keep)
+    monkeypatch.setattr(recogniser, "_scores", lambda embeddings, _: embeddings)
     timeline = recogniser.scan(path, window_seconds=2)
     assert timeline.seconds_W2[-1].tolist() == pytest.approx([7.1, 9.1])
     greens = np.array([[frame[..., 1].mean() > frame[..., 0].mean() for frame in frames] for frames in seen])
