@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 # OpenMP threads that wait for each other in a busy loop take the cores from the threads they wait for: a step of two
-# threads beside other tests takes up to 50 times longer. Read when torch is imported, here and in all programs.
+# threads beside other tests took up to 36 times longer. Read when torch is imported, here and in all programs.
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 from frame_folders import FrameFolders, make_frame_folders
