@@ -24,6 +24,7 @@ import text4vis
 from shards.format import ShardError
 from shards.text import shown
 from text4vis import saved, serving  # faces: they load torch where it is first needed
+from text4vis.common.threads import sleep_while_waiting
 from text4vis.config.schema import ConfigError
 
 
@@ -44,6 +45,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
+    sleep_while_waiting()  # videos are decoded beside the model
     try:
         index = text4vis.open_index(arguments.index, arguments.model) if arguments.index else None
         recogniser = index.predictor if index else text4vis.load(arguments.model)

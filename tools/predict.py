@@ -23,7 +23,6 @@ import argparse
 import csv
 import glob
 import json
-import os
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -45,6 +44,7 @@ from shards.walk import describe, is_hidden
 from text4vis import cluster, saved, serving  # faces: they load torch where it is first needed
 from text4vis.common.console import console, table
 from text4vis.common.progress import Progress
+from text4vis.common.threads import sleep_while_waiting
 from text4vis.config.schema import ConfigError
 
 # Keys of a video: "video", "top" (a list of {"class", "probability"}), "calibrated", and "sure" and "candidates" if
@@ -334,8 +334,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def main() -> int:
     arguments = parse_arguments()
-    # Threads of the model that wait would take the cores from those that decode. Read when torch is first imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    sleep_while_waiting()  # videos are decoded beside the model
     try:
         return run(arguments)
     except (

@@ -33,6 +33,7 @@ from shards.walk import describe
 from text4vis import saved, serving  # faces: they load torch where it is first needed
 from text4vis.common.console import console, table
 from text4vis.common.progress import Progress
+from text4vis.common.threads import sleep_while_waiting
 from text4vis.config.schema import ConfigError
 
 
@@ -196,6 +197,7 @@ def score(arguments: argparse.Namespace) -> int:
 
 def main() -> int:
     arguments = parse_arguments()
+    sleep_while_waiting()  # videos are decoded beside the model
     try:
         return {"index": index, "find": find, "score": score}[arguments.command](arguments)
     except (

@@ -103,6 +103,7 @@ class Attention(nn.Module):
 
     def __init__(self, packed: nn.MultiheadAttention) -> None:
         super().__init__()
+        assert packed.batch_first and packed.bias_k is None and not packed.add_zero_attn, "other shapes or other keys"
         width = packed.embed_dim
         projection = nn.Linear(width, 3 * width, bias=packed.in_proj_bias is not None, device="meta")
         projection.weight, projection.bias = packed.in_proj_weight, packed.in_proj_bias
@@ -111,10 +112,10 @@ class Attention(nn.Module):
         self.num_heads, self.dropout = packed.num_heads, packed.dropout
 
     def forward(
-        self, query_NLW: Tensor, *_: Tensor, need_weights: bool = False, attn_mask: Tensor | None = None
+        self, query_NLW: Tensor, *others: Tensor, need_weights: bool = False, attn_mask: Tensor | None = None
     ) -> tuple[Tensor, None]:
-        """(N, L, W) -> (N, L, W); keys and values are those of the query, whatever is given. attn_mask: additive."""
-        assert not need_weights
+        """(N, L, W) -> (N, L, W); keys and values, the `others`, are the query itself. attn_mask: additive."""
+        assert not need_weights and all(other is query_NLW for other in others), "no attention to others"
         packed_NL3Hd = self.get_submodule(_PACKED)(query_NLW).unflatten(-1, (3, self.num_heads, -1))
         query_NHLd, key_NHLd, value_NHLd = packed_NL3Hd.permute(2, 0, 3, 1, 4)
         mixed_NHLd = nn.functional.scaled_dot_product_attention(
