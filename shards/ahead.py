@@ -1,4 +1,4 @@
-"""Which shards are needed when, as far as the order of the samples is known."""
+"""What the coming batches need, as far as the order is known: which shards, and which rows of the index."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ _LAG_BATCHES = 2
 # At most this many more batches become known whenever one is given out: those far ahead are not urgent.
 _BATCHES_AT_ONCE = 64
 _MAX_KNOWN_SAMPLES = 1 << 20
+# Rows of the index are fetched for this many samples before they are given out, a few batches more each time: those of
+# the first batch must not share the way with all of them.
+_ROWS_AHEAD_SAMPLES = 512
+_ROWS_AHEAD_BATCHES = 4
 
 
 class UpcomingShards:
@@ -117,6 +121,24 @@ def look_ahead(
         for (follower, _), upcoming in zip(followers, all_upcoming, strict=True):
             upcoming.advance()
             follower.advanced()
+        count, batch = known.popleft()
+        num_known -= count
+        yield batch
+
+
+def rows_ahead(batches: Iterable[Batch], want: Callable[[Batch], int]) -> Iterator[Batch]:
+    """Yields the batches, each some time after `want(batch)`, which begins to fetch the rows of the index that the batch
+    needs and returns its number of samples."""
+    known: deque[tuple[int, Batch]] = deque()
+    num_known, coming = 0, iter(batches)
+    while True:
+        for batch in itertools.islice(coming, _ROWS_AHEAD_BATCHES):
+            known.append((want(batch), batch))
+            num_known += known[-1][0]
+            if num_known >= _ROWS_AHEAD_SAMPLES:
+                break
+        if not known:
+            return
         count, batch = known.popleft()
         num_known -= count
         yield batch

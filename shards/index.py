@@ -1,14 +1,14 @@
 """The index of one data set, opened and checked: which videos there are and where their bytes lie.
 
 Opening costs O(videos). The member table, one row a frame, is mapped and only the rows in use are ever read, so its
-rows are checked when they are used and not here.
+rows are checked when they are used and not here. Of a far data set only the rows in use are ever fetched.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from isal import isal_zlib
@@ -29,12 +29,29 @@ MAX_MANIFEST_BYTES = 256 << 20
 _REBUILD = "copy the data set again or rebuild it with build_shards"
 
 
+class RowFetcher(Protocol):
+    """Brings the rows of a far member table into the local one."""
+
+    def want(self, videos: np.ndarray) -> None:
+        """Starts to fetch the rows of these (k,) videos, as far as they are not here. Waits for nothing."""
+
+    def wait(self, video: int) -> None:
+        """Waits until the rows of a video are here. Raises ShardError, SampleError."""
+
+    def renew(self) -> None:
+        """Drops what does not survive a fork. Called in the child."""
+
+    def close(self) -> None:
+        """Closes the local file. Called when the loop that writes to it has ended."""
+
+
 @dataclass(frozen=True)
 class Index:
     """Tables of one data set. where: its address as it may be shown.
 
     videos (N,) VIDEO_DTYPE and names (bytes,) uint8 are checked; members (M,) MEMBER_DTYPE is mapped and not. labels:
-    (L,) int32, the labels of video 0, then those of video 1, and so on, ascending within a video.
+    (L,) int32, the labels of video 0, then those of video 1, and so on, ascending within a video. far: fetches rows of
+    `members`; None where all are here.
     """
 
     where: str
@@ -43,6 +60,7 @@ class Index:
     members: np.ndarray
     names: np.ndarray
     labels: np.ndarray
+    far: RowFetcher | None = None
 
     @property
     def label_counts(self) -> np.ndarray:
@@ -58,7 +76,12 @@ class Index:
         return self.names[start : start + int(row["name_size"])].tobytes().decode("utf-8", "surrogateescape")
 
     def member_rows(self, video: int, numbers: np.ndarray) -> np.ndarray:
-        """Rows of the member table for the video's members with these numbers, each in [0, num_members)."""
+        """Rows of the member table for the video's members with these numbers, each in [0, num_members).
+
+        Waits for rows of a far data set. Raises ShardError if they cannot be had, SampleError if they are damaged.
+        """
+        if self.far is not None:
+            self.far.wait(video)
         return self.members[int(self.videos["first_member"][video]) + numbers]
 
     def ranges(self, video: int, rows: np.ndarray) -> list[tuple[int, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,12 @@ from shards.format import MANIFEST, Manifest, ShardError
 from shards.index import MAX_MANIFEST_BYTES, Index, check_crc32, open_index, read_local_manifest
 from shards.local import LocalShards, ShardSource
 from shards.remote import RemoteFiles, RemoteShards
+from shards.rows import WHOLE_TABLE_BYTES, FarRows, cannot_keep, prepare_rows
 from shards.text import printable
 from shards.transfer import Transfers
+
+
+_ROWS_SUFFIX = ".rows"  # of a member table that is not here whole
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,18 @@ class Part:
     index: Index
     source: ShardSource
 
+    def renew(self) -> None:
+        """Drops what does not survive a fork. Called in the child."""
+        self.source.renew()
+        if self.index.far is not None:
+            self.index.far.renew()
+
+    def close(self) -> None:
+        """Ends threads and closes files; the loop that serves them has ended before."""
+        self.source.close()
+        if self.index.far is not None:
+            self.index.far.close()
+
 
 def open_part(address: str, options: Options, transfers: Transfers) -> Part:
     """Opens the data set at an address. transfers: fetch what is remote. Raises ShardError."""
@@ -72,7 +88,8 @@ def _open_remote(address: str, options: Options, transfers: Transfers) -> Part:
             f"{remote.place(MANIFEST)}: names tars in another place, which is followed from local folders alone; copy "
             "the index to a local folder"
         )
-    index = _open_fetched_index(remote, manifest, options.cache_path(remote.where) / "index")
+    folder = options.cache_path(remote.where) / "index"
+    index = _open_fetched_index(remote, manifest, folder, by_shard=options.cache_bytes is not None)
     return Part(index, _remote_source(remote, manifest, options))
 
 
@@ -93,20 +110,25 @@ def _remote_source(remote: RemoteFiles, manifest: Manifest, options: Options) ->
     return CachedShards(remote, manifest, ShardCache(options.cache_path(remote.where) / "shards", options.cache_bytes))
 
 
-def _open_fetched_index(remote: RemoteFiles, manifest: Manifest, folder: Path) -> Index:
-    files = {role: _fetch_index(remote, manifest.index[role], folder) for role in manifest.roles}
+def _open_fetched_index(remote: RemoteFiles, manifest: Manifest, folder: Path, *, by_shard: bool) -> Index:
+    files = {role: _fetch_index(remote, manifest, role, folder) for role in manifest.roles}
     try:
-        return open_index(remote.where, manifest, files)
+        index = open_index(remote.where, manifest, files)
     except ShardError:
         # The local copies may have been damaged since they were fetched; what is wrong in the store stays wrong.
         for role, path in files.items():
             path.unlink(missing_ok=True)
-            _fetch_index(remote, manifest.index[role], folder)
-        return open_index(remote.where, manifest, files)
+            _fetch_index(remote, manifest, role, folder)
+        index = open_index(remote.where, manifest, files)
+    path = files["members"]
+    if path.suffix != _ROWS_SUFFIX:
+        return index
+    return replace(index, far=FarRows(remote, manifest, path, index.videos, index.members, by_shard=by_shard))
 
 
-def _fetch_index(remote: RemoteFiles, entry: Mapping[str, Any], folder: Path) -> Path:
-    """Local copy of an index file, downloaded if needed."""
+def _fetch_index(remote: RemoteFiles, manifest: Manifest, role: str, folder: Path) -> Path:
+    """Local copy of an index file, downloaded if needed; of a large table of members one that is filled as needed."""
+    entry = manifest.index[role]
     name, size, crc32 = entry["file"], entry["bytes"], entry["crc32"]
     path = folder / f"{entry_name(remote.place(name), size, crc32)}.npy"
 
@@ -120,10 +142,11 @@ def _fetch_index(remote: RemoteFiles, entry: Mapping[str, Any], folder: Path) ->
             ) from None
 
     try:
-        fetch_once(path, size, download)
+        if role == "members" and size > WHOLE_TABLE_BYTES and not path.exists():
+            path = path.with_suffix(_ROWS_SUFFIX)
+            prepare_rows(remote, manifest, path)
+        else:
+            fetch_once(path, size, download)
     except OSError as error:
-        raise ShardError(
-            f"{folder}: the index of {remote.where} cannot be kept here: {error.strerror or error}; free some space or "
-            "name another cache_dir"
-        ) from error
+        raise cannot_keep(folder, remote, error) from error
     return path

@@ -22,7 +22,7 @@ import numpy as np
 from isal import isal_zlib
 
 from shards.address import expand_sources
-from shards.ahead import look_ahead
+from shards.ahead import look_ahead, rows_ahead
 from shards.annotations import Label
 from shards.cached import CachedShards
 from shards.format import ShardError, video_crc32
@@ -164,7 +164,7 @@ class ShardDataset:
         """Replaces what does not survive a fork."""
         self._transfers.renew()
         for part in self._parts:
-            part.source.renew()
+            part.renew()
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -274,8 +274,9 @@ class ShardDataset:
         return self.start(requests).result()
 
     def start(self, requests: Sequence[tuple[int, np.ndarray]]) -> Reading:
-        """`read_many` in two steps: begins to fetch and waits for nothing, `result()` of what it returns waits. With
-        remote data sets many such readings may be under way at the same time."""
+        """`read_many` in two steps: begins to fetch, `result()` of what it returns waits. With remote data sets many
+        such readings may be under way at the same time. This waits for index rows only, which `ahead` has fetched."""
+        self._want_rows(np.array([sample for sample, _ in requests], np.int64))
         wanted = [
             self._wanted(sample, frames if self.content(sample) == "frames" else np.zeros(1, np.int64))
             for sample, frames in requests
@@ -286,18 +287,30 @@ class ShardDataset:
         """Yields the batches, and looks up to two passes over the data ahead.
 
         For remote data sets that are kept whole (cache_bytes), the shards of the coming batches are fetched in that
-        order as far as they fit into the cache, and those that are needed last leave it first.
+        order as far as they fit into the cache, and those that are needed last leave it first. Of remote data sets
+        with a large table of frames, the rows of the coming batches are fetched.
 
-        ids_of(batch): its samples. Reading works without this; a shard is then fetched when it is needed.
+        ids_of(batch): its samples, (k,) int64. Reading works without this; what is needed is then fetched when it is.
         """
         followers = [
             (part.source, first)
             for part, first in zip(self._parts, self._shard_starts, strict=True)
             if isinstance(part.source, CachedShards)
         ]
-        if not followers:
-            return iter(batches)
-        return look_ahead(batches, lambda batch: self.shard_of[ids_of(batch)], followers, most_samples=2 * len(self))
+        if followers:
+            batches = look_ahead(
+                batches, lambda batch: self.shard_of[ids_of(batch)], followers, most_samples=2 * len(self)
+            )
+        if any(part.index.far is not None for part in self._parts):
+            return rows_ahead(batches, lambda batch: self._want_rows(ids_of(batch)))
+        return iter(batches)
+
+    def _want_rows(self, samples: np.ndarray) -> int:
+        """Starts to fetch the index rows of the (k,) samples where they are far. Returns k."""
+        for part, start, stop in zip(self._parts, self._starts, self._starts[1:], strict=False):
+            if part.index.far is not None:
+                part.index.far.want(samples[(start <= samples) & (samples < stop)] - start)
+        return len(samples)
 
     def _wanted(self, sample: int, frames: np.ndarray) -> _Wanted:
         if self._closed:
@@ -345,7 +358,7 @@ class ShardDataset:
         self._closed = True
         self._transfers.close()
         for part in self._parts:
-            part.source.close()
+            part.close()
 
     def __enter__(self) -> ShardDataset:
         return self

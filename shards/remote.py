@@ -89,9 +89,14 @@ class RemoteFiles:
         """A request for the bytes start <= offset < stop of a file of `total` bytes; it raises ShardError."""
         return Request(stop - start, partial(self._fetch, name, Span(start, stop, total)))
 
-    def submit(self, requests: Sequence[Request]) -> Transfer:
-        """Hands requests to the loop, all at once."""
-        return self._transfers.submit(requests)
+    def part(self, name: str, start: int, stop: int, total: int, descriptor: int) -> Request:
+        """A request that writes these bytes of a file of `total` bytes to the same place of an open local file; it
+        raises ShardError, WriteError. It never waits for others to be taken."""
+        return Request(0, partial(self._store_part, name, start, stop, total, descriptor))
+
+    def submit(self, requests: Sequence[Request], *, first: bool = False) -> Transfer:
+        """Hands requests to the loop, all at once. first: before all that are not begun yet."""
+        return self._transfers.submit(requests, first=first)
 
     def download(self, name: str, total: int, descriptor: int) -> None:
         """Writes the whole file of `total` bytes to an open local file, parts of it at the same time, each piece when

@@ -189,8 +189,11 @@ class Transfers:
         assert self._running is not None
         self._running.closers.append(close)
 
-    def submit(self, requests: Sequence[Request]) -> Transfer:
-        """Hands requests over, to be made in this order behind all earlier ones. Waits for nothing."""
+    def submit(self, requests: Sequence[Request], *, first: bool = False) -> Transfer:
+        """Hands requests over, to be made in this order behind all earlier ones. Waits for nothing.
+
+        first: before the earlier ones that are not begun yet, for what a reader needs before it can take those.
+        """
         with self._lock:
             running = self._start()
 
@@ -200,13 +203,16 @@ class Transfers:
 
             transfer = Transfer([request.size for request in requests], release)
             queued = [_Queued(transfer, position, request) for position, request in enumerate(requests)]
-            running.loop.call_soon_threadsafe(self._accept, running, queued)
+            running.loop.call_soon_threadsafe(self._accept, running, queued, first)
         return transfer
 
     # What follows runs in the loop.
 
-    def _accept(self, running: _Loop, queued: Sequence[_Queued]) -> None:
-        running.queue.extend(queued)
+    def _accept(self, running: _Loop, queued: Sequence[_Queued], first: bool) -> None:
+        if first:
+            running.queue.extendleft(reversed(queued))
+        else:
+            running.queue.extend(queued)
         self._admit(running)
 
     def _released(self, running: _Loop, size: int) -> None:
@@ -224,7 +230,7 @@ class Transfers:
         """Takes a request from the queue if the bound allows: always if nothing else is under way."""
         while running.queue:
             size = running.queue[0].request.size
-            if running.workers > idle and running.held_bytes + size > self.bytes_in_flight:
+            if size and running.workers > idle and running.held_bytes + size > self.bytes_in_flight:
                 return None
             running.held_bytes += size  # until the transfer is taken, whether or not the request is made
             queued = running.queue.popleft()
