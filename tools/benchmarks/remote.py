@@ -15,6 +15,7 @@ from pathlib import Path
 from benchmarks.contenders import Setup
 from benchmarks.figures import Figure, Processes, against, interleaved
 from benchmarks.store import FarStore, far_store
+from shards.index import read_local_manifest
 from text4vis.common.console import console
 from text4vis.config.schema import Config
 from text4vis.data.loader import Batch, build_loader
@@ -22,6 +23,7 @@ from text4vis.data.prefetch import settled
 
 PAUSES_MS = (0, 30, 80)
 _S3_PAUSE_MS = 30
+_FIRST_PAUSE_MS = 30
 _HTTP, _S3 = f"HTTP, {PAUSES_MS[0]} ms", f"S3, {_S3_PAUSE_MS} ms"
 # What each is compared with, and the ratio that is promised.
 _TARGETS = {
@@ -117,12 +119,46 @@ class _Bench:
         return f"{self.store.addresses[pause_ms]}/{self.setup.workload.shards.name}"
 
 
-def remote(setup: Setup, processes: Processes, work: Path, rounds: int, seconds: float) -> list[Figure]:
-    """Ranges against the local loader, then cold and warm epochs of whole shards."""
+def remote(
+    setup: Setup, processes: Processes, work: Path, rounds: int, seconds: float, large_index: Path
+) -> list[Figure]:
+    """Ranges against the local loader, cold and warm epochs of whole shards, and the first batch of a large data set.
+
+    large_index: a folder that `multiplied` has written.
+    """
     with far_store(setup.workload.shards.parent, work / "store", PAUSES_MS) as store:
         console().print(f"remote: the store is {store.kind}, on the same cores as the loader")
         bench = _Bench(setup, processes, work, rounds, store)
-        return _ranges(bench, seconds) + _windows(bench)
+        figures = _ranges(bench, seconds) + _windows(bench)
+    return figures + _first_batch(bench, large_index)
+
+
+def first_batch(config: Config, store: FarStore) -> tuple[float, float]:
+    """Seconds from nothing to the first batch, and the megabytes that were served until then."""
+    _, served = store.counts()
+    started = time.perf_counter()
+    with build_loader(config, "train") as loader, settled():
+        next(iter(loader))
+        elapsed = time.perf_counter() - started
+        return elapsed, (store.counts()[1] - served) / 1e6
+
+
+def _first_batch(bench: _Bench, folder: Path) -> list[Figure]:
+    cache = bench.work / "no-index"
+    name = f"first batch of {read_local_manifest(folder).num_videos:,} videos, {_FIRST_PAUSE_MS} ms, no index kept"
+    with far_store(folder.parent, bench.work / "large-store", [_FIRST_PAUSE_MS]) as store:
+        config = bench.setup.config(train=f"{store.addresses[_FIRST_PAUSE_MS]}/{folder.name}", cache_dir=str(cache))
+
+        def run() -> tuple[float, float]:
+            shutil.rmtree(cache, ignore_errors=True)
+            return bench.processes.run("threads", first_batch, config, store)
+
+        seconds, megabytes = zip(*interleaved("remote", {name: run}, bench.rounds)[name], strict=True)
+    shutil.rmtree(cache, ignore_errors=True)
+    return [
+        Figure("remote", name, "s", list(seconds), target="at most 3"),
+        Figure("remote", f"{name}: fetched", "MB", list(megabytes), target="at most 50"),
+    ]
 
 
 def _ranges(bench: _Bench, seconds: float) -> list[Figure]:

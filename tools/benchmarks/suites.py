@@ -331,7 +331,7 @@ SUITES: dict[str, Callable[[Task], list[Figure]]] = {
     "open": open_,
     "order": order,
     "position": position,
-    "remote": lambda task: remote(task.setup, task.processes, task.work, task.rounds, task.seconds),
+    "remote": lambda task: remote(task.setup, task.processes, task.work, task.rounds, task.seconds, task.large_index),
     "step": lambda task: engine.step(task.engine_setup, task.rounds),
     "memory": lambda task: engine.memory(task.model, task.ranks),
     "resume": lambda task: engine.resume(task.engine_setup, task.work, task.rounds),
