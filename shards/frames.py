@@ -275,10 +275,11 @@ def _by_packets(
     """
     size = stream.codec_context.width, stream.codec_context.height
     feed = _Feed(container, stream, table, wanted)
-    for wanted_number in wanted:
-        key = table.key_before(wanted_number)
-        if key > feed.newest_key:
+    keys = [table.key_before(number) for number in wanted]
+    for wanted_number, key, next_key in zip(wanted, keys, [*keys[1:], None], strict=True):
+        if key > feed.newest_key or feed.is_at_its_end:
             feed.go_to(key)
+        feed.end_with(wanted_number, next_key)
         for frame in feed:
             if frame.pts is None or (frame.width, frame.height) != size:
                 raise PacketsError
@@ -300,6 +301,7 @@ class _Feed(Iterator[av.VideoFrame]):
     """The decoder's frames from a key frame on, without those that are neither wanted nor referred to.
 
     begin: time of the key frame at which it began. newest_key: time of the last key frame that the decoder has got.
+    is_at_its_end: whether the decoder gives no more frames until it goes to a key frame.
     """
 
     def __init__(
@@ -314,7 +316,12 @@ class _Feed(Iterator[av.VideoFrame]):
         self._packets: Iterator[av.Packet] | None = None
         self._frames: Iterator[av.VideoFrame] = iter(())
         self._skipped: set[int] = set()
+        self._due: set[int] = set()  # times of frames that the decoder has got and not given
         self._expected = 0  # number of the next frame, if none is left out
+        self._last_pts: int | None = None
+        self._next_key: int | None = None
+        self._next_key: int | None = None
+        self.is_at_its_end = False
         self.begin = self.newest_key = -(1 << 63)
 
     def go_to(self, key: int) -> None:
@@ -324,21 +331,27 @@ class _Feed(Iterator[av.VideoFrame]):
         packet = None
         if self._packets is not None and expected - self._expected <= _FAR:
             self._stream.codec_context.flush_buffers()
-            packet = self._next_key(key)
+            packet = self._packet_of(key)
         else:
             early = round(_EARLY_SECONDS / (self._stream.time_base or 1))
             for target in (key, key - early):
                 self._container.seek(target, stream=self._stream, backward=True)
                 self._packets = self._container.demux(self._stream)
-                if packet := self._next_key(key):
+                if packet := self._packet_of(key):
                     break
         if packet is None:
             raise PacketsError
-        self.begin, self._expected = key, expected
+        self.begin, self._expected, self.is_at_its_end = key, expected, False
         self._skipped.clear()
+        self._due.clear()
         self._frames = iter(self._decode(packet))
 
-    def _next_key(self, key: int) -> av.Packet | None:
+    def end_with(self, number: int, next_key: int | None) -> None:
+        """This frame is the last one that is wanted before a key frame, or the last of all. The decoder then gives it at
+        once: otherwise it first wants some more packets, as frames may come out of order."""
+        self._last_pts, self._next_key = self._table.pts[number], next_key
+
+    def _packet_of(self, key: int) -> av.Packet | None:
         """The packet of a key frame; None if reading began behind it."""
         assert self._packets is not None
         for packet in self._packets:
@@ -354,10 +367,11 @@ class _Feed(Iterator[av.VideoFrame]):
         number = self._table.number_of(pts)
         if number is None or number < self._expected:
             raise PacketsError
-        missing = set(self._table.pts[self._expected : number])
-        if not missing <= self._skipped:
+        missing = set(self._table.pts[self._expected : number]) - self._skipped
+        if missing & self._due or (missing and not self.is_at_its_end):
             raise PacketsError
-        self._skipped -= missing
+        self._skipped.difference_update(self._table.pts[self._expected : number])
+        self._due.discard(pts)
         self._expected = number + 1
         self._checked -= 1
         return number
@@ -367,6 +381,12 @@ class _Feed(Iterator[av.VideoFrame]):
         while True:
             for frame in self._frames:
                 return frame
+            if self.is_at_its_end:
+                raise StopIteration
+            if self._last_pts in self._due and (self._next_key is None or self._next_key > self.newest_key):
+                self.is_at_its_end = True
+                self._frames = iter(self._decoded(None))
+                continue
             packet = next(self._packets)
             if packet.size or packet.dts is None:  # without a time it is the end; an empty packet repeats a frame
                 self._frames = iter(self._decode(packet))
@@ -379,10 +399,16 @@ class _Feed(Iterator[av.VideoFrame]):
         if packet.size and packet.pts is not None:
             if skip:
                 self._skipped.add(packet.pts)
+            elif not packet.is_discard:
+                self._due.add(packet.pts)
             if packet.is_keyframe and not packet.is_discard:
                 self.newest_key = packet.pts
+        return self._decoded(packet)
+
+    def _decoded(self, packet: av.Packet | None) -> list[av.VideoFrame]:
+        """What the decoder gives for a packet; without one, all that is left in it."""
         try:
-            return packet.decode()
+            return self._stream.codec_context.decode(packet)
         except av.error.FFmpegError:
             raise PacketsError from None
 
