@@ -127,8 +127,8 @@ def look_ahead(
 
 
 def rows_ahead(batches: Iterable[Batch], want: Callable[[Batch], int]) -> Iterator[Batch]:
-    """Yields the batches, each some time after `want(batch)`, which begins to fetch the rows of the index that the batch
-    needs and returns its number of samples."""
+    """Yields the batches, each some time after `want(batch)`, which begins to fetch the rows of the index that it
+    needs, and returns its number of samples."""
     known: deque[tuple[int, Batch]] = deque()
     num_known, coming = 0, iter(batches)
     while True:

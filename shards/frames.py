@@ -347,8 +347,10 @@ class _Feed(Iterator[av.VideoFrame]):
         self._frames = iter(self._decode(packet))
 
     def end_with(self, number: int, next_key: int | None) -> None:
-        """This frame is the last one that is wanted before a key frame, or the last of all. The decoder then gives it at
-        once: otherwise it first wants some more packets, as frames may come out of order."""
+        """This frame is wanted next, and after it nothing before the next key frame, if that is a later one.
+
+        The decoder then gives it at once; otherwise it takes more packets first, as frames may come out of order.
+        """
         self._last_pts, self._next_key = self._table.pts[number], next_key
 
     def _packet_of(self, key: int) -> av.Packet | None:

@@ -18,7 +18,6 @@ from shards.rows import WHOLE_TABLE_BYTES, FarRows, cannot_keep, prepare_rows
 from shards.text import printable
 from shards.transfer import Transfers
 
-
 _ROWS_SUFFIX = ".rows"  # of a member table that is not here whole
 
 
