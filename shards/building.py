@@ -33,6 +33,9 @@ from shards.format import (
     LABELS_ROLE,
     MANIFEST,
     MULTI_LABEL_VERSION,
+    PACKETS_ROLE,
+    PACKETS_VERSION,
+    STREAMS_ROLE,
     Manifest,
     ShardError,
     ShardInfo,
@@ -40,6 +43,7 @@ from shards.format import (
     index_file,
     shard_name,
     table_dtypes,
+    table_header,
 )
 from shards.index import Index
 
@@ -143,15 +147,17 @@ class Workspace:
         """What `record` has written about a shard; None if that is missing or damaged."""
         try:
             with np.load(self._rows_path(number), allow_pickle=False) as arrays:
-                roles = INDEX_ROLES if LABELS_ROLE not in arrays else (*INDEX_ROLES, LABELS_ROLE)
-                return json.loads(arrays["meta"].tobytes()), {role: arrays[role] for role in roles}
+                optional = [role for role in (LABELS_ROLE, STREAMS_ROLE, PACKETS_ROLE) if role in arrays]
+                return json.loads(arrays["meta"].tobytes()), {role: arrays[role] for role in (*INDEX_ROLES, *optional)}
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):
             return None
 
     def table(self, number: int, role: str) -> np.ndarray:
-        """Index rows of a finished shard."""
+        """Index rows of a finished shard. One of frames has no packets, and so have the videos of older programs."""
         with np.load(self._rows_path(number), allow_pickle=False) as arrays:
-            return arrays[role]
+            if role in arrays:
+                return arrays[role]
+            return np.zeros(len(arrays["videos"]) if role == STREAMS_ROLE else 0, table_dtypes(False, True)[role])
 
     def remove(self) -> None:
         """Ends the build; the lock is held until the end."""
@@ -198,36 +204,45 @@ def publish(
     old = existing.manifest if existing else None
     shards = [*(old.shards if old else []), *(shard.info for shard in finished)]
     numbers = range(len(shards) - len(finished), len(shards))
-    small = {
-        role: np.concatenate(
-            [
-                *([getattr(existing, role)] if existing else []),
-                *(workspace.table(number, role) for number in numbers),
-            ]
-        )
-        for role in ("videos", "names", *([LABELS_ROLE] if multi_label else []))
-    }
 
-    def members() -> Iterable[np.ndarray]:
+    def joined(role: str, length: int) -> Iterable[np.ndarray]:
+        """The rows of the existing data set, `length` of them, then those of the finished shards."""
         if existing:
-            # In slices: the table is mapped and may be larger than the memory.
-            yield from (existing.members[start : start + 2**20] for start in range(0, len(existing.members), 2**20))
-        yield from (workspace.table(number, "members") for number in numbers)
+            table = _table_of(existing, role)
+            # In slices: the table may be mapped and larger than the memory.
+            yield from (table[start : start + 2**20] for start in range(0, length, 2**20))
+        yield from (workspace.table(number, role) for number in numbers)
 
+    def whole(role: str) -> np.ndarray:
+        return np.concatenate([*joined(role, len(_table_of(existing, role)) if existing else 0)])
+
+    streams = whole(STREAMS_ROLE) if content == "video" else None
     manifest = write_index(
         output,
         shards,
-        small["videos"],
-        small["names"],
-        members(),
+        whole("videos"),
+        whole("names"),
+        joined("members", len(existing.members) if existing else 0),
         content=content,
         classes=classes,
         build={"runs": [*(old.build.get("runs", []) if old else []), record]},
         skipped=[*(old.skipped if old else []), *skipped],
-        labels=small.get(LABELS_ROLE),
+        labels=whole(LABELS_ROLE) if multi_label else None,
+        streams=streams,
+        packets=joined(PACKETS_ROLE, len(_table_of(existing, PACKETS_ROLE)) if existing else 0),
     )
     clean_up(workspace, manifest)
     return manifest
+
+
+def _table_of(index: Index, role: str) -> np.ndarray:
+    """A table of an existing data set; one of streams or packets that it doesn't have says so of each video."""
+    if role == STREAMS_ROLE and index.streams is None:
+        return np.zeros(len(index.videos), table_dtypes(False, True)[STREAMS_ROLE])
+    if role in ("members", PACKETS_ROLE):
+        table = index.large_tables.get(role)
+        return np.zeros(0, table_dtypes(False, True)[role]) if table is None else table.rows
+    return getattr(index, role)
 
 
 def write_index(
@@ -243,10 +258,13 @@ def write_index(
     skipped: list[dict[str, Any]],
     tars: str | None = None,
     labels: np.ndarray | None = None,
+    streams: np.ndarray | None = None,
+    packets: Iterable[np.ndarray] = (),
 ) -> Manifest:
     """Writes the index tables, then the manifest in one step. members: pieces of the member table, in order.
 
-    labels: the table of a data set with several labels a video, None for others.
+    labels: the table of a data set with several labels a video, None for others. streams, packets: of stored videos,
+    the latter in pieces; left out if no video can be read in parts.
     """
     identity = fingerprint(videos, names, classes, content, labels)
     num_members = sum(shard.members for shard in shards)
@@ -258,7 +276,11 @@ def write_index(
     }
     if labels is not None:
         tables[LABELS_ROLE] = len(labels), [labels]
-    dtypes = table_dtypes(labels is not None)
+    num_packets = 0 if streams is None else int(streams["num_packets"].sum(dtype=np.int64))
+    if streams is not None and num_packets:
+        tables |= {STREAMS_ROLE: (len(streams), [streams]), PACKETS_ROLE: (num_packets, packets)}
+    version = FORMAT_VERSION if labels is None else MULTI_LABEL_VERSION
+    dtypes = table_dtypes(labels is not None, num_packets > 0)
     index: dict[str, dict[str, Any]] = {}
     for role, (length, arrays) in tables.items():
         file = index_file(role, identity)
@@ -274,7 +296,7 @@ def write_index(
         index=index,
         build=build,
         skipped=skipped,
-        version=FORMAT_VERSION if labels is None else MULTI_LABEL_VERSION,
+        version=PACKETS_VERSION if num_packets else version,
         tars=tars,
     )
     write_atomically(output / MANIFEST, manifest.to_json().encode())
@@ -292,13 +314,9 @@ def clean_up(workspace: Workspace, manifest: Manifest) -> None:
 
 def _write_table(path: Path, dtype: np.dtype, length: int, arrays: Iterable[np.ndarray]) -> tuple[int, int]:
     """Writes a .npy file of `length` rows, piece by piece. Returns its bytes and its CRC-32."""
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        header, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
-    )
     size, crc32 = 0, 0
     with replacing(path) as stream:
-        for piece in chain([header.getvalue()], (array.tobytes() for array in arrays)):
+        for piece in chain([table_header(dtype, length)], (array.tobytes() for array in arrays)):
             stream.write(piece)
             size, crc32 = size + len(piece), isal_zlib.crc32(piece, crc32)
     return size, crc32

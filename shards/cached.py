@@ -118,7 +118,7 @@ class CachedShards:
 
     def start(self, wanted: Sequence[Extent]) -> _CachedFetch:
         """Starts fetching, see `ShardSource`."""
-        shards = tuple(dict.fromkeys(shard for shard, ranges in wanted if ranges))
+        shards = tuple(dict.fromkeys(extent.shard for extent in wanted if extent.ranges))
         fetch = _CachedFetch(self, wanted)
         with self._lock:
             self._in_use.update(shards)
@@ -253,8 +253,9 @@ class CachedShards:
 
     # Reading
 
-    def read(self, shard: int, ranges: Sequence[Range], check: Check) -> list[bytes]:
+    def read(self, extent: Extent, check: Check) -> list[bytes]:
         """See `Fetch.read`."""
+        shard, ranges, _ = extent
         try:
             for _ in range(_MAX_FETCHES):
                 descriptor = self._open(shard)
@@ -266,7 +267,7 @@ class CachedShards:
         except OSError as error:
             with self._lock:
                 self._pause(error)
-        return self._ranges.start([(shard, ranges)]).read(0, check)
+        return self._ranges.start([extent]).read(0, check)
 
     def _open(self, shard: int) -> int | None:
         """Descriptor of the shard's copy, the caller closes it; None if it is not there and downloads are suspended.
@@ -330,4 +331,4 @@ class _CachedFetch:
     wanted: Sequence[Extent]
 
     def read(self, number: int, check: Check) -> list[bytes]:
-        return self.source.read(*self.wanted[number], check)
+        return self.source.read(self.wanted[number], check)

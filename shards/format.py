@@ -8,6 +8,8 @@ A data set is a folder (or an address with the same files under it):
     index/members-F.npy         (M,) MEMBER_DTYPE: one row a frame (or stored video); memory-mapped, never loaded whole
     index/names-F.npy           (bytes,) uint8: the original names, UTF-8, one after the other
     index/labels-F.npy          only where videos have several labels or none: (L,) int32, their labels, video by video
+    index/streams-F.npy         only where stored videos can be read in parts: (N,) STREAM_DTYPE: one row a video
+    index/packets-F.npy         beside it: (P,) PACKET_DTYPE: one row a packet, video by video; memory-mapped
     manifest.json               written last: its presence says that the data set is complete; names the index files
 
 F is the first half of the data set's fingerprint: videos that are added later come with new index files, so the old
@@ -15,7 +17,8 @@ manifest stays valid until the new one replaces it.
 
 A data set in which every video has one label is of format version 1. One in which some have several, or none, is of
 version 2, which older programs refuse: `num_labels` takes the place of `label` in the table of videos, and KEY.json
-holds the lists `labels` and `classes` in place of `label` and `class`.
+holds the lists `labels` and `classes` in place of `label` and `class`. One with the tables `streams` and `packets` is
+of version 3, with several labels a video or without.
 
 Opening costs O(videos). Where frame k of a video lies is one row of `members`, so a reader fetches just the frames
 that it wants. The tars stand on their own: without index and manifest `tar` and `webdataset` still read them.
@@ -24,6 +27,7 @@ that it wants. The tars stand on their own: without index and manifest `tar` and
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 import tarfile
@@ -35,11 +39,13 @@ from isal import isal_zlib
 
 FORMAT_VERSION = 1
 MULTI_LABEL_VERSION = 2
+PACKETS_VERSION = 3
 BLOCK_BYTES = 512
 
 MANIFEST = "manifest.json"
 INDEX_ROLES = ("videos", "members", "names")
-LABELS_ROLE = "labels"  # of format version 2, beside the others
+LABELS_ROLE = "labels"  # where videos have several labels or none
+STREAMS_ROLE, PACKETS_ROLE = "streams", "packets"  # of format version 3
 MAX_FRAMES = 1_000_000  # six digits of a frame's member name
 MAX_MEMBER_BYTES = 2**32 - 1
 
@@ -68,11 +74,40 @@ VIDEO_DTYPE = np.dtype(
 MULTI_LABEL_VIDEO_DTYPE = np.dtype([*VIDEO_DTYPE.descr[:-1], ("num_labels", "<u4")])
 LABEL_DTYPE = np.dtype("<i4")
 
+# How a stored video is read in parts. num_packets is 0 where it has to be read whole; the packets of a video follow
+# those of the one before. packets_crc32: of its rows. Its file is opened with the bytes before `head` and from `tail`
+# on, whose checksums follow.
+STREAM_DTYPE = np.dtype(
+    [
+        ("num_packets", "<u4"),
+        ("packets_crc32", "<u4"),
+        ("head", "<u4"),
+        ("tail", "<u4"),
+        ("head_crc32", "<u4"),
+        ("tail_crc32", "<u4"),
+    ]
+)
 
-def table_dtypes(multi_label: bool) -> dict[str, np.dtype]:
+# A packet of the stream that is played, in the order in which a decoder takes them: its bytes in the video's file, and
+# when its frame is shown, in the stream's time base. flags: KEY_PACKET, and HIDDEN_PACKET for one that is not shown.
+PACKET_DTYPE = np.dtype([("offset", "<u4"), ("size", "<u4"), ("crc32", "<u4"), ("flags", "<u4"), ("pts", "<i8")])
+KEY_PACKET, HIDDEN_PACKET = 1, 2
+
+
+def table_dtypes(multi_label: bool, has_packets: bool = False) -> dict[str, np.dtype]:
     """{role: dtype} of the index tables of a data set."""
     dtypes = {"videos": VIDEO_DTYPE, "members": MEMBER_DTYPE, "names": np.dtype(np.uint8)}
-    return dtypes | {"videos": MULTI_LABEL_VIDEO_DTYPE, LABELS_ROLE: LABEL_DTYPE} if multi_label else dtypes
+    if multi_label:
+        dtypes |= {"videos": MULTI_LABEL_VIDEO_DTYPE, LABELS_ROLE: LABEL_DTYPE}
+    return dtypes | {STREAMS_ROLE: STREAM_DTYPE, PACKETS_ROLE: PACKET_DTYPE} if has_packets else dtypes
+
+
+def table_header(dtype: np.dtype, length: int) -> bytes:
+    """The first bytes of the .npy file of a table of `length` rows."""
+    header = io.BytesIO()
+    description = np.lib.format.dtype_to_descr(dtype)
+    np.lib.format.write_array_header_1_0(header, {"descr": description, "fortran_order": False, "shape": (length,)})
+    return header.getvalue()
 
 
 # Refused in names of classes and videos: terminals, logs and text encoders each treat them differently.
@@ -108,7 +143,8 @@ class Manifest:
     classes: class names, the label is the position. build: the settings the data set was built with.
     skipped: inputs that were left out on request, as {"name", "line", "reason"}.
     index: for each of `roles` its {"file", "bytes", "crc32"}.
-    version: FORMAT_VERSION, or MULTI_LABEL_VERSION where videos have several labels or none.
+    version: FORMAT_VERSION; MULTI_LABEL_VERSION where videos have several labels or none; PACKETS_VERSION where stored
+        videos can be read in parts.
     tars: None for shards that we wrote. Else the place of tars that others wrote, below which the names of `shards`
         lie: an address, or "." for beside the manifest.
     """
@@ -128,12 +164,22 @@ class Manifest:
     @property
     def multi_label(self) -> bool:
         """Whether a video may have several labels, or none."""
-        return self.version == MULTI_LABEL_VERSION
+        return self.version == MULTI_LABEL_VERSION or LABELS_ROLE in self.index
+
+    @property
+    def has_packets(self) -> bool:
+        """Whether stored videos can be read in parts."""
+        return self.version == PACKETS_VERSION
+
+    @property
+    def dtypes(self) -> dict[str, np.dtype]:
+        """{role: dtype} of the index tables."""
+        return table_dtypes(self.multi_label, self.has_packets)
 
     @property
     def roles(self) -> tuple[str, ...]:
         """The roles of the index tables."""
-        return tuple(table_dtypes(self.multi_label))
+        return tuple(self.dtypes)
 
     def to_json(self) -> str:
         """The text of `manifest.json`."""
@@ -150,10 +196,10 @@ class Manifest:
         """
         try:
             raw = json.loads(text)
-            if raw.get("version") not in (FORMAT_VERSION, MULTI_LABEL_VERSION):
+            if raw.get("version") not in (FORMAT_VERSION, MULTI_LABEL_VERSION, PACKETS_VERSION):
                 raise ShardError(
-                    f"{where}: format version {raw.get('version')!r}, this program reads {FORMAT_VERSION} and "
-                    f"{MULTI_LABEL_VERSION}; rebuild the data set with build_shards"
+                    f"{where}: format version {raw.get('version')!r}, this program reads {FORMAT_VERSION} to "
+                    f"{PACKETS_VERSION}; rebuild the data set with build_shards"
                 )
             raw["shards"] = [ShardInfo(**shard) for shard in raw["shards"]]
             manifest = cls(**raw)
@@ -197,7 +243,10 @@ def _check_manifest(manifest: Manifest) -> None:
     require(
         sum(shard.members for shard in manifest.shards) == manifest.num_members, "shards do not add up to num_members"
     )
-    require(set(manifest.index) == set(manifest.roles), f"index has the roles {sorted(manifest.index)}")
+    has_labels = manifest.version == FORMAT_VERSION and manifest.multi_label
+    roles_fit = set(manifest.index) == set(manifest.roles) and not has_labels
+    require(roles_fit, f"index has the roles {sorted(manifest.index)}")
+    require(not manifest.has_packets or manifest.content == "video", "it stores frames and has a table of packets")
     for role, entry in manifest.index.items():
         require(set(entry) == {"file", "bytes", "crc32"}, f"index {role} has the keys {sorted(entry)}")
         require(
@@ -275,6 +324,11 @@ def padding(size: int) -> int:
 def video_crc32(members: np.ndarray) -> int:
     """Checksum of a video: the CRC-32 of its members' CRC-32s, little endian, in order."""
     return isal_zlib.crc32(np.ascontiguousarray(members["crc32"]).astype("<u4").tobytes())
+
+
+def rows_crc32(rows: np.ndarray) -> int:
+    """Checksum of a video's packet rows: the CRC-32 of their bytes."""
+    return isal_zlib.crc32(rows.tobytes())
 
 
 def fingerprint(

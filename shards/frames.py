@@ -13,7 +13,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import av
 import av.error
@@ -24,6 +24,7 @@ from shards.video import (
     RgbConverter,
     Source,
     Timing,
+    VideoError,
     decoded_frames,
     is_timed,
     opened_video,
@@ -57,13 +58,14 @@ class PacketTable:
     """Presentation times of all frames in order, and of the key frames, in the stream's time base.
 
     discards: whether there are packets that are decoded and not shown, as edit lists want it. timing: None where
-    packets do not tell the frames' times.
+    packets do not tell the frames' times. verified: whether decoding the whole file has shown that it is right.
     """
 
     pts: list[int]
     key_pts: list[int]
     discards: bool
     timing: Timing | None = None
+    verified: bool = False
 
     @classmethod
     def read(cls, container: InputContainer, stream: av.VideoStream) -> PacketTable | None:
@@ -123,6 +125,18 @@ def decode_frames(
 ) -> list[np.ndarray]:
     """`FrameReader.read` of a video that is read once."""
     return FrameReader(source, num_frames=num_frames, threads=threads).read(indices)
+
+
+def decode_by_table(source: Source, indices: Sequence[int] | np.ndarray, table: PacketTable) -> list[np.ndarray]:
+    """`decode_frames` by a verified table of the video's packets. Nothing but these frames' packets has to be in the
+    file, beside what opening it reads. Raises VideoError, IndexError."""
+    wanted = _numbers(indices, len(table.pts))
+    try:
+        with opened_video(source) as (container, stream):
+            found = dict(_converted(_by_packets(container, stream, table, wanted, verified=True), None))
+    except PacketsError:
+        raise VideoError("its packets are not those that the index describes") from None
+    return [found[int(index)] for index in indices]
 
 
 def sample_frames(
@@ -275,26 +289,30 @@ def _by_packets(
     """
     size = stream.codec_context.width, stream.codec_context.height
     feed = _Feed(container, stream, table, wanted)
-    keys = [table.key_before(number) for number in wanted]
-    for wanted_number, key, next_key in zip(wanted, keys, [*keys[1:], None], strict=True):
+    groups = [(key, list(numbers)) for key, numbers in groupby(wanted, table.key_before)]
+    for (key, numbers), next_key in zip(groups, [*(key for key, _ in groups[1:]), None], strict=True):
         if key > feed.newest_key or feed.is_at_its_end:
             feed.go_to(key)
-        feed.end_with(wanted_number, next_key)
-        for frame in feed:
-            if frame.pts is None or (frame.width, frame.height) != size:
-                raise PacketsError
-            if frame.pts < feed.begin:  # of the group before, which it refers to
-                continue
-            if frame.is_corrupt or (frame.interlaced_frame and not verified):  # fields may have packets of their own
-                raise PacketsError
-            number = feed.received(frame.pts)
-            if number > wanted_number:
-                raise PacketsError
-            if number == wanted_number:
-                yield number, frame
-                break
-        else:
+        feed.end_with(numbers, next_key)
+        for wanted_number in numbers:
+            yield wanted_number, _take(feed, wanted_number, size, verified=verified)
+
+
+def _take(feed: _Feed, wanted: int, size: tuple[int, int], *, verified: bool) -> av.VideoFrame:
+    """The frame with the number `wanted`. Raises PacketsError."""
+    for frame in feed:
+        if frame.pts is None or (frame.width, frame.height) != size:
             raise PacketsError
+        if frame.pts < feed.begin:  # of the group before, which it refers to
+            continue
+        if frame.is_corrupt or (frame.interlaced_frame and not verified):  # fields may have packets of their own
+            raise PacketsError
+        number = feed.received(frame.pts)
+        if number >= wanted:
+            if number > wanted:
+                raise PacketsError
+            return frame
+    raise PacketsError
 
 
 class _Feed(Iterator[av.VideoFrame]):
@@ -310,16 +328,16 @@ class _Feed(Iterator[av.VideoFrame]):
         self._container, self._stream, self._table = container, stream, table
         self._wanted_pts = {table.pts[number] for number in wanted}
         context = stream.codec_context
-        self._may_skip = table.timing is not None and context.name in _SKIPPING_CODECS and context.thread_count == 1
-        self._checked = _CHECKED_FRAMES  # that are still to be decoded before any is left out
+        is_sure = table.verified or table.timing is not None
+        self._may_skip = is_sure and context.name in _SKIPPING_CODECS and context.thread_count == 1
+        self._checked = 0 if table.verified else _CHECKED_FRAMES  # still to be decoded before any is left out
         self._skipping = False
         self._packets: Iterator[av.Packet] | None = None
         self._frames: Iterator[av.VideoFrame] = iter(())
         self._skipped: set[int] = set()
         self._due: set[int] = set()  # times of frames that the decoder has got and not given
         self._expected = 0  # number of the next frame, if none is left out
-        self._last_pts: int | None = None
-        self._next_key: int | None = None
+        self._ahead: set[int] = set()  # times of the frames after which it may end, as far as the decoder lacks them
         self._next_key: int | None = None
         self.is_at_its_end = False
         self.begin = self.newest_key = -(1 << 63)
@@ -346,12 +364,13 @@ class _Feed(Iterator[av.VideoFrame]):
         self._due.clear()
         self._frames = iter(self._decode(packet))
 
-    def end_with(self, number: int, next_key: int | None) -> None:
-        """This frame is wanted next, and after it nothing before the next key frame, if that is a later one.
+    def end_with(self, numbers: Sequence[int], next_key: int | None) -> None:
+        """These frames are wanted next, and after them nothing before the key frame `next_key`.
 
-        The decoder then gives it at once; otherwise it takes more packets first, as frames may come out of order.
+        The decoder gives them as soon as it has got all of them, if the next key frame is still to come; otherwise it
+        would take more packets first, as frames may come out of order.
         """
-        self._last_pts, self._next_key = self._table.pts[number], next_key
+        self._ahead, self._next_key = {self._table.pts[number] for number in numbers} - self._due, next_key
 
     def _packet_of(self, key: int) -> av.Packet | None:
         """The packet of a key frame; None if reading began behind it."""
@@ -385,7 +404,7 @@ class _Feed(Iterator[av.VideoFrame]):
                 return frame
             if self.is_at_its_end:
                 raise StopIteration
-            if self._last_pts in self._due and (self._next_key is None or self._next_key > self.newest_key):
+            if not self._ahead and (self._next_key is None or self._next_key > self.newest_key):
                 self.is_at_its_end = True
                 self._frames = iter(self._decoded(None))
                 continue
@@ -403,6 +422,7 @@ class _Feed(Iterator[av.VideoFrame]):
                 self._skipped.add(packet.pts)
             elif not packet.is_discard:
                 self._due.add(packet.pts)
+                self._ahead.discard(packet.pts)
             if packet.is_keyframe and not packet.is_discard:
                 self.newest_key = packet.pts
         return self._decoded(packet)

@@ -6,7 +6,8 @@ rows are checked when they are used and not here. Of a far data set only the row
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,11 +18,14 @@ from shards.format import (
     BLOCK_BYTES,
     LABELS_ROLE,
     MANIFEST,
+    PACKETS_ROLE,
+    STREAMS_ROLE,
     Manifest,
     SampleError,
     ShardError,
     fingerprint,
-    table_dtypes,
+    rows_crc32,
+    video_crc32,
 )
 
 # Far above any real manifest (1,400 shards take 150 kB); a hostile server cannot fill the memory.
@@ -30,7 +34,7 @@ _REBUILD = "copy the data set again or rebuild it with build_shards"
 
 
 class RowFetcher(Protocol):
-    """Brings the rows of a far member table into the local one."""
+    """Brings rows of a large table of a far data set into the local one."""
 
     def want(self, videos: np.ndarray) -> None:
         """Starts to fetch the rows of these (k,) videos, as far as they are not here. Waits for nothing."""
@@ -46,21 +50,72 @@ class RowFetcher(Protocol):
 
 
 @dataclass(frozen=True)
+class LargeTable:
+    """A mapped table with some rows a video.
+
+    rows (R,): all of them. first (N,), count (N,): which are those of a video. crc32 (N,): what `checksum` of its rows
+    must be. far: fetches rows; None where all are here.
+    """
+
+    rows: np.ndarray
+    first: np.ndarray
+    count: np.ndarray
+    crc32: np.ndarray
+    checksum: Callable[[np.ndarray], int]
+    far: RowFetcher | None = None
+
+    def span(self, video: int) -> tuple[int, int]:
+        """The first row of a video, and one past its last."""
+        first = int(self.first[video])
+        return first, first + int(self.count[video])
+
+    def of(self, video: int) -> np.ndarray:
+        """Rows of a video; waits for those of a far data set.
+
+        Raises ShardError if they cannot be had, SampleError if they are damaged.
+        """
+        if self.far is not None:
+            self.far.wait(video)
+        return self.rows[slice(*self.span(video))]
+
+    def is_sound(self, video: int) -> bool:
+        """Whether the rows that are here are as they should be."""
+        return self.checksum(self.rows[slice(*self.span(video))]) == self.crc32[video]
+
+
+@dataclass(frozen=True)
 class Index:
     """Tables of one data set. where: its address as it may be shown.
 
-    videos (N,) VIDEO_DTYPE and names (bytes,) uint8 are checked; members (M,) MEMBER_DTYPE is mapped and not. labels:
-    (L,) int32, the labels of video 0, then those of video 1, and so on, ascending within a video. far: fetches rows of
-    `members`; None where all are here.
+    videos (N,) VIDEO_DTYPE and names (bytes,) uint8 are checked; member_table (M rows of MEMBER_DTYPE) is mapped and
+    not. labels: (L,) int32, the labels of video 0, then those of video 1, and so on, ascending within a video. streams
+    (N,) STREAM_DTYPE and packet_table (P rows of PACKET_DTYPE): None unless stored videos can be read in parts.
     """
 
     where: str
     manifest: Manifest
     videos: np.ndarray
-    members: np.ndarray
+    member_table: LargeTable
     names: np.ndarray
     labels: np.ndarray
-    far: RowFetcher | None = None
+    streams: np.ndarray | None = None
+    packet_table: LargeTable | None = None
+
+    @property
+    def members(self) -> np.ndarray:
+        """(M,) MEMBER_DTYPE. Of a far data set only the rows that were waited for."""
+        return self.member_table.rows
+
+    @property
+    def large_tables(self) -> dict[str, LargeTable]:
+        """The mapped tables by role."""
+        packets = {} if self.packet_table is None else {PACKETS_ROLE: self.packet_table}
+        return {"members": self.member_table, **packets}
+
+    @property
+    def far(self) -> list[RowFetcher]:
+        """What fetches rows; empty where all are here."""
+        return [table.far for table in self.large_tables.values() if table.far is not None]
 
     @property
     def label_counts(self) -> np.ndarray:
@@ -80,9 +135,18 @@ class Index:
 
         Waits for rows of a far data set. Raises ShardError if they cannot be had, SampleError if they are damaged.
         """
-        if self.far is not None:
-            self.far.wait(video)
-        return self.members[int(self.videos["first_member"][video]) + numbers]
+        return self.member_table.of(video)[numbers]
+
+    def stream(self, video: int) -> np.void | None:
+        """How a stored video is read in parts; None if it has to be read whole."""
+        if self.streams is None or not self.streams["num_packets"][video]:
+            return None
+        return self.streams[video]
+
+    def packet_rows(self, video: int) -> np.ndarray:
+        """Rows (P,) of a stored video's packets. Raises as `member_rows`."""
+        assert self.packet_table is not None
+        return self.packet_table.of(video)
 
     def ranges(self, video: int, rows: np.ndarray) -> list[tuple[int, int]]:
         """Byte ranges of these member rows in the video's shard. Raises SampleError if one lies outside it."""
@@ -119,8 +183,9 @@ def read_local_manifest(folder: Path) -> Manifest:
 
 def open_index(where: str, manifest: Manifest, files: dict[str, Path]) -> Index:
     """Opens and checks the index tables; `files` holds a local path for each role. Raises ShardError."""
-    dtypes = table_dtypes(manifest.multi_label)
-    tables = {role: _open_table(role, files[role], manifest.index[role], dtypes[role]) for role in manifest.roles}
+    tables = {
+        role: _open_table(role, files[role], manifest.index[role], dtype) for role, dtype in manifest.dtypes.items()
+    }
     videos, members, names = tables["videos"], tables["members"], tables["names"]
     if len(videos) != manifest.num_videos or len(members) != manifest.num_members or len(videos) == 0:
         raise ShardError(
@@ -142,7 +207,21 @@ def open_index(where: str, manifest: Manifest, files: dict[str, Path]) -> Index:
             f"{where}: the index has the fingerprint {identity[:16]}..., the manifest says "
             f"{manifest.fingerprint[:16]}...; they belong to different data sets: {_REBUILD}"
         )
-    return Index(where, manifest, videos, members, names, labels)
+    member_table = LargeTable(members, videos["first_member"], videos["num_members"], videos["crc32"], video_crc32)
+    index = Index(where, manifest, videos, member_table, names, labels)
+    return _with_packets(index, tables[STREAMS_ROLE], tables[PACKETS_ROLE]) if manifest.has_packets else index
+
+
+def _with_packets(index: Index, streams: np.ndarray, packets: np.ndarray) -> Index:
+    """The index of a data set whose stored videos can be read in parts. Raises ShardError."""
+    counts = streams["num_packets"].astype(np.int64)
+    if len(streams) != len(index.videos) or counts.sum() != len(packets):
+        raise ShardError(
+            f"{index.where}: the index tells how {len(streams)} of {len(index.videos)} videos are read, by "
+            f"{counts.sum()} of its {len(packets)} packets; {_REBUILD}"
+        )
+    table = LargeTable(packets, np.cumsum(counts) - counts, counts, streams["packets_crc32"], rows_crc32)
+    return replace(index, streams=streams, packet_table=table)
 
 
 def _open_table(role: str, path: Path, entry: dict[str, Any], dtype: np.dtype) -> np.ndarray:
@@ -159,8 +238,8 @@ def _open_table(role: str, path: Path, entry: dict[str, Any], dtype: np.dtype) -
         raise ShardError(f"{path}: not an index table ({type(error).__name__}: {error}); {_REBUILD}") from error
     if table.dtype != dtype or table.ndim != 1:
         raise ShardError(f"{path}: holds {table.dtype} {table.shape}, not the table of {role}; {_REBUILD}")
-    # The checksum of the member table would cost O(frames); each of its rows is checked against the frame it leads to.
-    if role != "members":
+    # The checksums of the mapped tables would cost O(frames); each row is checked against the bytes that it leads to.
+    if role not in ("members", PACKETS_ROLE):
         check_crc32(path, entry["crc32"])
     return table
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from shards.address import local_path, scheme_of
 from shards.cache import ShardCache, entry_name, fetch_once
 from shards.cached import CachedShards
-from shards.format import MANIFEST, Manifest, ShardError
+from shards.format import MANIFEST, PACKETS_ROLE, Manifest, ShardError
 from shards.index import MAX_MANIFEST_BYTES, Index, check_crc32, open_index, read_local_manifest
 from shards.local import LocalShards, ShardSource
 from shards.remote import RemoteFiles, RemoteShards
@@ -18,7 +20,7 @@ from shards.rows import WHOLE_TABLE_BYTES, FarRows, cannot_keep, prepare_rows
 from shards.text import printable
 from shards.transfer import Transfers
 
-_ROWS_SUFFIX = ".rows"  # of a member table that is not here whole
+_ROWS_SUFFIX = ".rows"  # of a table that is not here whole
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,14 @@ class Part:
     def renew(self) -> None:
         """Drops what does not survive a fork. Called in the child."""
         self.source.renew()
-        if self.index.far is not None:
-            self.index.far.renew()
+        for rows in self.index.far:
+            rows.renew()
 
     def close(self) -> None:
         """Ends threads and closes files; the loop that serves them has ended before."""
         self.source.close()
-        if self.index.far is not None:
-            self.index.far.close()
+        for rows in self.index.far:
+            rows.close()
 
 
 def open_part(address: str, options: Options, transfers: Transfers) -> Part:
@@ -119,14 +121,28 @@ def _open_fetched_index(remote: RemoteFiles, manifest: Manifest, folder: Path, *
             path.unlink(missing_ok=True)
             _fetch_index(remote, manifest, role, folder)
         index = open_index(remote.where, manifest, files)
-    path = files["members"]
-    if path.suffix != _ROWS_SUFFIX:
-        return index
-    return replace(index, far=FarRows(remote, manifest, path, index.videos, index.members, by_shard=by_shard))
+    tables = {
+        role: replace(table, far=_far_rows(remote, index, role, files[role], by_shard))
+        for role, table in index.large_tables.items()
+        if files[role].suffix == _ROWS_SUFFIX
+    }
+    return replace(
+        index,
+        member_table=tables.get("members", index.member_table),
+        packet_table=tables.get(PACKETS_ROLE, index.packet_table),
+    )
+
+
+def _far_rows(remote: RemoteFiles, index: Index, role: str, path: Path, by_shard: bool) -> FarRows:
+    table, shards, ends = index.large_tables[role], index.videos["shard"], None
+    if by_shard:
+        per_shard = np.bincount(shards, table.count, minlength=len(index.manifest.shards))
+        ends = np.concatenate([[0], np.cumsum(per_shard.astype(np.int64))])
+    return FarRows(remote, index.manifest.index[role], path, table, shards=shards, shard_ends=ends)
 
 
 def _fetch_index(remote: RemoteFiles, manifest: Manifest, role: str, folder: Path) -> Path:
-    """Local copy of an index file, downloaded if needed; of a large table of members one that is filled as needed."""
+    """Local copy of an index file, downloaded if needed; of a large table one that is filled as needed."""
     entry = manifest.index[role]
     name, size, crc32 = entry["file"], entry["bytes"], entry["crc32"]
     path = folder / f"{entry_name(remote.place(name), size, crc32)}.npy"
@@ -141,9 +157,9 @@ def _fetch_index(remote: RemoteFiles, manifest: Manifest, role: str, folder: Pat
             ) from None
 
     try:
-        if role == "members" and size > WHOLE_TABLE_BYTES and not path.exists():
+        if role in ("members", PACKETS_ROLE) and size > WHOLE_TABLE_BYTES and not path.exists():
             path = path.with_suffix(_ROWS_SUFFIX)
-            prepare_rows(remote, manifest, path)
+            prepare_rows(remote.place(name), size, manifest.dtypes[role], path)
         else:
             fetch_once(path, size, download)
     except OSError as error:

@@ -26,20 +26,23 @@ from shards.ahead import look_ahead, rows_ahead
 from shards.annotations import Label
 from shards.cached import CachedShards
 from shards.format import ShardError, video_crc32
-from shards.local import Check, LocalShards
+from shards.local import Check, Extent, LocalShards
 from shards.opening import Options, Part, open_part
+from shards.packets import Packets, VideoParts
 from shards.text import printable
 from shards.transfer import BYTES_IN_FLIGHT, REQUESTS_IN_FLIGHT, Transfers
 
 Batch = TypeVar("Batch")
 
 _OPENING_THREADS = 8
+_DAMAGED_SHARD = "the shard is damaged: find what else is with check_shards, then copy it again or rebuild"
 
 
 class _Wanted(NamedTuple):
     """What one request reads: the distinct members `numbers`, their checksums and byte ranges, in one shard.
 
-    positions: for each frame of the request its place among the distinct ones.
+    positions: for each frame of the request its place among the distinct ones. parts: of a stored video of which not
+    all is read; `ranges` are then those of its parts.
     """
 
     part: Part
@@ -49,6 +52,14 @@ class _Wanted(NamedTuple):
     crc32s: list[int]
     ranges: list[tuple[int, int]]
     positions: list[int]
+    parts: VideoParts | None = None
+
+    @property
+    def extent(self) -> Extent:
+        """Where it lies."""
+        if self.parts is None:
+            return Extent(self.shard, self.ranges)
+        return Extent(self.shard, self.ranges, self.parts.max_gap)
 
 
 def open_dataset(
@@ -273,14 +284,22 @@ class ShardDataset:
         """
         return self.start(requests).result()
 
-    def start(self, requests: Sequence[tuple[int, np.ndarray]]) -> Reading:
+    def start(self, requests: Sequence[tuple[int, np.ndarray]], *, in_parts: bool = False) -> Reading:
         """`read_many` in two steps: begins to fetch, `result()` of what it returns waits. With remote data sets many
-        such readings may be under way at the same time. This waits for index rows only, which `ahead` has fetched."""
+        such readings may be under way at the same time. This waits for index rows only, which `ahead` has fetched.
+
+        in_parts: of stored videos whose packets the index lists, read what the frames need; the result then holds a
+        `shards.packets.SparseVideo` in place of the file, for `shards.stored.decode_stored`.
+        """
         self._want_rows(np.array([sample for sample, _ in requests], np.int64))
-        wanted = [
-            self._wanted(sample, frames if self.content(sample) == "frames" else np.zeros(1, np.int64))
-            for sample, frames in requests
-        ]
+        wanted = []
+        for sample, frames in requests:
+            if self.content(sample) == "frames":
+                wanted.append(self._wanted(sample, frames))
+            elif in_parts and (parts := self._wanted_parts(sample, frames)) is not None:
+                wanted.append(parts)
+            else:
+                wanted.append(self._wanted(sample, np.zeros(1, np.int64)))
         return Reading(self, wanted)
 
     def ahead(self, batches: Iterable[Batch], ids_of: Callable[[Batch], np.ndarray]) -> Iterator[Batch]:
@@ -301,15 +320,15 @@ class ShardDataset:
             batches = look_ahead(
                 batches, lambda batch: self.shard_of[ids_of(batch)], followers, most_samples=2 * len(self)
             )
-        if any(part.index.far is not None for part in self._parts):
+        if any(part.index.far for part in self._parts):
             return rows_ahead(batches, lambda batch: self._want_rows(ids_of(batch)))
         return iter(batches)
 
     def _want_rows(self, samples: np.ndarray) -> int:
         """Starts to fetch the index rows of the (k,) samples where they are far. Returns k."""
         for part, start, stop in zip(self._parts, self._starts, self._starts[1:], strict=False):
-            if part.index.far is not None:
-                part.index.far.want(samples[(start <= samples) & (samples < stop)] - start)
+            for rows in part.index.far:
+                rows.want(samples[(start <= samples) & (samples < stop)] - start)
         return len(samples)
 
     def _wanted(self, sample: int, frames: np.ndarray) -> _Wanted:
@@ -323,12 +342,27 @@ class ShardDataset:
         ranges, shard = part.index.ranges(video, rows), int(part.index.videos["shard"][video])
         return _Wanted(part, sample, shard, distinct, rows["crc32"].tolist(), ranges, positions)
 
+    def _wanted_parts(self, sample: int, frames: np.ndarray) -> _Wanted | None:
+        """What the frames of a stored video need; None if the index does not list its packets."""
+        part, video = self._locate(sample)
+        stream = part.index.stream(video)
+        if stream is None:
+            return None
+        whole = self._wanted(sample, frames)
+        ((start, stop),) = whole.ranges
+        parts = VideoParts(Packets(stream, part.index.packet_rows(video)), stop - start, np.asarray(frames, np.int64))
+        ranges = [(start + first, start + last) for first, last in parts.ranges]
+        return whole._replace(ranges=ranges, positions=[0], parts=parts)
+
     def _check(self, wanted: _Wanted) -> Check:
         """Compares what was read with the checksums of the index."""
 
         def check(chunks: Sequence[bytes]) -> str | None:
             if not self._options.verify:
                 return None
+            if wanted.parts is not None:
+                complaint = wanted.parts.damage(chunks)
+                return complaint and f"{self.describe(wanted.sample)}: {complaint}; {_DAMAGED_SHARD}"
             for number, expected, chunk in zip(wanted.numbers, wanted.crc32s, chunks, strict=True):
                 if isal_zlib.crc32(chunk) != expected:
                     return self._describe_damage(wanted.part, wanted.sample, number, isal_zlib.crc32(chunk), expected)
@@ -346,8 +380,8 @@ class ShardDataset:
             )
         what = f"frame {number}" if index.manifest.content == "frames" else "the video"
         return (
-            f"{self.describe(sample)}: {what} has the CRC-32 {actual:#010x}, the index says {expected:#010x}; the "
-            "shard is damaged: find what else is with check_shards, then copy it again or rebuild"
+            f"{self.describe(sample)}: {what} has the CRC-32 {actual:#010x}, the index says {expected:#010x}; "
+            f"{_DAMAGED_SHARD}"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -378,9 +412,7 @@ class Reading:
             own = by_part.setdefault(id(one.part), [])
             places.append((id(one.part), len(own)))
             own.append(one)
-        fetches = {
-            part: own[0].part.source.start([(one.shard, one.ranges) for one in own]) for part, own in by_part.items()
-        }
+        fetches = {part: own[0].part.source.start([one.extent for one in own]) for part, own in by_part.items()}
         self._places = [(fetches[part], number) for part, number in places]
 
     def result(self) -> list[list[bytes]]:
@@ -388,6 +420,8 @@ class Reading:
         files = []
         for one, (fetch, number) in zip(self._wanted, self._places, strict=True):
             chunks = fetch.read(number, self._dataset._check(one)) if one.ranges else []
+            if one.parts is not None:
+                chunks = [one.parts.file(chunks)]
             files.append([chunks[position] for position in one.positions])
         return files
 

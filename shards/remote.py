@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from shards.address import join_address
 from shards.format import SampleError, ShardError, ShardInfo
-from shards.local import Check, Extent, Range
+from shards.local import Check, Extent, Range, join_ranges
 from shards.stores import RangesIgnoredError, Span, Store, WriteError, explain, is_transient, open_store
 from shards.text import redact
 from shards.transfer import Request, Transfer, Transfers
@@ -28,20 +28,6 @@ _log = logging.getLogger(__name__)
 _BACKOFF_SECONDS = 0.25
 _MAX_BACKOFF_SECONDS = 10.0
 _PART_BYTES = 8 << 20
-# Two ranges closer than this are fetched as one: on a store with 10 ms to the first byte and 100 MB/s a connection,
-# a request costs as much as a megabyte; this stays well below and so never fetches much that nobody asked for.
-_MAX_GAP_BYTES = 64 << 10
-
-
-def join_ranges(ranges: Sequence[Range], max_gap: int = _MAX_GAP_BYTES) -> list[Range]:
-    """The ranges sorted, those that overlap or lie within `max_gap` bytes of each other joined into one."""
-    joined: list[Range] = []
-    for start, stop in sorted(ranges):
-        if joined and start - joined[-1][1] <= max_gap:
-            joined[-1] = (joined[-1][0], max(stop, joined[-1][1]))
-        else:
-            joined.append((start, stop))
-    return joined
 
 
 class RemoteFiles:
@@ -198,16 +184,16 @@ class _RemoteFetch:
 
     def __init__(self, source: RemoteShards, wanted: Sequence[Extent]) -> None:
         self._source, self._wanted = source, wanted
-        self._joined = [join_ranges(ranges) for _, ranges in wanted]
+        self._joined = [join_ranges(extent.ranges, extent.max_gap) for extent in wanted]
         self._first: list[int] = []
         requests: list[Request] = []
-        for (shard, _), joined in zip(wanted, self._joined, strict=True):
+        for (shard, _, _), joined in zip(wanted, self._joined, strict=True):
             self._first.append(len(requests))
             requests += source.requests(shard, joined)
         self._transfer = source.files.submit(requests)
 
     def read(self, number: int, check: Check) -> list[bytes]:
-        shard, ranges = self._wanted[number]
+        shard, ranges, _ = self._wanted[number]
         joined, first = self._joined[number], self._first[number]
         bodies = self._transfer.result()[first : first + len(joined)]
         chunks = _cut(ranges, joined, bodies)

@@ -1,53 +1,62 @@
-"""Rows of the member table of a far data set, fetched where they are used.
+"""Rows of a large index table of a far data set, of members or packets, fetched where they are used.
 
 They are kept in a sparse local file, a copy of the far one with holes, which all processes of the node share. A row
-that was never fetched reads as zeros, and no member lies at block 0: so the file itself tells what it holds, whichever
-process died while it wrote.
+that was never fetched reads as zeros, and nothing that has a row is of size 0: so the file itself tells what it holds,
+whichever process died while it wrote.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from shards.format import MEMBER_DTYPE, Manifest, SampleError, ShardError, video_crc32
-from shards.remote import RemoteFiles, join_ranges
+from shards.format import SampleError, ShardError, table_header
+from shards.index import LargeTable
+from shards.local import join_ranges
+from shards.remote import RemoteFiles
 from shards.stores import RangesIgnoredError, WriteError
 from shards.transfer import Request, Transfer
 
 # A table up to this size costs less as one request at the start than as one for each video.
 WHOLE_TABLE_BYTES = 8 << 20
-_MAX_GAP_ROWS = 4096  # as many bytes as between two ranges of a shard that are fetched as one
+_MAX_GAP_ROWS = 4096  # 64 or 96 kB: about as much as between two ranges of a shard that are fetched as one
 
 
-def prepare_rows(remote: RemoteFiles, manifest: Manifest, path: Path) -> None:
-    """Makes sure that the local file is there, with the header of the table. Raises ShardError, OSError."""
-    name, size = manifest.index["members"]["file"], int(manifest.index["members"]["bytes"])
-    header_bytes = size - manifest.num_members * MEMBER_DTYPE.itemsize
-    if not 0 < header_bytes < 4096:
-        raise ShardError(
-            f"{remote.place(name)}: {size} bytes cannot hold {manifest.num_members} members; upload the data set again "
-            "or rebuild it with build_shards"
-        )
+def prepare_rows(where: str, size: int, dtype: np.dtype, path: Path) -> None:
+    """Makes sure that the local file of a table of `size` bytes is there, with its header and holes for rows.
+
+    where: the far table, as it may be shown. Raises ShardError if no table of this dtype is so large, OSError.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         os.ftruncate(descriptor, size)
-        if not any(os.pread(descriptor, header_bytes, 0)):
-            _take(remote, manifest, descriptor, remote.submit([remote.part(name, 0, header_bytes, size, descriptor)]))
+        os.pwrite(descriptor, _header(where, size, dtype), 0)
     finally:
         os.close(descriptor)
 
 
-def _take(remote: RemoteFiles, manifest: Manifest, descriptor: int, transfer: Transfer) -> None:
+def _header(where: str, size: int, dtype: np.dtype) -> bytes:
+    for length in range(64, min(size, 1024) + 1, 64):
+        header = table_header(dtype, (size - length) // dtype.itemsize)
+        if len(header) == length and (size - length) % dtype.itemsize == 0:
+            return header
+    raise ShardError(
+        f"{where}: no index table has {size} bytes; upload the data set again or rebuild it with build_shards"
+    )
+
+
+def _take(remote: RemoteFiles, name: str, size: int, descriptor: int, transfer: Transfer) -> None:
     """Waits until parts of the table are in the local file. Raises ShardError, OSError."""
     try:
         transfer.result()
     except RangesIgnoredError:
-        remote.download(manifest.index["members"]["file"], int(manifest.index["members"]["bytes"]), descriptor)
+        remote.download(name, size, descriptor)
     except WriteError as error:
         raise error.cause from None
     finally:
@@ -55,25 +64,26 @@ def _take(remote: RemoteFiles, manifest: Manifest, descriptor: int, transfer: Tr
 
 
 class FarRows:
-    """Fetches rows of the member table of one far data set.
+    """Fetches rows of one large table of a far data set. Implements RowFetcher.
 
-    videos (N,) VIDEO_DTYPE: the table of videos. members (M,) MEMBER_DTYPE: mapped from the local file at `path`, where
-    rows appear as they come. by_shard: with a video come the rows of its whole shard, for who reads whole shards.
+    entry: of the table in the manifest. path: of the local file, from which the table is mapped and where rows appear
+    as they come. shards (N,): of the videos. shard_ends (S + 1,) int64: with a video come the rows of its whole shard,
+    for who reads whole shards; None: only its own.
     """
 
     def __init__(
         self,
         remote: RemoteFiles,
-        manifest: Manifest,
+        entry: Mapping[str, Any],
         path: Path,
-        videos: np.ndarray,
-        members: np.ndarray,
+        table: LargeTable,
         *,
-        by_shard: bool,
+        shards: np.ndarray,
+        shard_ends: np.ndarray | None,
     ) -> None:
-        self._remote, self._manifest, self._videos, self._members = remote, manifest, videos, members
-        self._shard_ends = np.cumsum([0, *(shard.members for shard in manifest.shards)]) if by_shard else None
-        self._checked = np.zeros(len(videos), bool)  # here, and those that the table of videos describes
+        self._remote, self._table, self._shards, self._shard_ends = remote, table, shards, shard_ends
+        self._name, self._bytes = str(entry["file"]), int(entry["bytes"])
+        self._checked = np.zeros(len(shards), bool)  # here, and as they should be
         self._folder, self._descriptor = path.parent, os.open(path, os.O_RDWR | os.O_CLOEXEC)
         self.renew()
 
@@ -94,9 +104,9 @@ class FarRows:
         self._start({self._span(video) for video in unknown.tolist() if not self._has(video)})
 
     def wait(self, video: int) -> None:
-        """Waits until the rows of a video are in `members`, and fetches them if nobody has wanted them.
+        """Waits until the rows of a video are in the table, and fetches them if nobody has wanted them.
 
-        Raises ShardError if they cannot be had, SampleError if they are not those that the table of videos describes.
+        Raises ShardError if they cannot be had, SampleError if they are not as they should be.
         """
         if self._checked[video] and self._has(video):  # a mount may undo what another host has written
             return
@@ -106,13 +116,13 @@ class FarRows:
             if is_again or not self._has(video):
                 self._start({span})
             self._end(span)
-            first, stop = self._own_span(video)
-            if video_crc32(self._members[first:stop]) == self._videos["crc32"][video]:
+            if self._table.is_sound(video):
                 self._checked[video] = True
                 return
+        first, stop = self._table.span(video)
         raise SampleError(
-            f"{self._remote.place(self._manifest.index['members']['file'])}: the rows {first} to {stop - 1} are "
-            "damaged; upload the data set again or rebuild it with build_shards"
+            f"{self._remote.place(self._name)}: the rows {first} to {stop - 1} are damaged; upload the data set again "
+            "or rebuild it with build_shards"
         )
 
     def _start(self, spans: set[tuple[int, int]]) -> None:
@@ -130,40 +140,31 @@ class FarRows:
         if transfer is None:
             return
         try:
-            _take(self._remote, self._manifest, self._descriptor, transfer)
+            _take(self._remote, self._name, self._bytes, self._descriptor, transfer)
         except OSError as error:
             raise cannot_keep(self._folder, self._remote, error) from error
         finally:
             with self._lock:
                 self._coming.pop(span, None)
 
-    def _offset(self, row: int) -> int:
-        """Its place in the file."""
-        return int(self._manifest.index["members"]["bytes"]) - (len(self._members) - row) * MEMBER_DTYPE.itemsize
-
     def _request(self, first: int, stop: int) -> Request:
-        entry = self._manifest.index["members"]
-        return self._remote.part(
-            entry["file"], self._offset(first), self._offset(stop), int(entry["bytes"]), self._descriptor
-        )
-
-    def _own_span(self, video: int) -> tuple[int, int]:
-        first = int(self._videos["first_member"][video])
-        return first, first + int(self._videos["num_members"][video])
+        rows = self._table.rows
+        start, end = (self._bytes - (len(rows) - row) * rows.dtype.itemsize for row in (first, stop))
+        return self._remote.part(self._name, start, end, self._bytes, self._descriptor)
 
     def _span(self, video: int) -> tuple[int, int]:
         """The rows that are fetched with those of a video."""
-        first, stop = self._own_span(video)
+        first, stop = self._table.span(video)
         if self._shard_ends is not None:
-            shard = int(self._videos["shard"][video])
+            shard = int(self._shards[video])
             start, end = int(self._shard_ends[shard]), int(self._shard_ends[shard + 1])
             if start <= first and stop <= end:
                 return start, end
         return first, stop
 
     def _has(self, video: int) -> bool:
-        first, stop = self._own_span(video)
-        return bool(self._members["block"][first:stop].all())
+        first, stop = self._table.span(video)
+        return bool(self._table.rows["size"][first:stop].all())
 
 
 def cannot_keep(folder: Path, remote: RemoteFiles, error: OSError) -> ShardError:

@@ -18,11 +18,15 @@ from shards.format import (
     LABEL_DTYPE,
     LABELS_ROLE,
     MEMBER_DTYPE,
+    PACKETS_ROLE,
+    STREAM_DTYPE,
+    STREAMS_ROLE,
     frame_suffix,
     table_dtypes,
     tar_header,
     video_crc32,
 )
+from shards.packets import Packets
 from shards.sources import Chunk
 
 _PADDINGS = [bytes(size) for size in range(BLOCK_BYTES)]
@@ -50,6 +54,7 @@ class ShardFile:
         self._members: list[np.ndarray] = []
         self._names: list[bytes] = []
         self._labels: list[int] = []
+        self._packets: list[Packets] = []
         self._next_member = first_member
         self._next_name = first_name
         self._vectors: list[bytes] = []
@@ -97,6 +102,7 @@ class ShardFile:
             )
         )
         self._labels += annotation.labels
+        self._packets.append(last.packets)
         self._members.append(table)
         self._names.append(name)
         self._next_member += members
@@ -127,7 +133,12 @@ class ShardFile:
             "members": np.concatenate(self._members),
             "names": np.frombuffer(b"".join(self._names), np.uint8),
         }
-        return tables | {LABELS_ROLE: np.array(self._labels, LABEL_DTYPE)} if self._multi_label else tables
+        if self._multi_label:
+            tables[LABELS_ROLE] = np.array(self._labels, LABEL_DTYPE)
+        if self._content == "video":
+            tables[STREAMS_ROLE] = np.array([packets.stream for packets in self._packets], STREAM_DTYPE)
+            tables[PACKETS_ROLE] = np.concatenate([packets.rows for packets in self._packets])
+        return tables
 
     def discard(self) -> None:
         """Removes an unfinished tar."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,8 @@ from isal import isal_zlib
 from shards.annotations import Annotation
 from shards.format import MAX_FRAMES, MAX_MEMBER_BYTES
 from shards.images import MAX_FRAME_PIXELS, ImageProbe, encode_jpeg, probe_image, reencode
+from shards.packets import NO_PACKETS, Packets
+from shards.stored import probe_stored
 from shards.video import VideoError, VideoInfo, frames_at_rate, iter_frames, probe_video
 
 CHUNK_FRAMES = 64
@@ -49,13 +52,15 @@ class Member(NamedTuple):
 class Chunk:
     """Some members of a video, in order.
 
-    num_frames and details are those of the whole video and the same in all of its chunks; details go into its JSON.
+    num_frames, details and packets are those of the whole video and the same in all of its chunks; details go into its
+    JSON.
     """
 
     num_frames: int
     details: dict[str, Any]
     members: list[Member] = field(default_factory=list)
     bytes: int = 0
+    packets: Packets = NO_PACKETS
 
     def add(self, member: Member) -> None:
         """Appends a member."""
@@ -247,14 +252,16 @@ def _read_video_file(root: Path, name: str) -> Iterator[Chunk]:
         raise _unreadable(name, error) from None
     except ValueError as error:
         raise InputError(name, str(error), "run again when nothing writes to it") from None
-    info = probe_file(name, data)
+    with _explained(name):
+        info, packets = probe_stored(data)
+    _check_length(name, info)
     if info.extension is None:
         fix = "convert it (ffmpeg -i IN -c copy OUT.mkv) or store frames"
         raise InputError(name, "only mp4, avi, mkv and webm files can be stored", fix)
     _check_pixels(name, info.width, info.height)
     member = Member(data, info.extension, isal_zlib.crc32(data), min(info.width, 65_535), min(info.height, 65_535))
     details = {"fps": info.fps, "duration": info.duration, "source": {"frames": info.num_frames}}
-    yield Chunk(info.num_frames, details, [member], len(data))
+    yield Chunk(info.num_frames, details, [member], len(data), packets)
 
 
 def _decode_video_file(root: Path, name: str, options: SourceOptions) -> Iterator[Chunk]:
@@ -318,15 +325,26 @@ def encoded_frames(
 
 def probe_file(name: str, source: bytes | Path) -> VideoInfo:
     """What a video file holds. Raises InputError."""
-    try:
+    with _explained(name):
         info = probe_video(source)
+    _check_length(name, info)
+    return info
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """What goes wrong with a video file in the body is an InputError."""
+    try:
+        yield
     except VideoError as error:
         raise InputError(name, str(error), "replace the video or leave out such videos with --on-error skip") from None
     except OSError as error:
         raise _unreadable(name, error) from None
+
+
+def _check_length(name: str, info: VideoInfo) -> None:
     if info.num_frames > MAX_FRAMES:
         raise InputError(name, f"it has {info.num_frames} frames, {MAX_FRAMES} is the limit", "cut the video")
-    return info
 
 
 def _unreadable(name: str, error: OSError) -> InputError:

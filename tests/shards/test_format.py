@@ -114,7 +114,8 @@ def test_a_manifest_is_read_as_it_was_written(tars):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (damaged("version", value=3), "format version 3, this program reads 1 and 2"),
+        (damaged("version", value=4), "format version 4, this program reads 1 to 3"),
+        (damaged("version", value=3), "index has the roles"),
         (damaged("version", value=2), "index has the roles"),
         (damaged("surplus", value=1), "surplus"),
         (damaged("content", value="sound"), "content is 'sound', not 'frames' or 'video'"),

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from shards.format import SampleError
-from shards.frames import decode_frames
 from shards.nvdec import nvdec_shows_the_same
 from shards.reader import ShardDataset
+from shards.stored import decode_stored
 from shards.video import VideoError
 from text4vis.data import dali
 from text4vis.data.finishing import Decoded, Pixels, at_decoded_size
@@ -66,7 +66,7 @@ class CpuDecoder:
             if is_stored_video:
                 num_frames = int(self._dataset.num_frames[plan.sample])
                 run.stored_videos[row] = self._threads.submit(
-                    decode_frames, files[0], plan.numbers, num_frames=num_frames
+                    decode_stored, files[0], plan.numbers, num_frames=num_frames
                 )
             else:
                 encoded += files
@@ -125,7 +125,7 @@ class GpuDecoder:
             if video.is_stored_video and not shown_by_nvdec[row]:
                 num_frames = int(self._dataset.num_frames[video.plan.sample])
                 run.stored_videos[row] = self._threads.submit(
-                    decode_frames, video.files[0], video.plan.numbers, num_frames=num_frames
+                    decode_stored, video.files[0], video.plan.numbers, num_frames=num_frames
                 )
             elif video.is_stored_video:
                 by_nvdec.append(video)

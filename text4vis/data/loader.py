@@ -157,8 +157,9 @@ class Loader:
             ThreadPoolExecutor(self._num_threads, "decode") as decodes,
             ThreadPoolExecutor(finish_threads, "finish") as finishes,
         ):
-            reader, views_shape = PlanReader(self.dataset, self.planner, reads), self.planner.views_shape
-            if self.device.type == "cuda":
+            on_gpu, views_shape = self.device.type == "cuda", self.planner.views_shape
+            reader = PlanReader(self.dataset, self.planner, reads, whole_videos=on_gpu)
+            if on_gpu:
                 torch.cuda.set_device(self.device)  # of this thread, which would else open GPU 0 too
                 yield from self._steps(
                     reader, lambda: self._gpu_decoder(decodes), GpuFinisher(views_shape, self.device)

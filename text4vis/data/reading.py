@@ -32,8 +32,12 @@ class PendingBatch(NamedTuple):
 class PlanReader:
     """Plans and reads batches on the given thread, so that reading overlaps with decoding."""
 
-    def __init__(self, dataset: ShardDataset, planner: Planner, thread: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, dataset: ShardDataset, planner: Planner, thread: ThreadPoolExecutor, *, whole_videos: bool = False
+    ) -> None:
+        """whole_videos: read stored videos whole, for a decoder that is given the file as it is."""
         self._dataset, self._planner, self._thread = dataset, planner, thread
+        self._in_parts = not whole_videos
 
     @property
     def batches_ahead(self) -> int:
@@ -65,7 +69,7 @@ class PlanReader:
 
     def _fetch(self, picked: Picked) -> tuple[BatchPlan, Reading]:
         plan = self._planner.plan(*picked)
-        return plan, self._dataset.start(plan.requests)
+        return plan, self._dataset.start(plan.requests, in_parts=self._in_parts)
 
     def _take(self, plan: BatchPlan, reading: Reading) -> list[ReadVideo]:
         by_video = reading.result()
