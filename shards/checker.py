@@ -116,10 +116,11 @@ def _open(path: Path, report: DatasetReport) -> Index:
     manifest = read_local_manifest(path)
     files = {role: path / entry["file"] for role, entry in manifest.index.items()}
     index = open_index(str(path), manifest, files)
-    try:
-        check_crc32(files["members"], manifest.index["members"]["crc32"])
-    except ShardError as error:
-        report.problems.append(str(error))
+    for role in index.large_tables:
+        try:
+            check_crc32(files[role], manifest.index[role]["crc32"])
+        except ShardError as error:
+            report.problems.append(str(error))
     return index
 
 

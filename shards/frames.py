@@ -10,10 +10,11 @@ N frames of a video, K of them.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import pairwise
 
 import av
 import av.error
@@ -128,8 +129,7 @@ def decode_frames(
 
 
 def decode_by_table(source: Source, indices: Sequence[int] | np.ndarray, table: PacketTable) -> list[np.ndarray]:
-    """`decode_frames` by a verified table of the video's packets. Nothing but these frames' packets has to be in the
-    file, beside what opening it reads. Raises VideoError, IndexError."""
+    """`decode_frames` by a verified table. Of the file it uses what opening reads, and these frames' packets."""
     wanted = _numbers(indices, len(table.pts))
     try:
         with opened_video(source) as (container, stream):
@@ -268,7 +268,7 @@ class LongVideo:
 
 def _numbers(indices: Sequence[int] | np.ndarray, count: int | None = None) -> list[int]:
     """Each number once, increasing. Raises IndexError for one that no video has."""
-    wanted = sorted({int(index) for index in indices})
+    wanted = sorted(set(map(int, indices)))
     if wanted and (wanted[0] < 0 or (count is not None and wanted[-1] >= count)):
         raise IndexError(f"frame {wanted[0] if wanted[0] < 0 else wanted[-1]} of a video")
     return wanted
@@ -276,26 +276,21 @@ def _numbers(indices: Sequence[int] | np.ndarray, count: int | None = None) -> l
 
 def _converted(frames: Iterator[tuple[int, av.VideoFrame]], use: Use | None) -> Iterator[tuple[int, np.ndarray]]:
     convert = RgbConverter()
-    for number, frame in frames:
-        yield number, convert(frame) if use is None else use(convert(frame))
+    yield from ((number, convert(frame) if use is None else use(convert(frame))) for number, frame in frames)
 
 
 def _by_packets(
     container: InputContainer, stream: av.VideoStream, table: PacketTable, wanted: Sequence[int], *, verified: bool
 ) -> Iterator[tuple[int, av.VideoFrame]]:
-    """The wanted frames, in increasing order. Raises PacketsError.
-
-    verified: whether the number of frames is known to be right, so that it need not be checked by decoding.
-    """
+    """The wanted frames, in increasing order. verified: whether the number of frames is known to be right, so that it
+    need not be checked by decoding. Raises PacketsError."""
     size = stream.codec_context.width, stream.codec_context.height
     feed = _Feed(container, stream, table, wanted)
-    groups = [(key, list(numbers)) for key, numbers in groupby(wanted, table.key_before)]
-    for (key, numbers), next_key in zip(groups, [*(key for key, _ in groups[1:]), None], strict=True):
-        if key > feed.newest_key or feed.is_at_its_end:
+    for wanted_number in wanted:
+        key = table.key_before(wanted_number)
+        if key > feed.newest_key:
             feed.go_to(key)
-        feed.end_with(numbers, next_key)
-        for wanted_number in numbers:
-            yield wanted_number, _take(feed, wanted_number, size, verified=verified)
+        yield wanted_number, _take(feed, wanted_number, size, verified=verified)
 
 
 def _take(feed: _Feed, wanted: int, size: tuple[int, int], *, verified: bool) -> av.VideoFrame:
@@ -308,10 +303,10 @@ def _take(feed: _Feed, wanted: int, size: tuple[int, int], *, verified: bool) ->
         if frame.is_corrupt or (frame.interlaced_frame and not verified):  # fields may have packets of their own
             raise PacketsError
         number = feed.received(frame.pts)
-        if number >= wanted:
-            if number > wanted:
-                raise PacketsError
+        if number == wanted:
             return frame
+        if number > wanted:
+            break
     raise PacketsError
 
 
@@ -319,7 +314,7 @@ class _Feed(Iterator[av.VideoFrame]):
     """The decoder's frames from a key frame on, without those that are neither wanted nor referred to.
 
     begin: time of the key frame at which it began. newest_key: time of the last key frame that the decoder has got.
-    is_at_its_end: whether the decoder gives no more frames until it goes to a key frame.
+    is_at_its_end: whether the decoder takes no more packets before it goes to a key frame.
     """
 
     def __init__(
@@ -337,8 +332,8 @@ class _Feed(Iterator[av.VideoFrame]):
         self._skipped: set[int] = set()
         self._due: set[int] = set()  # times of frames that the decoder has got and not given
         self._expected = 0  # number of the next frame, if none is left out
-        self._ahead: set[int] = set()  # times of the frames after which it may end, as far as the decoder lacks them
-        self._next_key: int | None = None
+        # Key frames of the wanted frames that the decoder has not got, by their times.
+        self._lacking = {table.pts[number]: table.key_before(number) for number in wanted}
         self.is_at_its_end = False
         self.begin = self.newest_key = -(1 << 63)
 
@@ -363,14 +358,6 @@ class _Feed(Iterator[av.VideoFrame]):
         self._skipped.clear()
         self._due.clear()
         self._frames = iter(self._decode(packet))
-
-    def end_with(self, numbers: Sequence[int], next_key: int | None) -> None:
-        """These frames are wanted next, and after them nothing before the key frame `next_key`.
-
-        The decoder gives them as soon as it has got all of them, if the next key frame is still to come; otherwise it
-        would take more packets first, as frames may come out of order.
-        """
-        self._ahead, self._next_key = {self._table.pts[number] for number in numbers} - self._due, next_key
 
     def _packet_of(self, key: int) -> av.Packet | None:
         """The packet of a key frame; None if reading began behind it."""
@@ -404,7 +391,9 @@ class _Feed(Iterator[av.VideoFrame]):
                 return frame
             if self.is_at_its_end:
                 raise StopIteration
-            if not self._ahead and (self._next_key is None or self._next_key > self.newest_key):
+            if next(iter(self._lacking.values()), math.inf) > self.newest_key:
+                # It has got all that is wanted before the next key frame: it gives them now. Otherwise it would take
+                # more packets first, as frames may come out of order.
                 self.is_at_its_end = True
                 self._frames = iter(self._decoded(None))
                 continue
@@ -422,7 +411,7 @@ class _Feed(Iterator[av.VideoFrame]):
                 self._skipped.add(packet.pts)
             elif not packet.is_discard:
                 self._due.add(packet.pts)
-                self._ahead.discard(packet.pts)
+                self._lacking.pop(packet.pts, None)
             if packet.is_keyframe and not packet.is_discard:
                 self.newest_key = packet.pts
         return self._decoded(packet)

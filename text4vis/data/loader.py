@@ -158,7 +158,7 @@ class Loader:
             ThreadPoolExecutor(finish_threads, "finish") as finishes,
         ):
             on_gpu, views_shape = self.device.type == "cuda", self.planner.views_shape
-            reader = PlanReader(self.dataset, self.planner, reads, whole_videos=on_gpu)
+            reader = PlanReader(self.dataset, self.planner, reads, in_parts=not on_gpu)
             if on_gpu:
                 torch.cuda.set_device(self.device)  # of this thread, which would else open GPU 0 too
                 yield from self._steps(

@@ -33,11 +33,11 @@ class PlanReader:
     """Plans and reads batches on the given thread, so that reading overlaps with decoding."""
 
     def __init__(
-        self, dataset: ShardDataset, planner: Planner, thread: ThreadPoolExecutor, *, whole_videos: bool = False
+        self, dataset: ShardDataset, planner: Planner, thread: ThreadPoolExecutor, *, in_parts: bool = False
     ) -> None:
-        """whole_videos: read stored videos whole, for a decoder that is given the file as it is."""
+        """in_parts: read of stored videos what their frames need, see `ShardDataset.start`."""
         self._dataset, self._planner, self._thread = dataset, planner, thread
-        self._in_parts = not whole_videos
+        self._in_parts = in_parts
 
     @property
     def batches_ahead(self) -> int:
