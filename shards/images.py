@@ -126,13 +126,20 @@ def encode_jpeg(image: Image.Image | np.ndarray, short_side: int | None, quality
     """
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
-    if short_side is not None and min(image.size) > short_side:
-        scale = short_side / min(image.size)
-        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    size = scaled_down(image.width, image.height, short_side)
+    if size != image.size:
         image = image.resize(size, Image.Resampling.BICUBIC)
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=DEFAULT_QUALITY if quality is None else quality, exif=b"")
     return stream.getvalue()
+
+
+def scaled_down(width: int, height: int, short_side: int | None) -> tuple[int, int]:
+    """Width and height when the shorter one is at most `short_side` pixels; those given if it is already."""
+    if short_side is None or min(width, height) <= short_side:
+        return width, height
+    scale = short_side / min(width, height)
+    return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 def check_decodes(data: bytes) -> None:

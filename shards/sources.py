@@ -21,6 +21,7 @@ from shards.annotations import Annotation
 from shards.format import MAX_FRAMES, MAX_MEMBER_BYTES
 from shards.images import MAX_FRAME_PIXELS, ImageProbe, encode_jpeg, probe_image, reencode
 from shards.packets import NO_PACKETS, Packets
+from shards.reencoding import reencode_video
 from shards.stored import probe_stored
 from shards.video import VideoError, VideoInfo, frames_at_rate, iter_frames, probe_video
 
@@ -79,7 +80,8 @@ class SourceOptions:
 
     store: "frames" or "video" (the encoded file as it is). image_template: file name of frame k in a folder.
     max_frames: keep at most this many frames, evenly spaced. short_side, quality: re-encode as JPEG; short_side is in
-    pixels. fps: resample video files to this many frames a second.
+    pixels. fps: resample video files to this many frames a second. gop: re-encode stored videos with a key frame at
+    least every `gop` frames, and with `short_side`.
     """
 
     store: str = "frames"
@@ -88,19 +90,30 @@ class SourceOptions:
     short_side: int | None = None
     quality: int | None = None
     fps: float | None = None
+    gop: int | None = None
 
     def __post_init__(self) -> None:
         if self.store not in ("frames", "video"):
             raise ValueError(f"store: expected 'frames' or 'video', got {self.store!r}")
-        for name, low, high in (("max_frames", 1, MAX_FRAMES), ("short_side", 1, 65_535), ("quality", 1, 100)):
+        for name, low, high in (
+            ("max_frames", 1, MAX_FRAMES),
+            ("short_side", 1, 65_535),
+            ("quality", 1, 100),
+            ("gop", 1, 1000),
+        ):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise ValueError(f"{name}: expected {low} to {high}, got {value}")
         if self.fps is not None and not 0 < self.fps <= 1000:
             raise ValueError(f"fps: expected more than 0 and at most 1000, got {self.fps}")
+        if self.gop is not None and self.store != "video":
+            raise ValueError("gop: frames are stored one by one; leave it out, or store videos")
         pixels = [name for name in ("max_frames", "short_side", "quality", "fps") if getattr(self, name) is not None]
-        if self.store == "video" and pixels:
-            raise ValueError(f"{pixels[0]}: stored videos are kept as they are; leave it out or store frames")
+        if self.store == "video" and pixels and (self.gop is None or pixels != ["short_side"]):
+            how = "are kept as they are" if self.gop is None else "keep their frames"
+            too = ", give gop too" if self.gop is None and pixels == ["short_side"] else ""
+            wrong = next(name for name in pixels if self.gop is None or name != "short_side")
+            raise ValueError(f"{wrong}: stored videos {how}; leave it out{too} or store frames")
         check_template(self.image_template)
 
     @property
@@ -109,8 +122,8 @@ class SourceOptions:
         return self.short_side is not None or self.quality is not None
 
     def record(self) -> dict[str, Any]:
-        """The settings as the manifest keeps them."""
-        return asdict(self)
+        """The settings as the manifest keeps them. `gop`, which older ones lack, is there only if it is given."""
+        return {name: value for name, value in asdict(self).items() if name != "gop" or value is not None}
 
 
 OPTION_NAMES = tuple(option.name for option in fields(SourceOptions))
@@ -137,7 +150,7 @@ def read_source(root: Path, annotation: Annotation, options: SourceOptions) -> I
             raise InputError(annotation.name, "a folder of frames cannot be stored as video", "leave --store video out")
         return _read_folder(root, annotation.name, annotation.num_frames, options)
     if options.store == "video":
-        return _read_video_file(root, annotation.name)
+        return _read_video_file(root, annotation.name, options)
     return _decode_video_file(root, annotation.name, options)
 
 
@@ -243,7 +256,7 @@ def _read_unchanged(path: str | Path, folder: int | None = None) -> bytes:
     return data
 
 
-def _read_video_file(root: Path, name: str) -> Iterator[Chunk]:
+def _read_video_file(root: Path, name: str, options: SourceOptions) -> Iterator[Chunk]:
     try:
         if (root / name).stat().st_size > MAX_MEMBER_BYTES:
             raise InputError(name, "the file has 4 GiB or more", "cut it, or store frames")
@@ -253,6 +266,8 @@ def _read_video_file(root: Path, name: str) -> Iterator[Chunk]:
     except ValueError as error:
         raise InputError(name, str(error), "run again when nothing writes to it") from None
     with _explained(name):
+        if options.gop is not None:
+            data = reencode_video(data, gop=options.gop, short_side=options.short_side)
         info, packets = probe_stored(data)
     _check_length(name, info)
     if info.extension is None:

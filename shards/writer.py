@@ -51,6 +51,7 @@ def build_shards(
     replace_unfinished: bool = False,
     store: str = "frames",
     fps: float | None = None,
+    gop: int | None = None,
     progress: Progress | None = None,
     list_name: str | Path = "annotations",
 ) -> Manifest:
@@ -61,17 +62,18 @@ def build_shards(
     it has reached `shard_bytes`, as `webdataset.ShardWriter` does, so it is larger by a part of one video.
 
     Frames of a folder are numbered from 1, or from 0 where frame `num_frames` is missing and frame 0 is there. Their
-    bytes are kept unless short_side (pixels) or quality is given; image_template, max_frames, fps: see `SourceOptions`.
-    store: "frames", or "video" to keep encoded videos whole. workers: threads; by default one a core, and two where
-    frames are copied as they are: more help on network mounts only. on_error: "skip" leaves bad videos out and records
-    them in `Manifest.skipped`. append: adds videos as new shards to a finished data set. replace_unfinished: an
-    unfinished build of other input in the folder is deleted, instead of an error. progress: called with the
-    videos, frames and bytes that were added since its last call. list_name: the list's file, for messages.
+    bytes are kept unless short_side (pixels) or quality is given; image_template, max_frames, fps, gop: see
+    `SourceOptions`. store: "frames", or "video" for encoded videos, as they are without gop. workers: threads; one a
+    core by default, and two where frames are copied as they are: more help on network mounts only. on_error: "skip" leaves
+    bad videos out and records them in `Manifest.skipped`. append: adds videos as new shards to a finished data set.
+    replace_unfinished: an unfinished build of other input in the folder is deleted, instead of an error. progress:
+    called with the videos, frames and bytes that were added since its last call. list_name: the list's file, for
+    messages.
 
     Memory: about 256 MiB of waiting frames, however long the videos are; stored videos are read whole. Raises
     ShardError (bad input, a data set in the way, a full disk) and ValueError (bad settings). Finished shards are kept.
     """
-    options = SourceOptions(store, image_template, max_frames, short_side, quality, fps)
+    options = SourceOptions(store, image_template, max_frames, short_side, quality, fps, gop)
     if on_error not in ("fail", "skip"):
         raise ValueError(f"on_error: expected 'fail' or 'skip', got {on_error!r}")
     for name, value in (("shard_bytes", shard_bytes), ("workers", 1 if workers is None else workers)):
@@ -299,7 +301,8 @@ def _list_digest(annotations: Sequence[Annotation]) -> str:
 
 def _encoder_versions(options: SourceOptions, annotations: Sequence[Annotation]) -> dict[str, str]:
     """Versions of the libraries that the stored bytes depend on."""
-    decodes = options.store == "frames" and any(annotation.num_frames is None for annotation in annotations)
+    decodes = any(annotation.num_frames is None for annotation in annotations)
+    decodes = options.gop is not None or (options.store == "frames" and decodes)
     packages = [*(["pillow"] if options.reencodes or decodes else []), *(["av"] if decodes else [])]
     return {package: version(package) for package in packages}
 

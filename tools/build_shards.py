@@ -71,8 +71,9 @@ def parse_arguments() -> argparse.Namespace:
         "--store",
         choices=("frames", "video"),
         default="frames",
-        help="store JPEG frames, or the video files unchanged (frames)",
+        help="store JPEG frames, or the video files, unchanged without --gop (frames)",
     )
+    add("--gop", type=int, metavar="N", help="--store video: re-encode with a key frame every N frames; 16 reads fast")
     add("--fps", type=float, metavar="N", help="resample video files to N frames a second")
     return parser.parse_args()
 

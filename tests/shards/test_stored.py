@@ -5,6 +5,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 from shard_data import serve
 from videos import encode, pictures
 
@@ -12,11 +13,12 @@ import shards.opening
 import shards.stored
 from shards.annotations import parse_annotations
 from shards.checker import check_datasets
-from shards.format import FORMAT_VERSION, PACKETS_VERSION, SampleError
+from shards.format import FORMAT_VERSION, KEY_PACKET, PACKETS_VERSION, SampleError
 from shards.frames import decode_frames
 from shards.index import read_local_manifest
 from shards.packets import NO_PACKETS, SparseVideo
 from shards.reader import open_dataset
+from shards.sources import SourceOptions
 from shards.stored import decode_stored
 from shards.video import probe_video
 from shards.writer import build_shards
@@ -185,3 +187,38 @@ def test_a_video_whose_packets_lie_is_not_listed(videos, monkeypatch):
 
     monkeypatch.setattr(shards.stored, "_listed", late)
     assert shards.stored.probe_stored(data)[1] is NO_PACKETS
+
+
+def test_gop_encodes_anew_what_shows_the_same(videos, tmp_path):
+    """Upright, at the same times, and small enough to be read in parts."""
+    build(videos, tmp_path / "data", gop=8, short_side=48)
+    build(videos, tmp_path / "again", gop=8, short_side=48, workers=2)
+    assert (tmp_path / "data" / "000000.tar").read_bytes() == (tmp_path / "again" / "000000.tar").read_bytes()
+    with open_dataset(str(tmp_path / "data")) as dataset:
+        for sample in range(len(dataset)):
+            given, data = probe_video(videos / dataset.name(sample)), dataset.read_video(sample)
+            info = probe_video(data)
+            np.testing.assert_allclose(info.times_N, given.times_N, atol=1e-4)
+            is_turned = dataset.name(sample) == "turned.mp4"
+            assert (info.width, info.height) == ((48, 72) if is_turned else (72, 48))
+            frames = [decode_frames(one, [50])[0] for one in (data, videos / dataset.name(sample))]
+            expected = np.asarray(
+                Image.fromarray(frames[1]).resize((info.width, info.height), Image.Resampling.BICUBIC)
+            )
+            assert np.abs(frames[0].astype(int) - expected).mean() < 6
+            keys = np.flatnonzero(shards.stored.probe_stored(data)[1].rows["flags"] & KEY_PACKET)
+            assert keys[0] == 0 and np.diff([*keys, COUNT]).max() <= 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"store": "frames", "gop": 8}, "gop: frames are stored one by one"),
+        ({"store": "video", "gop": 0}, "gop: expected 1 to 1000, got 0"),
+        ({"store": "video", "short_side": 64}, "short_side: stored videos are kept as they are.* give gop too"),
+        ({"store": "video", "gop": 8, "short_side": 64, "quality": 90}, "quality: stored videos keep their frames"),
+    ],
+)
+def test_options_that_contradict_each_other(options, message):
+    with pytest.raises(ValueError, match=message):
+        SourceOptions(**options)

@@ -120,7 +120,7 @@ class _Bench:
 
 
 def remote(
-    setup: Setup, processes: Processes, work: Path, rounds: int, seconds: float, large_index: Path
+    setup: Setup, processes: Processes, work: Path, *, rounds: int, seconds: float, large_index: Path
 ) -> list[Figure]:
     """Ranges against the local loader, cold and warm epochs of whole shards, and the first batch of a large data set.
 
