@@ -64,7 +64,7 @@ def build_shards(
     Frames of a folder are numbered from 1, or from 0 where frame `num_frames` is missing and frame 0 is there. Their
     bytes are kept unless short_side (pixels) or quality is given; image_template, max_frames, fps, gop: see
     `SourceOptions`. store: "frames", or "video" for encoded videos, as they are without gop. workers: threads; one a
-    core by default, and two where frames are copied as they are: more help on network mounts only. on_error: "skip" leaves
+    core by default, two where frames are copied as they are: more help on network mounts only. on_error: "skip" leaves
     bad videos out and records them in `Manifest.skipped`. append: adds videos as new shards to a finished data set.
     replace_unfinished: an unfinished build of other input in the folder is deleted, instead of an error. progress:
     called with the videos, frames and bytes that were added since its last call. list_name: the list's file, for
