@@ -12,14 +12,16 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from shards.ahead import UpcomingShards
 from shards.cache import CacheFullError, ShardCache, entry_name
 from shards.format import Manifest, SampleError
-from shards.local import Check, Extent, OpenFile, Range, pread_exactly
-from shards.remote import RemoteFiles, RemoteShards
+from shards.local import Check, Extent, Fetch, OpenFile, Range, pread_exactly
+from shards.remote import PART_BYTES, RemoteFiles, RemoteShards
+from shards.stores import RangesIgnoredError
 
 _log = logging.getLogger(__name__)
 
@@ -32,6 +34,8 @@ _SHARDS_AT_ONCE = 8
 # A shard that is not needed yet may displace others only if all that is needed before it fills at most this share of
 # the cache: a shard that is fetched too early would displace one that is needed sooner.
 _NEAR_SHARE = 0.5
+# Of a shard that is still on its way at most this share is also fetched by ranges, for readers that need it already.
+_MEANWHILE_SHARE = 0.02
 # Until the upcoming uses are looked at again after all of their shards are here, or nothing more fits.
 _LOOK_SECONDS = 0.2
 
@@ -87,6 +91,7 @@ class CachedShards:
         self._not_ahead: set[int] = set()  # it has failed; a reader will see why
         self._in_use: Counter[int] = Counter()  # shards of fetches that are not done with
         self._done_with: deque[tuple[int, ...]] = deque()  # appended to without a lock: by finalisers
+        self._meanwhile_bytes: Counter[int] = Counter()  # that were fetched by ranges, by shard
         self._next_look = 0.0  # when the upcoming uses are looked at again
         self._ranges.renew()
 
@@ -119,7 +124,7 @@ class CachedShards:
     def start(self, wanted: Sequence[Extent]) -> _CachedFetch:
         """Starts fetching, see `ShardSource`."""
         shards = tuple(dict.fromkeys(extent.shard for extent in wanted if extent.ranges))
-        fetch = _CachedFetch(self, wanted)
+        fetch = _CachedFetch(self, wanted, self.start_meanwhile(wanted))
         with self._lock:
             self._in_use.update(shards)
         weakref.finalize(fetch, self._done_with.append, shards).atexit = False
@@ -127,6 +132,27 @@ class CachedShards:
             if not self._is_paused and not self._has(shard):
                 self._want(shard)
         return fetch
+
+    def start_meanwhile(self, wanted: Sequence[Extent]) -> dict[int, tuple[Fetch, int]]:
+        """Starts to fetch ranges of shards whose downloads take long and have not ended: by extent, the fetch and its
+        number there. A few frames come much sooner than a whole shard; how many bytes may is bounded."""
+        late = []
+        for number, extent in enumerate(wanted):
+            size = sum(stop - start for start, stop in extent.ranges)
+            budget = self._shards[extent.shard].bytes * _MEANWHILE_SHARE
+            if size and self._takes_long(extent.shard) and self._meanwhile_bytes[extent.shard] + size <= budget:
+                self._meanwhile_bytes[extent.shard] += size
+                late.append(number)
+        if not late:
+            return {}
+        fetch = self._ranges.start([wanted[number] for number in late], first=True)
+        return {number: (fetch, place) for place, number in enumerate(late)}
+
+    def _takes_long(self, shard: int) -> bool:
+        with self._lock:
+            download = self._under_way.get(shard)
+        is_written = download is not None and download.written.done()
+        return self._shards[shard].bytes > PART_BYTES and not is_written and not self._has(shard)
 
     def _has(self, shard: int) -> bool:
         return self._cache.has(self._names[shard], self._shards[shard].bytes)
@@ -226,6 +252,7 @@ class CachedShards:
     def _end(self, download: _Download, error: Exception | None) -> None:
         """Settles a download that is over. The caller holds the lock."""
         del self._under_way[download.shard]
+        self._meanwhile_bytes.pop(download.shard, None)
         download.file = None
         over = [download]
         if not isinstance(error, CacheFullError):
@@ -329,6 +356,11 @@ class _CachedFetch:
 
     source: CachedShards
     wanted: Sequence[Extent]
+    meanwhile: dict[int, tuple[Fetch, int]]
 
     def read(self, number: int, check: Check) -> list[bytes]:
+        if number in self.meanwhile:
+            fetch, place = self.meanwhile[number]
+            with suppress(RangesIgnoredError):
+                return fetch.read(place, check)
         return self.source.read(self.wanted[number], check)

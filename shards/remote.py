@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 _BACKOFF_SECONDS = 0.25
 _MAX_BACKOFF_SECONDS = 10.0
-_PART_BYTES = 8 << 20
+PART_BYTES = 8 << 20
 
 
 class RemoteFiles:
@@ -87,7 +87,7 @@ class RemoteFiles:
     def download(self, name: str, total: int, descriptor: int) -> None:
         """Writes the whole file of `total` bytes to an open local file, parts of it at the same time, each piece when
         it comes. Raises ShardError, OSError if writing fails."""
-        parts = [(start, min(total, start + _PART_BYTES)) for start in range(0, total, _PART_BYTES)]
+        parts = [(start, min(total, start + PART_BYTES)) for start in range(0, total, PART_BYTES)]
         try:
             try:
                 self._write_parts(name, parts, total, descriptor)
@@ -98,7 +98,7 @@ class RemoteFiles:
 
     def _write_parts(self, name: str, parts: Sequence[Range], total: int, descriptor: int) -> None:
         requests = [
-            Request(stop - start, partial(self._store_part, name, start, stop, total, descriptor))
+            Request(stop - start, partial(self._store_part, name, start, stop, total, descriptor), is_kept=False)
             for start, stop in parts
         ]
         transfer = self._transfers.submit(requests)
@@ -182,7 +182,7 @@ def _pwrite_all(descriptor: int, data: bytes, offset: int) -> None:
 class _RemoteFetch:
     """The ranges of several extents on their way. Implements Fetch."""
 
-    def __init__(self, source: RemoteShards, wanted: Sequence[Extent]) -> None:
+    def __init__(self, source: RemoteShards, wanted: Sequence[Extent], *, first: bool) -> None:
         self._source, self._wanted = source, wanted
         self._joined = [join_ranges(extent.ranges, extent.max_gap) for extent in wanted]
         self._first: list[int] = []
@@ -190,7 +190,7 @@ class _RemoteFetch:
         for (shard, _, _), joined in zip(wanted, self._joined, strict=True):
             self._first.append(len(requests))
             requests += source.requests(shard, joined)
-        self._transfer = source.files.submit(requests)
+        self._transfer = source.files.submit(requests, first=first)
 
     def read(self, number: int, check: Check) -> list[bytes]:
         shard, ranges, _ = self._wanted[number]
@@ -240,6 +240,6 @@ class RemoteShards:
         info = self._shards[shard]
         return [self.files.request(info.name, start, stop, info.bytes) for start, stop in ranges]
 
-    def start(self, wanted: Sequence[Extent]) -> _RemoteFetch:
-        """Starts fetching, see `ShardSource`."""
-        return _RemoteFetch(self, wanted)
+    def start(self, wanted: Sequence[Extent], *, first: bool = False) -> _RemoteFetch:
+        """Starts fetching, see `ShardSource`. first: before all that is not begun yet."""
+        return _RemoteFetch(self, wanted, first=first)

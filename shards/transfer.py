@@ -23,10 +23,14 @@ BYTES_IN_FLIGHT = 256 << 20
 
 
 class Request(NamedTuple):
-    """One thing to fetch. size: bytes that it counts against the bound. fetch: makes the coroutine that does it."""
+    """One thing to fetch. size: bytes that it counts against the bound. fetch: makes the coroutine that does it.
+
+    is_kept: whether it counts until its body is taken, not only while it is under way: one that is written has none.
+    """
 
     size: int
     fetch: Callable[[], Awaitable[Any]]
+    is_kept: bool = True
 
 
 class Transfer:
@@ -73,6 +77,10 @@ class Transfer:
         """Ends the transfer with an error; the first one counts."""
         if not self._done.done():
             self._done.set_exception(error)
+
+    def count_off(self, size: int) -> None:
+        """Bytes that are not to be released any more when the transfer is taken."""
+        self._size -= size
 
     def end_one(self) -> None:
         """Counts a request that is over or will never be made."""
@@ -239,13 +247,23 @@ class Transfers:
             queued.transfer.end_one()
         return None
 
+    async def _body(self, running: _Loop, transfer: Transfer, request: Request) -> Any:
+        try:
+            return await request.fetch()
+        finally:
+            if not request.is_kept:  # before it is put: whoever takes the transfer then releases the others
+                transfer.count_off(request.size)
+                running.held_bytes -= request.size
+
     async def _work(self, running: _Loop, queued: _Queued | None) -> None:
         """Makes one request after another, until there is none or the bound forbids it."""
         try:
             while queued is not None:
                 transfer, position, request = queued
                 try:
-                    transfer.put(position, await request.fetch())
+                    body = await self._body(running, transfer, request)
+                    transfer.put(position, body)
+                    del body
                 except asyncio.CancelledError:
                     transfer.fail(ValueError("the data set was closed while it was being read"))
                     raise

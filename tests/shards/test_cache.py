@@ -455,3 +455,52 @@ def test_a_store_that_fails_ahead_fails_the_reader_alone(many, tmp_path):
                 dataset.read_many([(sample, np.array([0])) for sample in ids])
                 read.append(ids[0])
         assert read == list(range(0, 40, 4))
+
+
+def test_frames_come_before_their_whole_shard(tmp_path, monkeypatch):
+    """The first batches need not wait until the first shards are here. That costs 2 % of a shard at most."""
+    monkeypatch.setattr(shards.cached, "PART_BYTES", 0)
+    stored = make_dataset(tmp_path / "served" / "data", [100] * 4, videos_per_shard=2, frame_bytes=3000)
+    shard_bytes = (tmp_path / "served" / "data" / "000000.tar").stat().st_size
+    released = threading.Event()
+
+    def hold_whole_shards(handler, body):
+        if len(body) > shard_bytes // 2 and body[257:262] == b"ustar":
+            released.wait(20)
+        return False
+
+    with serve(tmp_path / "served") as server, open_cached(server, tmp_path) as dataset:
+        server.fault = lambda path, count: hold_whole_shards
+        batch = [(sample, np.array([11, 77])) for sample in (0, 3)]
+        before = server.bytes_sent
+        assert dataset.read_many(batch) == [[stored[sample][11], stored[sample][77]] for sample in (0, 3)]
+        assert server.bytes_sent - before <= 0.02 * 2 * shard_bytes and not released.is_set()
+        reading = dataset.start([(0, np.array([5, 50])), (1, np.arange(100))])  # more than that waits for the shard
+        released.set()
+        assert reading.result() == [[stored[0][5], stored[0][50]], stored[1]]
+        settle(dataset)
+        assert server.bytes_sent - before <= 1.02 * 2 * shard_bytes
+
+
+def test_a_shard_larger_than_the_bound_is_fetched_in_many_parts_at_once(tmp_path, monkeypatch):
+    """What is on the disk no longer counts as bytes in flight."""
+    monkeypatch.setattr(shards.remote, "PART_BYTES", 5000)
+    stored = make_dataset(tmp_path / "served" / "data", [50], frame_bytes=3000)
+    under_way, most, lock = [0], [0], threading.Lock()
+
+    def count(handler, body):
+        with lock:
+            under_way[0] += 1
+            most.append(under_way[0])
+        time.sleep(0.02)
+        with lock:
+            under_way[0] -= 1
+        return False
+
+    with serve(tmp_path / "served") as server, open_cached(server, tmp_path, bytes_in_flight=20_000) as dataset:
+        server.fault = lambda path, _: count if path.endswith("tar") else None
+        assert dataset.read(0, np.array([49])) == [stored[0][49]]
+        settle(dataset)
+    parts = most[1:]
+    assert len(parts) == -(-(tmp_path / "served" / "data" / "000000.tar").stat().st_size // 5000)
+    assert max(parts) <= 4 and sum(number >= 3 for number in parts) > len(parts) // 2

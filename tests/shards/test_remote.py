@@ -194,7 +194,7 @@ def test_server_that_ignores_ranges(server, stored):
 
 
 def test_large_files_from_a_server_that_ignores_ranges(server, stored, monkeypatch):
-    monkeypatch.setattr(shards.remote, "_PART_BYTES", 1000)
+    monkeypatch.setattr(shards.remote, "PART_BYTES", 1000)
     for ranges in (True, False):
         server.ranges = ranges
         for file in Path(os.environ["XDG_CACHE_HOME"]).rglob("*.*"):
