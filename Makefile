@@ -7,7 +7,7 @@ PYTEST := pytest -n $(TESTS_AT_ONCE) --dist worksteal
 BIN := .venv/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test check lint mutants audit bench clean
+.PHONY: demo test check lint gpu mutants audit bench clean
 
 demo: .venv/runtime
 	$(BIN)/python tools/demo.py --output demo
@@ -18,6 +18,13 @@ test: .venv/dev
 # Before each commit: all but the tests that take long.
 check: lint
 	$(BIN)/python -m $(PYTEST) -q -m 'not slow and not multihost and not gpu and not long'
+
+# What only a GPU can show, in about ten minutes: the tests that need one, then its benchmark.
+gpu: .venv/dev
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	    mkdir -p bench && $(BIN)/python -m pytest -q -m gpu && \
+	    $(BIN)/python tools/benchmark.py gpu --runs 3 --seconds 4 --json bench/gpu.json; \
+	else echo "make gpu: no GPU is visible, so nothing was run"; fi
 
 # Changes the code in small ways and counts the changes that its tests notice.
 mutants: .venv/dev
