@@ -301,7 +301,7 @@ def test_operations_of_a_step_are_those_of_the_arithmetic():
 
 
 def test_steps_are_measured_where_there_is_no_gpu(workload, small_vit):
-    steps = run_fresh(gpu.train, EngineSetup(workload.shards, small_vit, 2, "bf16"), 2, {"synthetic": False})
+    steps = run_fresh(gpu.train, EngineSetup(workload.shards, small_vit, 2, "bf16"), 2, 1)
     assert steps.videos_per_second > 0
     assert 0 <= steps.waiting < 1
     assert (steps.launches, steps.synchronisations) == (0, 0)

@@ -81,10 +81,13 @@ class Steps:
     synchronisations: int
 
 
-def train(setup: EngineSetup, num_steps: int, data: Mapping[str, object]) -> Steps:
-    """Times `num_steps` steps of the trainer at ZeRO 1. data: changes of the section `data`. In a fresh process."""
+def train(setup: EngineSetup, num_steps: int, workers: int = 0) -> Steps:
+    """Times `num_steps` steps of the trainer at ZeRO 1. Call it in a fresh process.
+
+    workers: threads that load the frames; 0: noise that costs nothing.
+    """
     config = setup.config(1)
-    config = replace(config, data=replace(config.data, **data))  # type: ignore[arg-type]
+    config = replace(config, data=replace(config.data, synthetic=not workers, workers=workers))
     distributed.start()
     with Trainer(config, Path("unused"), StopRequest(), "never") as trainer, settled():
         batches = iter(trainer.train_loader)
@@ -158,14 +161,14 @@ def measure(setup: Setup, engine: Path, rounds: int, seconds: float, models: Map
     ]
     peak = peak_of(torch.cuda.get_device_name()) if has_gpu else None
     for arch, videos in models.items():
-        steps = run_fresh(train, EngineSetup(engine, arch, videos, "bf16"), _TIMED_STEPS, {})
+        steps = run_fresh(train, EngineSetup(engine, arch, videos, "bf16"), _TIMED_STEPS)
         figures += _of_steps(f"step, {arch}, {videos} videos", steps)
         if peak:
             share = steps.videos_per_second * training_flops(arch) / peak
             figures.append(Figure("gpu", f"step, {arch}: share of the peak", "", [share]))
     arch, videos = next(iter(models.items()))
     real = EngineSetup(setup.workload.shards, arch, videos, "bf16")
-    steps = run_fresh(train, real, REAL_STEPS, {"synthetic": False, "workers": setup.workers})
+    steps = run_fresh(train, real, REAL_STEPS, setup.workers)
     return figures + _of_steps(f"{REAL_STEPS} steps on real data, {arch}, {videos} videos", steps)
 
 
