@@ -87,7 +87,8 @@ def train(setup: EngineSetup, num_steps: int, workers: int = 0) -> Steps:
     workers: threads that load the frames; 0: noise that costs nothing.
     """
     config = setup.config(1)
-    config = replace(config, data=replace(config.data, synthetic=not workers, workers=workers))
+    data = replace(config.data, synthetic=not workers, workers=workers)  # type: ignore[type-var]
+    config = replace(config, data=data)  # type: ignore[type-var]
     distributed.start()
     with Trainer(config, Path("unused"), StopRequest(), "never") as trainer, settled():
         batches = iter(trainer.train_loader)
