@@ -51,7 +51,7 @@ def predict(work: Path, clips: Path | None, *, videos: int, minutes: float, thre
     folder.mkdir(parents=True, exist_ok=True)
     model, long = folder / "tiny.json", folder / f"long-{minutes:g}.mp4"
     model.write_text(json.dumps(_TINY))
-    sources = _short_clips(folder, clip_files(clips)) or _photograph_clips(folder)
+    sources = _short_clips(folder, clip_files(clips)) or photograph_clips(folder)
     paths = _copies(sources, folder / f"copies-{videos}", videos)
     if not long.exists():
         _encode(long, _looped(sources, round(60 * minutes * _FPS)), round(60 * minutes * _FPS))
@@ -226,7 +226,7 @@ def _short_clips(folder: Path, files: list[Path]) -> list[Path]:
     return paths
 
 
-def _photograph_clips(folder: Path) -> list[Path]:
+def photograph_clips(folder: Path) -> list[Path]:
     paths = []
     for number, frames in enumerate(photograph_frames(100)):
         paths.append(folder / f"photograph-{number}.mp4")

@@ -34,6 +34,7 @@ from benchmarks.prediction import predict
 from benchmarks.remote import remote
 from benchmarks.scale import scale
 from benchmarks.search import search
+from benchmarks.stored import stored
 from shards.plan import epoch_order
 from shards.writer import build_shards
 from text4vis.config.schema import Config
@@ -333,6 +334,7 @@ SUITES: dict[str, Callable[[Task], list[Figure]]] = {
         threads=task.workers,
         rounds=task.rounds,
     ),
+    "stored": lambda task: stored(task.work, task.clips, task.processes, threads=task.workers, rounds=task.rounds),
     "gpu": lambda task: gpu(lambda: task.setup, task.work, task.rounds, task.seconds),
     "search": lambda task: search(task.work, task.search_windows, task.processes, task.rounds),
 }
