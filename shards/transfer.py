@@ -218,7 +218,10 @@ class Transfers:
 
     def _accept(self, running: _Loop, queued: Sequence[_Queued], first: bool) -> None:
         if first:
-            running.queue.extendleft(reversed(queued))
+            # Behind others without a size: a reader may have to wait for those before it can make room.
+            place = next((place for place, one in enumerate(running.queue) if one.request.size), len(running.queue))
+            for offset, one in enumerate(queued):
+                running.queue.insert(place + offset, one)
         else:
             running.queue.extend(queued)
         self._admit(running)

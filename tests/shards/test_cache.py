@@ -469,7 +469,7 @@ def test_frames_come_before_their_whole_shard(tmp_path, monkeypatch):
             released.wait(20)
         return False
 
-    with serve(tmp_path / "served") as server, open_cached(server, tmp_path) as dataset:
+    with serve(tmp_path / "served") as server, open_cached(server, tmp_path, cache_bytes=10**7) as dataset:
         server.fault = lambda path, count: hold_whole_shards
         batch = [(sample, np.array([11, 77])) for sample in (0, 3)]
         before = server.bytes_sent

@@ -163,3 +163,14 @@ def test_an_index_that_is_here_whole_is_used(server, stored, tmp_path, monkeypat
     with open_served(server, tmp_path) as dataset:
         assert read_everything(dataset) == stored
     assert row_requests(server) == before
+
+
+def test_rows_pass_ranges_of_shards_on_their_way(server, stored, tmp_path, monkeypatch):
+    """With whole shards too no reader waits for itself, however small the bound."""
+    monkeypatch.setattr("shards.cached.PART_BYTES", 0)
+    monkeypatch.setattr("shards.cached._MEANWHILE_SHARE", 1.0)
+    options = {"cache_bytes": 10**7, "bytes_in_flight": 1, "requests_in_flight": 1}
+    with open_served(server, tmp_path, **options) as dataset:
+        readings = [dataset.start([(sample, np.arange(3) * 8)]) for sample in (0, 3, 1, 4, 2, 5)]
+        for sample, reading in zip((0, 3, 1, 4, 2, 5), readings, strict=True):
+            assert reading.result() == [[stored[sample][frame] for frame in (0, 8, 16)]]
