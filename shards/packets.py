@@ -31,6 +31,15 @@ class Packets(NamedTuple):
     stream: np.void
     rows: np.ndarray
 
+    def can_be_of(self, size: int, num_frames: int) -> bool:
+        """Whether they can be those of a file of `size` bytes that shows `num_frames` frames."""
+        stream, rows = self
+        shown = rows[~(rows["flags"] & HIDDEN_PACKET).astype(bool)]
+        ends = rows["offset"].astype(np.int64) + rows["size"]
+        begins_with_key = len(shown) > 0 and shown["flags"][np.argmin(shown["pts"])] & KEY_PACKET
+        ends_fit = stream["head"] <= stream["tail"] <= size and ends.max(initial=0) <= size
+        return bool(begins_with_key and ends_fit and len(shown) == num_frames == len(np.unique(shown["pts"])))
+
 
 NO_PACKETS = Packets(np.zeros(1, STREAM_DTYPE)[0], np.zeros(0, PACKET_DTYPE))
 

@@ -25,7 +25,7 @@ from shards.address import expand_sources
 from shards.ahead import look_ahead, rows_ahead
 from shards.annotations import Label
 from shards.cached import CachedShards
-from shards.format import ShardError, video_crc32
+from shards.format import SampleError, ShardError, video_crc32
 from shards.local import Check, Extent, LocalShards
 from shards.opening import Options, Part, open_part
 from shards.packets import Packets, VideoParts
@@ -350,7 +350,13 @@ class ShardDataset:
             return None
         whole = self._wanted(sample, frames)
         ((start, stop),) = whole.ranges
-        parts = VideoParts(Packets(stream, part.index.packet_rows(video)), stop - start, np.asarray(frames, np.int64))
+        packets, size = Packets(stream, part.index.packet_rows(video)), stop - start
+        if not packets.can_be_of(size, int(self.num_frames[sample])):
+            raise SampleError(
+                f"{self.describe(sample)}: its packets in the index cannot be those of a file of {size} bytes with "
+                f"{self.num_frames[sample]} frames; copy the index again or rebuild it with build_shards"
+            )
+        parts = VideoParts(packets, size, np.asarray(frames, np.int64))
         ranges = [(start + first, start + last) for first, last in parts.ranges]
         return whole._replace(ranges=ranges, positions=[0], parts=parts)
 
