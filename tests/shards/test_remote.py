@@ -10,7 +10,6 @@ import socket
 import threading
 import time
 import traceback
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -34,7 +33,8 @@ import shards.reader
 import shards.remote
 import shards.stores
 from shards.format import ShardError
-from shards.remote import RemoteFiles, join_ranges
+from shards.local import join_ranges
+from shards.remote import RemoteFiles
 from shards.transfer import Transfers
 
 
@@ -433,7 +433,7 @@ def late(fault):
 @pytest.fixture
 def far(tmp_path, monkeypatch):
     """A server 30 ms away. Frames are small and near each other; each is a request all the same."""
-    monkeypatch.setattr(shards.remote, "join_ranges", partial(join_ranges, max_gap=0))
+    monkeypatch.setattr(shards.remote, "join_ranges", lambda ranges, _: join_ranges(ranges, 0))
     frames = make_dataset(tmp_path / "served" / "data", [20] * NUM_VIDEOS, frame_bytes=3000, videos_per_shard=6)
     with serve(tmp_path / "served") as server:
         server.fault = lambda path, count: late(None)
