@@ -11,6 +11,7 @@ import re
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -138,6 +139,12 @@ def _gpu_of(place: Ranks, visible: int) -> int:
     return place.local_rank
 
 
+def use_device() -> None:
+    """Selects the rank's device for the calling thread: a new one would use the first GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+
+
 def start() -> Ranks:
     """Joins the process group (NCCL with GPUs, else gloo) and selects the device. Call once, before any collective.
 
@@ -155,9 +162,8 @@ def start() -> Ranks:
     local_rank = place.local_rank if gpu.index is None else gpu.index
     os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world_size), LOCAL_RANK=str(local_rank))
     os.environ["LOCAL_WORLD_SIZE"] = str(place.local_world_size)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(gpu)
-    else:
+    use_device()
+    if not torch.cuda.is_available():
         # A shared-memory all-reduce that the engine would compile on the first start (needs g++, takes a minute).
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
@@ -215,6 +221,21 @@ def start_max(values: Sequence[int]) -> Callable[[], list[int]]:
         return maxima.tolist()
 
     return finish
+
+
+def new_store(limit: timedelta) -> dist.Store | None:
+    """Words that ranks leave for each other by key, for threads that must not take part in collectives.
+
+    It has a connection of its own, on which a thread may wait. limit: how long it waits for a key before it raises
+    `torch.distributed.DistStoreError`. None in a job of one rank. Collective.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    address, is_main = os.environ["MASTER_ADDR"], dist.get_rank() == 0
+    made = {"timeout": limit, "wait_for_workers": False}
+    main = dist.TCPStore(address, 0, is_master=True, **made) if is_main else None
+    port = from_main(lambda: main.port)  # type: ignore[union-attr]
+    return main or dist.TCPStore(address, port, **made)
 
 
 def gather_to_main(value: Any) -> list[Any] | None:
