@@ -2,7 +2,8 @@
 
 A model of odd sizes with a frozen part and a parameter of one number takes two steps at each ZeRO stage. Its state must
 come out whole, be in the files of a save, go into every other stage unchanged, and give the same third step there. Then
-comes a step whose loss is not a number: it must change nothing. At last one rank cannot write a checkpoint.
+comes a step whose loss is not a number: it must change nothing. With sgd a larger state shows what a rank reads when it
+goes on. At last one rank cannot write a checkpoint.
 """
 
 import itertools
@@ -21,7 +22,7 @@ from text4vis.cluster import distributed
 from text4vis.config.batches import BatchSizes
 from text4vis.config.schema import Config, DataConfig, EngineConfig, SolverConfig
 from text4vis.saved.checkpoint import CheckpointError, State, latest, verify
-from text4vis.training.checkpointing import Saves
+from text4vis.training.checkpointing import Saves, load
 from text4vis.training.engine import EMA, Engine
 
 KINDS = [(0, "none"), (1, "none"), (2, "none"), (3, "none"), (2, "optimizer"), (3, "parameters")]
@@ -115,6 +116,31 @@ def failure_of_the_last_rank(started, output: Path) -> list[str]:
     return distributed.gather_to_main(told) or []
 
 
+def share_read(stage: int, output: Path) -> float:
+    """The share of a moment's file whose bytes this rank reads when it goes on at that stage; rounded up to pages."""
+    torch.manual_seed(0)
+    model = Model()
+    model.head = nn.Linear(7, 1 << 20)
+    config = configuration("fp32", stage, "none", "sgd")
+    first = {name: value.detach().clone() for name, value in model.named_parameters()}
+    started = Engine(model, config, BatchSizes.of(config, distributed.ranks().world_size))
+    started.restore(first.__getitem__, None, 0)
+    saves = Saves(started, output, 1)
+    saves.start(State(2, 8, 4, "f", {}, ["a"]))
+    saves.finish()
+    saves.close()
+    path, resident = latest(output) / "momentum_buffer.safetensors", []
+    started.restore_loss_scaler = lambda _: resident.append(_resident_bytes(path))  # when all else is loaded
+    load(started, path.parent, verify(path.parent))
+    return resident[0] / path.stat().st_size
+
+
+def _resident_bytes(path: Path) -> int:
+    """How much of a file that this process has mapped it has read."""
+    _, mapping = Path("/proc/self/smaps").read_text().split(f"{path}\n")
+    return 1024 * int(mapping.split("Rss:")[1].split()[0])
+
+
 def main() -> None:
     distributed.start()
     precision, optim = sys.argv[1:]
@@ -145,6 +171,9 @@ def main() -> None:
         results.append({
             "from": source, "to": target, "kept": kept, "loss": again - loss, "last": distance(state_of(started), last),
         })  # fmt: skip
+    if optim == "sgd":
+        reads = {stage: share_read(stage, output / f"read {stage}") for stage in (1, 3)}
+        results.append({"reads": distributed.gather_to_main(reads)})
     results.append({"failure": failure_of_the_last_rank(started, output / "full")})
     if distributed.ranks().is_main:
         shutil.rmtree(output)

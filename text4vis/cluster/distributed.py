@@ -237,11 +237,11 @@ def new_store(limit: timedelta) -> dist.Store | None:
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
-    address, is_main = os.environ["MASTER_ADDR"], dist.get_rank() == 0
-    made = {"timeout": limit, "wait_for_workers": False}
-    main = dist.TCPStore(address, 0, is_master=True, **made) if is_main else None
-    port = from_main(lambda: main.port)  # type: ignore[union-attr]
-    return main or dist.TCPStore(address, port, **made)
+    address, store = os.environ["MASTER_ADDR"], None
+    if dist.get_rank() == 0:
+        store = dist.TCPStore(address, 0, is_master=True, timeout=limit, wait_for_workers=False)
+    port = from_main(lambda: store.port)  # type: ignore[union-attr]
+    return store or dist.TCPStore(address, port, timeout=limit, wait_for_workers=False)
 
 
 def gather_to_main(value: Any) -> list[Any] | None:

@@ -106,27 +106,26 @@ def embed_videos(
     embeddings_nVD, labels_n, ids_n = (
         (torch.cat(column) for column in zip(*parts, strict=True)) if parts else [_NONE] * 3
     )
-    seen = [piece.numpy() for piece in distributed.gather_rows(ids_n)]
-    order = np.argsort(np.concatenate(seen), kind="stable") if seen else np.empty(0, np.int64)
+    seen_N = np.concatenate([np.empty(0, np.int64), *(piece.numpy() for piece in distributed.gather_rows(ids_n))])
+    order_N = np.argsort(seen_N, kind="stable")
     if distributed.ranks().is_main:
-        ids_N = np.concatenate(seen)[order]
         expected = np.setdiff1d(np.arange(len(loader.dataset)), [entry["id"] for entry in loader.bad.entries()])
-        if not np.array_equal(ids_N, expected):
-            raise RuntimeError(f"evaluation saw {len(ids_N)} videos, the data set has {len(expected)} that can be used")
-    tables = [_in_order(column, order) for column in (embeddings_nVD, labels_n)]
-    return Embeddings(*tables, ids_N) if distributed.ranks().is_main else None
+        if not np.array_equal(seen_N[order_N], expected):
+            raise RuntimeError(f"evaluation saw {len(seen_N)} videos, {len(expected)} of the data set can be used")
+    embeddings_NVD, labels_N = _in_order(embeddings_nVD, order_N), _in_order(labels_n, order_N)
+    return Embeddings(embeddings_NVD, labels_N, seen_N[order_N]) if distributed.ranks().is_main else None
 
 
 _NONE = torch.empty(0)  # of a rank that has embedded nothing
 
 
-def _in_order(rows: torch.Tensor, order: np.ndarray) -> np.ndarray:
-    """The rows of all ranks on rank 0, where row number order[i] of them comes i-th; empty elsewhere. Collective."""
-    places, table, at = np.argsort(order), np.empty(0), 0
+def _in_order(rows: torch.Tensor, order_N: np.ndarray) -> np.ndarray:
+    """The rows of all ranks on rank 0, of which number order_N[i] comes i-th; nothing elsewhere. Collective."""
+    places_N, table, at = np.argsort(order_N), np.empty(0), 0
     for piece in distributed.gather_rows(rows):
         if not at:
-            table = np.empty((len(order), *piece.shape[1:]), piece.numpy().dtype)
-        table[places[at : at + len(piece)]] = piece.numpy()
+            table = np.empty((len(order_N), *piece.shape[1:]), piece.numpy().dtype)
+        table[places_N[at : at + len(piece)]] = piece.numpy()
         at += len(piece)
     return table
 

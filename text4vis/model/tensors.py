@@ -99,15 +99,14 @@ def layout(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> Layout:
 
     Tensors of wide numbers come first, so that each is aligned; otherwise they keep their order.
     """
-    entries, end = {}, 0
+    entries, begins, end = {}, {}, 0
     for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: -item[1][0].itemsize):
-        begin, end = end, end + dtype.itemsize * math.prod(shape)
-        entries[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        begins[name], end = end, end + dtype.itemsize * math.prod(shape)
+        entries[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [begins[name], end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
-    offsets = {name: len(header) + entry["data_offsets"][0] for name, entry in entries.items()}  # type: ignore[index]
-    return Layout(header, offsets, len(header) + end)
+    return Layout(header, {name: len(header) + begin for name, begin in begins.items()}, len(header) + end)
 
 
 def is_state(content: Any) -> bool:

@@ -132,7 +132,7 @@ class HostMemory:
         if torch.cuda.is_available():
             self._copied = torch.cuda.Event()
             self._copied.record()
-        data = memoryview(self._memory.numpy())
+        data = self._memory.numpy().data
         return {key: data[begin:stop] for key, (begin, stop) in places.items()}
 
     def wait(self) -> None:
