@@ -144,7 +144,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_changes_nothing_in_i
     engine = StandIn(1)
     saves = Saves(engine, tmp_path, 2)
     saves.start(state_after(1))
-    assert checkpoint.latest(tmp_path) is None and names_in(tmp_path) == [".step-00000001.partial"]
+    assert checkpoint.latest(tmp_path) is None and [name[:15] for name in names_in(tmp_path)] == [".step-00000001."]
     engine.weights["a"].zero_()
     saves.check()
     gate.set()
@@ -159,7 +159,9 @@ def test_one_checkpoint_at_a_time_is_written_and_the_end_waits(tmp_path, gate):
     second = threading.Thread(target=saves.start, args=(state_after(2),))
     second.start()
     second.join(0.2)
-    assert second.is_alive() and names_in(tmp_path) == [".step-00000001.partial"], "it waits for the first"
+    assert second.is_alive() and [name[:15] for name in names_in(tmp_path)] == [".step-00000001."], (
+        "it waits for the first"
+    )
     gate.set()
     second.join(60)
     saves.close()
@@ -186,7 +188,9 @@ def test_what_fails_in_the_background_is_raised_by_the_next_call(tmp_path, monke
         saves = Saves(StandIn(1), tmp_path, 2)
         for call in (saves.wait, lambda: saves.start(state_after(3)), saves.finish):
             saves.start(state_after(2))
-            expected = r"step-00000002\.partial/model\.safetensors: cannot be written \(No space.*\); free space"
+            expected = (
+                r"step-00000002\.\w+-\d\.partial/model\.safetensors: cannot be written \(No space.*\); free space"
+            )
             with pytest.raises(CheckpointError, match=expected):
                 call()
         saves.start(state_after(2))

@@ -2,12 +2,14 @@
 
 import hashlib
 import os
+import socket
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from text4vis.saved import checkpoint
+from text4vis.saved.checkpoint import CheckpointError
 from text4vis.training import checkpointing
 from text4vis.training.engine import Shard
 from text4vis.training.snapshot import HostMemory, Plan, write_pieces
@@ -89,6 +91,13 @@ def test_a_part_that_nobody_wrote_is_no_checkpoint(tmp_path):
         checkpointing._joined(
             tmp_path / name, file, [{"parts": {str(tmp_path / name): [vars(part) for part in parts]}}]
         )
+
+
+def test_a_host_that_does_not_share_the_output_is_named(tmp_path):
+    with pytest.raises(
+        CheckpointError, match=rf"{tmp_path}/none: not seen on {socket.gethostname()}; give an --output"
+    ):
+        write_pieces(tmp_path / "none", [(0, memoryview(b"x"))])
 
 
 def test_a_disk_that_takes_few_bytes_at_a_time_gets_them_all(tmp_path, monkeypatch):

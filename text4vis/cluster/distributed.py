@@ -292,9 +292,9 @@ def compute_together(
     part = own[0].new_zeros(len(own), batch_size, *own[0].shape[1:])
     for padded, batch in zip(part, own, strict=True):
         padded[: len(batch)] = batch
-    whole = part.new_empty(size * len(part), *part.shape[1:])
-    dist.all_gather_into_tensor(whole, part, _control[0] if _control else None)
-    return whole.unflatten(0, (size, len(part))).transpose(0, 1).flatten(0, 2)[: len(rows)]
+    parts = [torch.empty_like(part) for _ in range(size)]
+    dist.all_gather(parts, part, _control[0] if _control else None)
+    return torch.stack(parts, dim=1).flatten(0, 2)[: len(rows)]
 
 
 def from_main(make: Callable[[], T]) -> T:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+import secrets
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -37,15 +38,16 @@ WRITE_MINUTES = 30  # that ranks wait for the slowest one's part
 
 @dataclass(frozen=True)
 class _Folder:
-    """A checkpoint or the best weights on their way to disk. state: without the digests, which follow from writing."""
+    """A checkpoint or the best weights on their way to disk.
+
+    temporary: a name that no save had before: for a minute after a rename, another host's NFS may take the old name for
+    the finished folder. state: without the digests, which follow from writing.
+    """
 
     final: Path
+    temporary: Path
     state: State
     files: dict[str, File]
-
-    @property
-    def temporary(self) -> Path:
-        return self.final.with_name(f".{self.final.name}.partial")
 
     def make(self) -> None:
         """Makes the unfinished folder with files of their full size.
@@ -74,6 +76,7 @@ class Saves:
     def __init__(self, engine: Engine, output: Path, keep: int) -> None:
         self._engine, self._output, self._keep = engine, output, keep
         self._memory = HostMemory()
+        self._mark = distributed.from_main(lambda: secrets.token_hex(4))  # of this job
         self._store = distributed.new_store(timedelta(minutes=WRITE_MINUTES))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save", initializer=distributed.use_device)
         self._running: Future[None] | None = None
@@ -96,10 +99,11 @@ class Saves:
         the disk has no room.
         """
         self.wait()
-        plan, folder = Plan(self._engine), self._output / "checkpoints"
+        self._count += 1
+        plan = Plan(self._engine)
         step = replace(state, loss_scaler=self._engine.loss_scaler_state())
-        folders = [_Folder(folder / BEST, state, plan.best())] if best else []
-        folders.append(_Folder(folder / f"step-{state.step:08d}", step, plan.checkpoint()))
+        folders = [self._folder(BEST, state, plan.best())] if best else []
+        folders.append(self._folder(f"step-{state.step:08d}", step, plan.checkpoint()))
         distributed.from_main(lambda: _make_all(folders))
         held = self._memory.hold(plan.shards)
         writes = {
@@ -107,8 +111,11 @@ class Saves:
             for folder in folders
             for name, file in folder.files.items()
         }
-        self._count += 1
         self._running = self._thread.submit(self._save, f"save-{self._count}", folders, writes)
+
+    def _folder(self, name: str, state: State, files: dict[str, File]) -> _Folder:
+        place = self._output / "checkpoints"
+        return _Folder(place / name, place / f".{name}.{self._mark}-{self._count}.partial", state, files)
 
     def check(self) -> None:
         """Raises what has failed in the background, without waiting."""

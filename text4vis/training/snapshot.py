@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,6 +164,9 @@ def write_pieces(path: Path, pieces: Pieces) -> list[Part]:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+    except FileNotFoundError:
+        host = socket.gethostname()
+        raise CheckpointError(f"{path}: not seen on {host}; give an --output that all hosts share") from None
     except OSError as error:
         reason = error.strerror or str(error)
         raise CheckpointError(f"{path}: cannot be written ({reason}); free space on the disk") from None
