@@ -77,7 +77,9 @@ class Saves:
         self._engine, self._output, self._keep = engine, output, keep
         self._memory = HostMemory()
         self._mark = distributed.from_main(lambda: secrets.token_hex(4))  # of this job
-        self._store = distributed.new_store(timedelta(minutes=WRITE_MINUTES))
+        # Rank 0 always answers, unless it ends; so the others wait for long.
+        limit = timedelta(minutes=WRITE_MINUTES) if distributed.ranks().is_main else timedelta(days=9)
+        self._store = distributed.new_store(limit)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save", initializer=distributed.use_device)
         self._running: Future[None] | None = None
         self._count = 0
@@ -168,7 +170,7 @@ class Saves:
                 reports.append(json.loads(self._store.get(f"{key}-of-{rank}")))
                 self._store.delete_key(f"{key}-of-{rank}")
             except DistStoreError:
-                reports.append({"error": f"{folders[-1].final}: rank {rank} wrote nothing for {WRITE_MINUTES} minutes"})
+                return f"{folders[-1].final}: rank {rank} has not written its part for {WRITE_MINUTES} minutes"
         if failures := [report["error"] for report in reports if "error" in report]:
             return failures[0]
         try:
@@ -198,7 +200,9 @@ def _make_all(folders: list[_Folder]) -> None:
         for folder in folders:
             folder.make()
     except OSError as error:
-        raise CheckpointError(f"{error.filename or place}: cannot be written ({error.strerror})") from None
+        raise CheckpointError(
+            f"{error.filename or place}: cannot be written ({error.strerror}); name another --output"
+        ) from None
 
 
 def _joined(path: Path, file: File, reports: list[dict]) -> Digests:
