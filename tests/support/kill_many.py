@@ -36,8 +36,9 @@ def kill_and_go_on(
     """
     draw = random.Random(seed)
     done = 0
-    options = f"--ledger {ledgers} --slow 0.05 --slow-save {SLOW_SAVE if in_saves else 0}"
     while True:
+        slow_save = SLOW_SAVE if in_saves and done < kills else 0
+        options = f"--ledger {ledgers} --slow 0.05 --slow-save {slow_save}"
         processes = project.start_with(output, options, *settings, ranks=ranks)
         started = time.time()
         if done < kills:
