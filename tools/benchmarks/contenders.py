@@ -28,7 +28,7 @@ from benchmarks.data import Workload
 from text4vis.config.loading import config_from_dict
 from text4vis.config.schema import Config
 from text4vis.data import augmentation, sampling
-from text4vis.data.dali import image_graph, outputs, start_run
+from text4vis.data.dali import outputs, region_graph, start_regions
 from text4vis.data.loader import build_loader
 from text4vis.data.plan import BatchPlan
 from text4vis.data.prefetch import pipelined
@@ -86,13 +86,11 @@ def decode_only(setup: Setup) -> Iterator[Batches]:
     with build_loader(setup.train, "train") as loader:
         plans = list(itertools.islice(loader.plans(), _CEILING_BATCHES))
         read = [(plan, list(itertools.chain(*loader.dataset.read_many(plan.requests)))) for plan in plans]
-        graph = image_graph(
-            device_id=None, num_threads=setup.workers, batch_size=loader.planner.max_frames, resize=None
-        )
+        graph = region_graph(num_threads=setup.workers, batch_size=loader.planner.max_frames)
 
         def start(item: tuple[BatchPlan, list[bytes]]) -> BatchPlan:
             plan, encoded = item
-            start_run(graph, encoded, [frame.geometry.region for video in plan.videos for frame in video.frames])
+            start_regions(graph, encoded, [frame.geometry.region for video in plan.videos for frame in video.frames])
             return plan
 
         def finish(plan: BatchPlan) -> Sized:
