@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any, Generic
@@ -84,7 +85,7 @@ class Repair(Generic[Done_co]):
         except RuntimeError as error:
             # DALI's report: the traceback of the graph's definition, then what went wrong, then advice.
             met = str(error).rpartition("encountered:")[2].partition("Current pipeline")[0]
-            if "memory" in met.lower():
+            if re.search("bad_alloc|memory(?! file)", met, re.IGNORECASE):  # DALI calls each video a "memory file"
                 raise
             reason = undecodable(self._dataset, sample, " ".join(met.split()))
         self._bad.add(sample, reason)
