@@ -20,7 +20,8 @@ def why_not_nvdec(source: Source, num_frames: int, size: tuple[int, int]) -> str
 
     DALI's decoder turns no picture, takes every video for BT.601 in limited range, and numbers frames by packets, those
     that edit lists hide among them. So packets must tell the frames for certain, as many as the index has, and the
-    first and the last group of pictures must begin with a frame of the right size and kind.
+    first and the last group of pictures must begin with a frame of the right size and kind. Transport streams may
+    change their pictures anywhere.
     """
     try:
         with opened_video(source) as (container, stream):
@@ -28,8 +29,11 @@ def why_not_nvdec(source: Source, num_frames: int, size: tuple[int, int]) -> str
             reason = _why_not_by_packets(container, stream, table, num_frames)
             if reason or table is None:
                 return reason
-            reasons = (_why_not_by_frame(container, stream, key, size) for key in (table.key_pts[0], table.key_pts[-1]))
-            return next((reason for reason in reasons if reason), None)
+            for key in {table.key_pts[0], table.key_pts[-1]}:
+                container.seek(key, stream=stream, backward=True)
+                if reason := _why_not_by_frame(next(decoded_frames(container, stream)), size):
+                    return reason
+            return None
     except (VideoError, StopIteration):
         return "that are damaged"
 
@@ -41,25 +45,23 @@ def _why_not_by_packets(
         return "with several streams of pictures"
     if stream.codec_context.name not in _CODECS:
         return f"in {stream.codec_context.name}"
-    if table is not None and table.discards:
-        return "with an edit list"
-    if table is None or table.timing is None:
-        return "whose packets do not tell the frames"
+    if container.format.name in ("mpegts", "mpeg"):
+        return "in a transport or program stream"
+    if table is None or table.timing is None or table.discards:
+        return "with an edit list, or whose packets do not tell the frames"
     return "of another length than the index says" if len(table.pts) != num_frames else None
 
 
-def _why_not_by_frame(container: InputContainer, stream: av.VideoStream, key: int, size: tuple[int, int]) -> str | None:
-    """What is wrong with the frame that decoding gives first from a key frame on. Raises StopIteration, VideoError."""
-    container.seek(key, stream=stream, backward=True)
-    frame = next(decoded_frames(container, stream))
+def _why_not_by_frame(frame: av.VideoFrame, size: tuple[int, int]) -> str | None:
     if turning_filters(frame):
         return "that are turned or mirrored"
     if (frame.height, frame.width) != size:
         return "of another size than the index says"
-    if frame.format.name != "yuv420p" or frame.width % 2 or frame.height % 2:
+    if frame.format.name not in ("yuv420p", "yuvj420p") or frame.width % 2 or frame.height % 2:
         return "not in 8 bits 4:2:0 with even sides"
     if frame.interlaced_frame:
         return "of interlaced pictures"
-    if int(frame.colorspace) not in _BT601 | {UNSPECIFIED} or int(frame.color_range) not in (0, _LIMITED):
-        return "in other colours than BT.601 of limited range (BT.709, full range)"
+    is_full = frame.format.name == "yuvj420p" or int(frame.color_range) not in (0, _LIMITED)
+    if is_full or int(frame.colorspace) not in _BT601 | {UNSPECIFIED}:
+        return "in other colours than BT.601 of limited range"
     return None

@@ -6,6 +6,7 @@ k distinct frames of a video; H, W of the region that is decoded.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -139,20 +140,24 @@ def _region(dataset: ShardDataset, plan: VideoPlan, position: int, image: np.nda
 
 
 def explained(dataset: ShardDataset, videos: Sequence[ReadVideo], error: RuntimeError) -> Exception:
-    """SampleError about the first video that Pillow or PyAV does not decode either; `error` where they decode all.
+    """SampleError about the first stored frame that Pillow does not decode either; `error` where it decodes all.
 
-    DALI's report is about the whole batch and does not say which file failed.
+    DALI's report is about the whole batch and does not say which frame failed.
     """
-    for video in videos:
-        if video.is_stored_video:
-            try:
-                planned_regions(dataset, video)
-            except SampleError as reason:
-                return reason
-            continue
-        for frame, data in zip(video.plan.frames, video.files, strict=True):
+    for video in videos if not out_of_memory(error) else ():
+        for frame, data in zip(video.plan.frames, () if video.is_stored_video else video.files, strict=False):
             try:
                 Image.open(io.BytesIO(data)).load()
             except Exception as reason:
                 return SampleError(undecodable(dataset, video.plan.sample, reason, frame.number))
     return error
+
+
+def report_of(error: RuntimeError) -> str:
+    """What went wrong, of DALI's report: the traceback of the graph's definition comes before it, advice after it."""
+    return " ".join(str(error).rpartition("encountered:")[2].partition("Current pipeline")[0].split())
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether no video is at fault. DALI calls every video a "memory file"."""
+    return bool(re.search("bad_alloc|memory(?! file)", report_of(error), re.IGNORECASE))

@@ -22,7 +22,7 @@ from shards.reader import ShardDataset
 from text4vis.config.schema import Config
 from text4vis.data import dali
 from text4vis.data.augmentation import frame_rule
-from text4vis.data.decoding import Graph, explained, planned_regions
+from text4vis.data.decoding import Graph, explained, out_of_memory, planned_regions, report_of
 from text4vis.data.finishing import place
 from text4vis.data.plan import Planner, VideoPlan
 from text4vis.data.reading import ReadVideo
@@ -53,21 +53,33 @@ class VideoChoice:
     """Which stored videos NVIDIA's decoder may decode, because it shows them as PyAV does.
 
     Each is looked at once for all passes of a loader, in milliseconds. The log says once how many are decoded on the
-    CPU, and why: after 500 videos, or at the end of the first pass.
+    CPU, and why: after 500 videos, or at the end of the first pass. Where NVIDIA's decoder fails on videos that PyAV
+    decodes (a GPU may not know their codec), it gets no more of them.
     """
 
     def __init__(self, dataset: ShardDataset) -> None:
         self._dataset = dataset
         self._reasons: dict[int, str | None] = {}  # by sample
-        self._said = False
+        self._said = self._gave_up = False
 
     def by_nvdec(self, video: ReadVideo) -> bool:
         """Whether NVIDIA's decoder shows a stored video as PyAV does."""
         sample = video.plan.sample
+        if self._gave_up:
+            return False
         if sample not in self._reasons:
             num_frames = int(self._dataset.num_frames[sample])
             self._reasons[sample] = why_not_nvdec(video.files[0], num_frames, video.plan.frames[0].size)
         return self._reasons[sample] is None
+
+    def give_up(self, error: RuntimeError) -> None:
+        """Leaves all further videos to PyAV, and says so."""
+        if not self._gave_up:
+            logger.warning(
+                "NVIDIA's decoder failed on sound stored videos, so all are decoded on the CPU from here on: %s",
+                report_of(error),
+            )
+        self._gave_up = True
 
     def say(self, at_least: int = 0) -> None:
         """Logs the counts, unless they were logged before or fewer than `at_least` videos were looked at."""
@@ -137,7 +149,8 @@ class GpuDecoder:
         device_id: int | None,
         num_threads: int,
     ) -> None:
-        self._planner, self._threads, self._choice = planner, threads, choice
+        self._planner, self._dataset = planner, planner.dataset
+        self._threads, self._choice = threads, choice
         self._steps = steps_of(config, planner)
         view_graph = partial(dali.view_graph, self._steps, device_id=device_id, num_threads=num_threads)
         video_graph = partial(dali.video_graph, self._steps, device_id=device_id, num_threads=num_threads)
@@ -174,37 +187,47 @@ class GpuDecoder:
     def _placed(self, video: ReadVideo) -> np.ndarray:
         """The views (V, T, S, S, 3) uint8 of a stored video, decoded and finished on the CPU. Raises SampleError."""
         views_VTSS3 = np.empty(self._planner.views_shape, np.uint8)
-        for frame, region in zip(video.plan.frames, planned_regions(self._planner.dataset, video), strict=True):
+        for frame, region in zip(video.plan.frames, planned_regions(self._dataset, video), strict=True):
             place(region, frame.geometry, frame.targets, views_VTSS3)
         return views_VTSS3
 
     def finish(self, run: GpuRun) -> GpuBatch:
         """The batch. Raises SampleError, RuntimeError."""
-        decoded: list[dali.Tensor] = []
-        failed: RuntimeError | None = None
-        for outputs in (run.stored_frames, run.stored_videos):  # both, even if one fails: the next batch's come next
-            try:
-                decoded += outputs(dali.dense_outputs) if outputs else []
-            except RuntimeError as error:
-                failed = error
-        if failed is not None:
-            raise explained(self._planner.dataset, run.videos, failed) from failed
-        parts = [torch.from_dlpack(tensor) for tensor in decoded]
-        parts += [torch.from_numpy(views.result()) for views in run.on_cpu.values()]
-        return GpuBatch([video.plan for video in run.videos], parts, self._rows(run))
+        outputs = [_outputs(run.stored_frames), _outputs(run.stored_videos)]  # both: the next batch's follow
+        frames, sequences = outputs
+        if isinstance(frames, RuntimeError):
+            raise explained(self._dataset, run.videos, frames) from frames
+        by_nvdec, on_cpu = run.by_nvdec, {row: views.result() for row, views in run.on_cpu.items()}
+        if isinstance(sequences, RuntimeError):
+            if out_of_memory(sequences):
+                raise sequences
+            on_cpu |= {row: self._placed(run.videos[row]) for row in sorted(by_nvdec)}
+            self._choice.give_up(sequences)
+            by_nvdec, sequences = set(), []
+        parts = [torch.from_dlpack(tensor) for tensor in (*frames, *sequences)]
+        parts += [torch.from_numpy(views_VTSS3) for views_VTSS3 in on_cpu.values()]
+        return GpuBatch([video.plan for video in run.videos], parts, self._rows(run.videos, by_nvdec, list(on_cpu)))
 
-    def _rows(self, run: GpuRun) -> np.ndarray:
+    def _rows(self, videos: list[ReadVideo], by_nvdec: set[int], on_cpu: list[int]) -> np.ndarray:
         """Which picture is which frame, (B, V, T) int64: those of stored frames come first, then NVDEC's, then ours."""
-        shape = (len(run.videos), *self._planner.views_shape[:2])
-        rows_BVT, next_row, num_crops = np.empty(shape, np.int64), 0, self._steps.num_crops
-        stored_frames = [row for row, video in enumerate(run.videos) if not video.is_stored_video]
-        for row in (*stored_frames, *sorted(run.by_nvdec)):
-            for frame in run.videos[row].plan.frames:
+        shape = (len(videos), *self._planner.views_shape[:2])
+        rows_BVT, next_row = np.empty(shape, np.int64), 0
+        stored_frames = [row for row, video in enumerate(videos) if not video.is_stored_video]
+        for row in (*stored_frames, *sorted(by_nvdec)):
+            for frame in videos[row].plan.frames:
                 for v, t, c in frame.targets:
                     rows_BVT[row, v, t] = next_row + c
-                next_row += num_crops
-        for row in run.on_cpu:
+                next_row += self._steps.num_crops
+        for row in on_cpu:
             count = rows_BVT[row].size
             rows_BVT[row] = np.arange(next_row, next_row + count).reshape(shape[1:])
             next_row += count
         return rows_BVT
+
+
+def _outputs(waiting: Callable[..., list[dali.Tensor]] | None) -> list[dali.Tensor] | RuntimeError:
+    """The outputs of a run, or why there are none."""
+    try:
+        return waiting(dali.dense_outputs) if waiting else []
+    except RuntimeError as error:
+        return error

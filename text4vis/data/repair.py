@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any, Generic
@@ -13,7 +12,7 @@ import numpy as np
 from shards.format import SampleError
 from shards.reader import ShardDataset
 from text4vis.data.bad_videos import BadVideos
-from text4vis.data.decoding import Decoder, Done_co
+from text4vis.data.decoding import Decoder, Done_co, out_of_memory, report_of
 from text4vis.data.plan import Picked, Planner
 from text4vis.data.reading import PlanReader, ReadVideo, undecodable
 
@@ -83,10 +82,8 @@ class Repair(Generic[Done_co]):
         except SampleError as error:
             reason = str(error)
         except RuntimeError as error:
-            # DALI's report: the traceback of the graph's definition, then what went wrong, then advice.
-            met = str(error).rpartition("encountered:")[2].partition("Current pipeline")[0]
-            if re.search("bad_alloc|memory(?! file)", met, re.IGNORECASE):  # DALI calls each video a "memory file"
+            if out_of_memory(error):
                 raise
-            reason = undecodable(self._dataset, sample, " ".join(met.split()))
+            reason = undecodable(self._dataset, sample, report_of(error))
         self._bad.add(sample, reason)
         return None
