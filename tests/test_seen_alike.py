@@ -99,10 +99,10 @@ def test_on_a_gpu_pyav_decodes_what_dali_would_show_otherwise(tmp_path, monkeypa
     )  # fmt: skip
     expected = evaluated(tmp_path / "stored")
     monkeypatch.setattr(dali, "video_graph", lambda *_, **__: pytest.fail("a graph was built"))
-    config, dataset = config_of(tmp_path / "stored"), open_dataset([str(tmp_path / "stored")])
-    planner = Planner(config, "val", dataset, 0, 1)
+    dataset = open_dataset([str(tmp_path / "stored")])
+    planner = Planner(config_of(tmp_path / "stored"), "val", dataset, 0, 1)
     with ThreadPoolExecutor(1) as threads, dataset:
-        decoder = GpuDecoder(config, planner, threads, VideoChoice(dataset), device_id=0, num_threads=1)
+        decoder = GpuDecoder(planner, threads, VideoChoice(dataset), device_id=0, num_threads=1)
         for picked in planner.batches():
             batch = decoder.finish(decoder.start(PlanReader(dataset, planner, threads).read(picked)))
             for plan, frames_VTSS3 in zip(batch.videos, batch.frames(torch.device("cpu")), strict=True):

@@ -156,8 +156,9 @@ def test_every_format_is_what_the_cpu_decodes():
 def test_the_graph_of_videos_shows_the_frames_of_pyav(tmp_path):
     """VP9, which DALI's CPU decoder knows; chroma is interpolated differently. A frame past the end is an error."""
     path = encode(tmp_path / "v.webm", "libvpx-vp9", images=pictures(12, 96, 72))
-    frames, steps = list(iter_frames(path)), Steps(64, 2, "bicubic")
-    geometry = Geometry((4, 10, 64, 80), 64, 80, "bicubic", (Crop(0, 3), Crop(0, 16)))
+    frames, steps = list(iter_frames(path)), Steps(64, 2, "bicubic", **ALL)
+    crops = (Crop(0, 3), Crop(0, 16, flip=True, grey=True, blur=1.0, solarize=True))
+    geometry = Geometry((4, 10, 64, 80), 64, 80, "bicubic", crops)
     graph = dali.video_graph(steps, device_id=None, num_threads=1, batch_size=2)
     numbers = [np.array([0, 3, 11], np.int32), np.array([5], np.int32)]
     start_views(graph, steps, [path.read_bytes()] * 2, [geometry] * 2, numbers)

@@ -17,6 +17,7 @@ from shards.annotations import parse_annotations
 from shards.format import ShardError
 from shards.writer import build_shards
 from text4vis.config.schema import ConfigError
+from text4vis.data import dali
 from text4vis.data import loader as loading
 from text4vis.data.gpu_decoding import GpuDecoder, VideoChoice
 from text4vis.data.loader import build_loader
@@ -103,6 +104,8 @@ def test_frames_and_videos_of_every_kind_share_a_batch(mixed, split, data, caplo
         assert mean == 0 if i in on_cpu else mean < 2, i
     assert len(on_cpu) == 2
     (said,) = [record.getMessage() for record in caplog.records]
+    loader._choice.say()  # says it once
+    assert len(caplog.records) == 1
     assert said.startswith("2 of the first 4 stored videos are decoded on the CPU")
     assert "1 that are turned or mirrored" in said and "1 in other colours than BT.601" in said
 
@@ -152,7 +155,7 @@ def test_a_damaged_video_is_named_and_want_of_memory_is_no_damage(mixed, monkeyp
         planner = loader.planner
         videos = PlanReader(loader.dataset, planner, threads).read(next(planner.batches()))
         choice = VideoChoice(loader.dataset)
-        decoder = GpuDecoder(config, planner, threads, choice, device_id=None, num_threads=1)
+        decoder = GpuDecoder(planner, threads, choice, device_id=None, num_threads=1)
         damaged = [video._replace(files=[video.files[0][:300]]) for video in videos]
         with pytest.raises(ShardError, match="does not decode"):
             decoder.finish(decoder.start(damaged))
@@ -170,7 +173,7 @@ def test_a_damaged_video_is_named_and_want_of_memory_is_no_damage(mixed, monkeyp
 
 def test_a_graph_is_built_when_it_is_needed_and_again_after_an_error(shards, monkeypatch):
     built = []
-    make = loading.GpuDecoder.__init__.__globals__["dali"].view_graph
+    make = dali.view_graph
     monkeypatch.setattr(
         "text4vis.data.dali.view_graph", lambda *args, **kw: built.append("frames") or make(*args, **kw)
     )
@@ -178,8 +181,7 @@ def test_a_graph_is_built_when_it_is_needed_and_again_after_an_error(shards, mon
     with build_loader(settings(shards), "val") as loader, ThreadPoolExecutor(2) as threads:
         reader, planner = PlanReader(loader.dataset, loader.planner, threads), loader.planner
         batches = [reader.read(picked) for picked in itertools.islice(planner.batches(), 4)]
-        choice = VideoChoice(loader.dataset)
-        decoder = GpuDecoder(loader.config, planner, threads, choice, device_id=None, num_threads=1)
+        decoder = GpuDecoder(planner, threads, VideoChoice(loader.dataset), device_id=None, num_threads=1)
         assert built == []
         expected = [decoder.finish(decoder.start(videos)).frames(torch.device("cpu")) for videos in batches]
         assert built == ["frames"]

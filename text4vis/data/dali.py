@@ -192,7 +192,9 @@ def _view(images: DataNode, steps: Steps, number: int) -> DataNode:
         sigma, window = _input(f"sigma{number}", types.FLOAT), _input(f"window{number}", types.INT32)
         view = fn.gaussian_blur(view, sigma=sigma, window_size=window)
     if steps.solarize:
-        view = fn.cast(dali_math.min(view, _input(f"ceiling{number}", types.INT16) - view), dtype=types.UINT8)
+        ceiling = _input(f"ceiling{number}", types.INT16)
+        ceiling = ceiling.gpu() if view.device == "gpu" else ceiling
+        view = fn.cast(dali_math.min(view, ceiling - view), dtype=types.UINT8)
     return view
 
 

@@ -19,7 +19,6 @@ import torch
 
 from shards.nvdec import why_not_nvdec
 from shards.reader import ShardDataset
-from text4vis.config.schema import Config
 from text4vis.data import dali
 from text4vis.data.augmentation import frame_rule
 from text4vis.data.decoding import Graph, explained, out_of_memory, planned_regions, report_of
@@ -32,9 +31,9 @@ logger = logging.getLogger("text4vis")
 _TELLING_VIDEOS = 500
 
 
-def steps_of(config: Config, planner: Planner) -> dali.Steps:
+def steps_of(planner: Planner) -> dali.Steps:
     """The graph's steps for the batches of a planner that draws no RandAugment."""
-    data = config.data
+    data = planner.config.data
     if not planner.augments:
         _, interpolation = frame_rule(data)
         return dali.Steps(data.input_size, planner.num_crops, interpolation, flip=planner.num_crops == 10)
@@ -141,7 +140,6 @@ class GpuDecoder:
 
     def __init__(
         self,
-        config: Config,
         planner: Planner,
         threads: ThreadPoolExecutor,
         choice: VideoChoice,
@@ -151,7 +149,7 @@ class GpuDecoder:
     ) -> None:
         self._planner, self._dataset = planner, planner.dataset
         self._threads, self._choice = threads, choice
-        self._steps = steps_of(config, planner)
+        self._steps = steps_of(planner)
         view_graph = partial(dali.view_graph, self._steps, device_id=device_id, num_threads=num_threads)
         video_graph = partial(dali.video_graph, self._steps, device_id=device_id, num_threads=num_threads)
         self._images = Graph(lambda: view_graph(batch_size=planner.max_frames))

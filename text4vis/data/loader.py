@@ -185,10 +185,13 @@ class Loader:
                 made = self._made_on_gpu(reader, decodes)
             else:
                 made = self._made_on_cpu(reader, decodes, finishes)
-            for videos, make, sources in made:
-                if videos:  # in evaluation nothing may be left of a batch
-                    sent = hand_over.send(partial(make, self._target), sources)
-                    yield _batch(self.planner.batch_plan(videos), sent)
+            try:
+                for videos, make, sources in made:
+                    if videos:  # in evaluation nothing may be left of a batch
+                        sent = hand_over.send(partial(make, self._target), sources)
+                        yield _batch(self.planner.batch_plan(videos), sent)
+            finally:
+                self._choice.say()
 
     def _made_on_cpu(
         self, reader: PlanReader, decodes: ThreadPoolExecutor, finishes: ThreadPoolExecutor
@@ -205,13 +208,8 @@ class Loader:
     def _made_on_gpu(self, reader: PlanReader, decodes: ThreadPoolExecutor) -> Iterator[Made]:
         """Decodes and finishes on the GPU; what is left to do is to put the frames into their order."""
         graph = {"device_id": self._target.index, "num_threads": self._num_threads}
-        try:
-            for decoded in self._decoded(
-                reader, lambda: GpuDecoder(self.config, self.planner, decodes, self._choice, **graph)
-            ):
-                yield decoded.videos, decoded.frames, decoded
-        finally:
-            self._choice.say()
+        for decoded in self._decoded(reader, lambda: GpuDecoder(self.planner, decodes, self._choice, **graph)):
+            yield decoded.videos, decoded.frames, decoded
 
     def _decoded(self, reader: PlanReader, make_decoder: Callable[[], Decoder[Any, Done_co]]) -> Iterator[Done_co]:
         """Reads and decodes batch after batch; repairs those that cannot be, with `data.on_error: skip`."""

@@ -92,7 +92,7 @@ def decode_only(setup: Setup, device_id: int | None = None) -> Iterator[Batches]
         plans = list(itertools.islice(loader.plans(), _CEILING_BATCHES))
         read = [(plan, list(itertools.chain(*loader.dataset.read_many(plan.requests)))) for plan in plans]
         options = {"num_threads": setup.workers, "batch_size": loader.planner.max_frames}
-        steps = steps_of(loader.config, loader.planner)
+        steps = steps_of(loader.planner)
         graph = (
             dali.region_graph(**options)
             if device_id is None
