@@ -11,6 +11,7 @@ import torch
 from batches import build, build_graph_loader, settings
 from frame_folders import make_frame_folders
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from videos import encode, pictures
 
 from shards.annotations import parse_annotations
@@ -193,6 +194,32 @@ def test_a_graph_is_built_when_it_is_needed_and_again_after_an_error(shards, mon
         for videos, frames in zip(batches, expected, strict=True):
             assert decoder.finish(decoder.start(videos)).frames(torch.device("cpu")).equal(frames)
         assert built == ["frames"] * 2
+
+
+class Counted(TorchDispatchMode):
+    """Notes the operations that PyTorch carries out, but for views, which cost a GPU nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view:
+            self.names.append(func.__name__)
+        return func(*args, **kwargs or {})
+
+
+def test_a_batch_of_any_size_is_one_gather(photographs):
+    for data in ({"batch_size": 1}, {"batch_size": 36, "test_clips": 4, "test_crops": 3}):
+        loader = build_graph_loader(settings(photographs[0], **LARGE | data), "val")
+        with loader, ThreadPoolExecutor(2) as threads:
+            videos = PlanReader(loader.dataset, loader.planner, threads).read(next(loader.planner.batches()))
+            choice = VideoChoice(loader.dataset)
+            decoder = GpuDecoder(loader.planner, threads, choice, device_id=None, num_threads=1)
+            batch = decoder.finish(decoder.start(videos))
+            with Counted() as counted:
+                batch.frames(torch.device("cpu"))
+        assert counted.names == ["index_select.default"] and len(batch.parts) == 1
 
 
 def test_randaugment_is_done_on_the_cpu_and_said(photographs, monkeypatch, caplog):
