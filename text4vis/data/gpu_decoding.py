@@ -51,9 +51,9 @@ def steps_of(planner: Planner) -> dali.Steps:
 class VideoChoice:
     """Which stored videos NVIDIA's decoder may decode, because it shows them as PyAV does.
 
-    Each is looked at once for all passes of a loader, in about ten milliseconds. The log says once how many are decoded on the
-    CPU, and why: after 500 videos, or at the end of the first pass. Where NVIDIA's decoder fails on videos that PyAV
-    decodes (a GPU may not know their codec), it gets no more of them.
+    Each is looked at once for all passes of a loader, in about ten milliseconds. The log says once how many are decoded
+    on the CPU, and why: after 500 videos, or at the end of the first pass. Where NVIDIA's decoder fails on videos that
+    PyAV decodes (a GPU may not know their codec), it gets no more of them.
     """
 
     def __init__(self, dataset: ShardDataset) -> None:
