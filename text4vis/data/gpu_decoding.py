@@ -89,7 +89,7 @@ class VideoChoice:
         listed = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common())
         logger.warning(
             "%d of the first %d stored videos are decoded on the CPU, because NVIDIA's decoder would show them "
-            "otherwise: %s (docs/gpu.md)",
+            "otherwise: %s (docs/videos.md)",
             reasons.total(),
             len(self._reasons),
             listed,
