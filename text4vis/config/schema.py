@@ -145,7 +145,7 @@ class DataConfig:
         "multiple of the number of hosts",
     )
     decode: Literal["auto", "cpu", "gpu"] = key(
-        "auto", Role.EXECUTION, "where frames are decoded; auto: gpu if there is one"
+        "auto", Role.EXECUTION, "where frames are decoded; auto: gpu if there is one, with RandAugment cpu"
     )
     workers: Natural = key(0, Role.EXECUTION, "decoding threads per rank; 0: the cores that the rank owns")
     requests_in_flight: Count = key(
