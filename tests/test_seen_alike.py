@@ -20,8 +20,7 @@ from shards.video import iter_frames
 from shards.writer import build_shards
 from text4vis.config.loading import config_from_dict
 from text4vis.data import dali
-from text4vis.data.decoding import GpuDecoder
-from text4vis.data.finishing import place_on_device
+from text4vis.data.gpu_decoding import GpuDecoder, VideoChoice
 from text4vis.data.loader import build_loader
 from text4vis.data.plan import Planner
 from text4vis.data.reading import PlanReader
@@ -91,7 +90,7 @@ def test_videos_are_seen_alike(tmp_path, recogniser):
 
 
 def test_on_a_gpu_pyav_decodes_what_dali_would_show_otherwise(tmp_path, monkeypatch):
-    """The GPU's decoder, its graphs left out: none of these videos is for them."""
+    """The GPU's decoder, whose graphs are not built: none of these videos is for them."""
     names = [name for name in write_all(tmp_path / "videos") if name not in ("turned0.mp4", "still.mp4")]
     (tmp_path / "list.txt").write_text("".join(f"{name} 0\n" for name in names))
     build_shards(
@@ -99,19 +98,15 @@ def test_on_a_gpu_pyav_decodes_what_dali_would_show_otherwise(tmp_path, monkeypa
         store="video",
     )  # fmt: skip
     expected = evaluated(tmp_path / "stored")
-    monkeypatch.setattr(dali, "image_graph", lambda **_: None)
-    monkeypatch.setattr(dali, "video_graph", lambda **_: None)
-    options = {"num_threads": 1, "resize": "cubic", "max_frames": 99, "max_videos": 99}
+    monkeypatch.setattr(dali, "video_graph", lambda *_, **__: pytest.fail("a graph was built"))
     dataset = open_dataset([str(tmp_path / "stored")])
     planner = Planner(config_of(tmp_path / "stored"), "val", dataset, 0, 1)
     with ThreadPoolExecutor(1) as threads, dataset:
-        decoder = GpuDecoder(dataset, threads, device_id=0, **options)
-        decoder._device = torch.device("cpu")
+        decoder = GpuDecoder(planner, threads, VideoChoice(dataset), device_id=0, num_threads=1)
         for picked in planner.batches():
-            for plan, images in decoder.finish(decoder.start(PlanReader(dataset, planner, threads).read(picked))):
-                out = torch.empty((1, T, S, S, 3), dtype=torch.uint8)
-                place_on_device(images, plan.frames, out)
-                np.testing.assert_array_equal(out[0].numpy(), expected[dataset.name(plan.sample)])
+            batch = decoder.finish(decoder.start(PlanReader(dataset, planner, threads).read(picked)))
+            for plan, frames_VTSS3 in zip(batch.videos, batch.frames(torch.device("cpu")), strict=True):
+                np.testing.assert_array_equal(frames_VTSS3[0].numpy(), expected[dataset.name(plan.sample)])
 
 
 def png(depth: int, colour: int, rows: np.ndarray, *chunks: tuple[bytes, bytes]) -> bytes:

@@ -156,7 +156,7 @@ def test_a_kept_classifier_is_read_and_not_made_again(model, tmp_path, monkeypat
     first = build_classifier(config, model, NAMES)
     assert len(kept(tmp_path)) == 1
     with monkeypatch.context() as patch:
-        patch.setattr(model.text, "encode", lambda texts: pytest.fail("encoded again"))
+        patch.setattr(model.text, "encode_tokens", lambda *_, **__: pytest.fail("encoded again"))
         assert build_classifier(config, model, NAMES).equal(first)
 
 

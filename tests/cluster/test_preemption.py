@@ -1,6 +1,7 @@
 """A run that is asked to stop saves and says "resume me"; one that fails ends on every rank and says why."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -36,19 +37,22 @@ def goes_on_as(project, output: Path, whole: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("options", "reason", "step"),
+    ("options", "reason", "steps"),
     [
-        ("--signal 9:SIGTERM", "SIGTERM", 10),
-        pytest.param("--signal 9:SIGUSR1", "SIGUSR1", 10, marks=pytest.mark.long),
-        pytest.param("--signal-in evaluate:SIGTERM", "SIGTERM", 7, marks=pytest.mark.long),
-        ("--signal-in save:SIGTERM", "SIGTERM", 9),
+        ("--signal 9:SIGTERM", "SIGTERM", {10}),
+        pytest.param("--signal 9:SIGUSR1", "SIGUSR1", {10}, marks=pytest.mark.long),
+        pytest.param("--signal-in evaluate:SIGTERM", "SIGTERM", {7}, marks=pytest.mark.long),
+        ("--slow-save 0.3 --signal-in save:SIGTERM", "SIGTERM", {9, 10}),  # written beside the steps that follow
     ],
 )
-def test_a_signal_to_one_rank_saves_on_all_and_says_resume_me(project, tmp_path, whole, options, reason, step):
+def test_a_signal_to_one_rank_saves_on_all_and_says_resume_me(project, tmp_path, whole, options, reason, steps):
     """The ranks stop after the next step or before the next batch of an evaluation, which the next job repeats."""
     output = tmp_path / "run"
     assert codes(project.train_with(output, options)) == [RESUME_ME, RESUME_ME]
-    assert last_line(output).endswith(f"stopped by {reason} after step {step}; run the command again to go on")
+    words = re.search(rf"stopped by {reason} after step (\d+); run the command again to go on$", last_line(output))
+    assert words, last_line(output)
+    step = int(words[1])
+    assert step in steps
     assert (output / "checkpoints" / f"step-{step:08d}").is_dir()
     goes_on_as(project, output, whole)
     assert [record["step"] for record in records(output) if record["kind"] == "val"] == [7, 13, 20]

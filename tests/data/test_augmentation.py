@@ -157,11 +157,11 @@ def test_randaugment_draws_each_operation_with_the_published_magnitude():
     assert places.min() >= 0 and places.max() < 1 and (np.abs(places.mean(0) - 0.5) < 0.06).all()
 
 
-def test_frames_are_decoded_in_their_final_size_unless_operations_see_them_first():
+def test_the_drawn_region_alone_is_decoded_unless_operations_see_the_frame_first():
     plain = train_geometry(draw(DataConfig(), 10, generator(1, 0, 0)), 240, 320, 224)
-    assert plain.decoded_size == (224, 224) and plain.region[2:] != (240, 320)
+    assert plain.part is None and plain.region[2:] != (240, 320)
     paper = train_geometry(draw(DataConfig(augmentation="paper"), 10, generator(1, 0, 0)), 240, 320, 224)
-    assert paper.decoded_size == (240, 320) and paper.part == plain.region
+    assert paper.region == (0, 0, 240, 320) and paper.part == plain.region
 
 
 def test_what_has_no_chance_never_happens():

@@ -1,8 +1,11 @@
 """The loader: every sample once, and the same pixels whatever the ranks, batches and threads."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
+import threading
+from types import SimpleNamespace
 
 import launch
 import numpy as np
@@ -154,3 +157,62 @@ def test_every_pass_starts_where_the_loader_was_told_to(shards):
         first = identify(next(iter(loader)))
         assert identify(next(iter(loader))) == first == take(settings(shards, batch_size=9), "train", 1)[0][7:]
         assert [i for i, _, _ in first] == next(loader.plans()).ids.tolist()
+
+
+class RecordedGpu:
+    """Stands for a GPU whose streams do everything at once; notes what happens, and in which thread."""
+
+    loading = "the loaders' stream"
+
+    def __init__(self, events: list[str]) -> None:
+        self.events = events
+
+    def note(self, what: str) -> None:
+        self.events.append(f"{threading.current_thread().name}: {what}")
+
+    def new_event(self):
+        return SimpleNamespace(record=lambda stream: self.note(f"record on {stream}"), query=lambda: True)
+
+    @contextlib.contextmanager
+    def on(self, stream):
+        self.note(f"on {stream}")
+        yield
+
+    def current_stream(self):
+        return SimpleNamespace(wait_event=lambda event: self.note("wait"))
+
+
+@pytest.mark.parametrize("data", [{}, {"synthetic": True}, {"augmentation": "paper"}])
+def test_batches_of_the_cpu_are_pinned_and_copied_to_the_gpu_by_the_loaders_thread(shards, data, monkeypatch):
+    """The loader's own code with a stand-in for the GPU; the copy itself is left out."""
+    events: list[str] = []
+    gpu, empty = RecordedGpu(events), torch.empty
+
+    def allocated(*size, pin_memory=False, **options):
+        gpu.note(f"allocate, pinned {pin_memory}")
+        return empty(*size, **options)
+
+    def copied(self, device, non_blocking=False):
+        gpu.note(f"to {device}")
+        return self
+
+    monkeypatch.setattr("text4vis.data.loader.CudaGpu", lambda device: gpu)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: gpu.note(f"set {device}"))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: gpu.note("record the stream"))
+    monkeypatch.setattr(torch.Tensor, "to", copied)
+    monkeypatch.setattr(torch, "empty", allocated)
+    with build_loader(settings(shards, **data), "train") as loader:
+        loader._target = torch.device("cuda", 1)
+        batches = iter(loader)
+        assert {next(batches).frames.shape for _ in range(3)} == {(2, 1, 4, 3, 24, 24)}
+    assert events[0] == "train-loader: set cuda:1"
+    sent = events.index("train-loader: on the loaders' stream")
+    assert [event for event in events[sent + 1 :] if event.startswith("train-loader")][:2] == [
+        "train-loader: to cuda:1",
+        "train-loader: record on the loaders' stream",
+    ]
+    assert ("train-loader: allocate, pinned True" in events) != bool(data.get("synthetic"))
+    assert [event for event in events if event.startswith("MainThread")] == [
+        "MainThread: wait",
+        "MainThread: record the stream",
+    ] * 3

@@ -1,10 +1,9 @@
-"""Operations on pixels: Pillow images against the published rules written out, tensors against Pillow images."""
+"""Operations on pixels, against the published rules written out."""
 
 import math
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 from sklearn.datasets import load_sample_image
 
@@ -58,16 +57,6 @@ PLAIN = {
 }
 
 
-def tensor_of(picture):
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-
-
-def difference(ours, expected):
-    if isinstance(ours, torch.Tensor):
-        ours = ours.permute(1, 2, 0).numpy()
-    return np.abs(np.asarray(ours, dtype=int) - np.asarray(expected, dtype=int))
-
-
 def cases():
     for name, (low, high, signed) in OPERATIONS.items():
         for strength in (9, 17):
@@ -77,13 +66,10 @@ def cases():
 
 @pytest.mark.parametrize(("name", "value"), cases())
 def test_each_operation_is_pillows(name, value):
-    """The published package's formulas, to the bit; on tensors as near as their rounding allows."""
+    """The published package's formulas, to the bit."""
     operation = Operation(name, value, X, Y)
     expected = PLAIN[name](value)(PICTURE)
     np.testing.assert_array_equal(np.asarray(pixels.operate(PICTURE, [operation])), np.asarray(expected))
-    off = difference(pixels.operate(tensor_of(PICTURE), [operation]), expected)
-    # a rotated pixel between two sources may fall to the other side
-    assert (off > 1).mean() < 0.001 if name == "rotate" else off.max() <= 1
     assert (np.asarray(expected) != np.asarray(PICTURE)).any()
 
 
@@ -98,26 +84,15 @@ def test_operations_follow_each_other_and_leave_their_input_alone():
 def test_no_strength_breaks_an_operation():
     for name, (low, high, _) in OPERATIONS.items():
         for value in (low, high):
-            for picture in (PICTURE, tensor_of(PICTURE)):
-                out = pixels.operate(picture, [Operation(name, value, 0.0, 0.999)])
-                assert type(out) is type(picture)
+            out = pixels.operate(PICTURE, [Operation(name, value, 0.0, 0.999)])
+            assert out.size == PICTURE.size and out.mode == "RGB"
     assert np.asarray(pixels.operate(PICTURE, [Operation("posterize", 0, 0, 0)])).max() == 128  # not all black
-
-
-def test_a_video_at_a_time_is_a_frame_at_a_time():
-    frames_NCHW = torch.stack([tensor_of(PICTURE.rotate(k)) for k in (0, 5, 90)])
-    for name, (low, high, _) in OPERATIONS.items():
-        steps = [Operation(name, low + 0.3 * (high - low), X, Y)]
-        one_by_one = torch.stack([pixels.operate(frame, steps) for frame in frames_NCHW])
-        assert pixels.operate(frames_NCHW, steps).equal(one_by_one), name
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.7, 1.3, 2.0])
 def test_blur_is_pillows(sigma):
     expected = PICTURE.filter(ImageFilter.GaussianBlur(sigma))
     np.testing.assert_array_equal(np.asarray(pixels.blur(PICTURE, sigma)), np.asarray(expected))
-    off = difference(pixels.blur(tensor_of(PICTURE), sigma), expected)
-    assert off.mean() < 0.5 and (off > 8).mean() < 0.001  # Pillow's three box blurs are nearly a Gaussian
 
 
 def test_a_view_is_blurred_then_solarised():

@@ -118,7 +118,9 @@ def test_the_views_of_an_evaluation_share_the_room_of_a_training_batch(shards):
         assert sum(len(video.frames) for video in plan.videos) == plans.max_frames == videos * 2 * 4
         within = dataclasses.replace(plans, sizes=BatchSizes(6 * 4, 1, 6 * 4))  # as training evaluates
         assert within.batch_size == 4
-    train = planner(shards, "train", batch_size=5, test_clips=2, test_crops=3)
+    own = planner(shards, "val", batch_size=2, val_batch_size=18, test_clips=2, test_crops=3)
+    assert own.batch_size == dataclasses.replace(own, sizes=BatchSizes(2, 1, 3)).batch_size == 3
+    train = planner(shards, "train", batch_size=5, val_batch_size=9, test_clips=2, test_crops=3)
     assert (train.num_clips, train.num_crops, train.num_views, train.batch_size) == (1, 1, 1, 5)
     assert train.max_frames == 5 * 4 and train.views_shape == (1, 4, 24, 24, 3)
     assert dataclasses.replace(train, sizes=BatchSizes(3, 1, 3)).batch_size == 3

@@ -122,6 +122,12 @@ def test_a_report_says_what_was_measured(project):
     assert report | {"date": ""} == again | {"date": ""}
 
 
+def test_the_batch_size_of_an_evaluation_is_its_own_and_changes_nothing(project):
+    whole, single = (project.embed(project.with_data(val_batch_size=views)) for views in (60, 1))
+    assert whole.ids_N.tolist() == single.ids_N.tolist() and whole.labels_N.tolist() == single.labels_N.tolist()
+    np.testing.assert_allclose(whole.embeddings_NVD, single.embeddings_NVD, rtol=0, atol=1e-5)
+
+
 def test_the_report_follows_from_the_embeddings(project):
     embedded = project.embed()
     report = project.evaluate(splits={"half.csv": np.array([0, 1, 2])})

@@ -55,6 +55,20 @@ def test_a_state_of_an_earlier_version_opens_with_what_it_could_not_know(tmp_pat
     assert (state.updates, state.evaluated_step, state.best_top1) == (0, 0, -1)
 
 
+def test_a_file_is_compared_part_by_part(tmp_path):
+    content, path = bytes(range(100)), tmp_path / "model.safetensors"
+    parts = [(stop, hashlib.sha256(content[start:stop]).hexdigest()) for start, stop in ((0, 10), (10, 11), (11, 100))]
+    state = State(3, 24, 8, "f", {}, ["a"], files={"model.safetensors": parts})
+    (tmp_path / "state.json").write_text(state.to_json(), encoding="utf-8")
+    path.write_bytes(content)
+    assert checkpoint.verify(tmp_path).files == state.files
+    flipped = [content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :] for at in (0, 9, 10, 11, 99)]
+    for damaged in (*flipped, content[:-1], content + b"x", b""):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: damaged, its bytes are not those written"):
+            checkpoint.verify(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [

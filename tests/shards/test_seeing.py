@@ -12,7 +12,7 @@ from videos import ORIENTATIONS, assert_sampled_as_decoded, encode, ffmpeg_shows
 
 from shards.frames import FrameReader, decode_frames
 from shards.images import encode_jpeg
-from shards.nvdec import nvdec_shows_the_same
+from shards.nvdec import why_not_nvdec
 from shards.video import (
     VideoError,
     frames_at,
@@ -299,7 +299,7 @@ def test_the_stream_that_players_show(tmp_path, name, streams):
     info = probe_video(path)
     assert (info.num_frames, info.width, info.height) == (6, 48, 32)
     assert_as_ffmpeg_shows(path, times=False)
-    assert not nvdec_shows_the_same(path, 6)
+    assert why_not_nvdec(path, 6, (32, 48)) == "with several streams of pictures"
 
 
 def test_a_cover_picture_alone_is_no_video(tmp_path):
@@ -383,9 +383,7 @@ def test_clocks_that_jump(tmp_path, name, codec, seconds):
     for wanted in ([count - 1], [0], [count // 2, 3], [3, count - 3]):
         for number, frame in zip(wanted, reader.read(wanted), strict=True):
             np.testing.assert_array_equal(frame, frames[number])
-    assert nvdec_shows_the_same(path, count) == (name in ("earlier.ts", "a_day_later.ts", "wraps.ts")), (
-        "the order of packets tells"
-    )
+    assert why_not_nvdec(path, count, (32, 48)) is not None
 
 
 def test_a_long_silence_is_a_frame_that_stands_still_but_not_in_a_broadcast(tmp_path):
@@ -433,7 +431,10 @@ def test_an_edit_list_cuts_the_beginning(tmp_path):
     for frame, image in zip(iter_frames(tmp_path / "cut.mp4"), pictures(20)[7:], strict=True):
         assert np.abs(frame.astype(int) - image).mean() < 4
     assert_as_ffmpeg_shows(tmp_path / "cut.mp4")
-    assert not nvdec_shows_the_same(tmp_path / "cut.mp4", 13)
+    assert (
+        why_not_nvdec(tmp_path / "cut.mp4", 13, (32, 48))
+        == "with an edit list, or whose packets do not tell the frames"
+    )
 
 
 @pytest.mark.parametrize("codec", ["libx264", "libx265", "mpeg2video"])
@@ -488,21 +489,27 @@ def test_playlists_and_pictures_are_no_videos(tmp_path):
 
 
 def test_what_nvidias_decoder_shows_otherwise_is_not_given_to_it(tmp_path):
-    def shows(name: str, *arguments, count: int = 6, **options) -> bool:
-        return nvdec_shows_the_same(encode(tmp_path / name, *arguments, **options), count)
+    def reason(name: str, *arguments, count: int = 6, size=(32, 48), **options) -> str | None:
+        return why_not_nvdec(encode(tmp_path / name, *arguments, **options), count, size)
 
-    assert shows("v.mp4", options={"bf": "2"})
-    assert shows("v.mkv", colorspace=5, color_range=1)
-    assert shows("v9.webm", "libvpx-vp9")
-    assert shows("x265.mp4", "libx265", images=pictures(6, 96, 64), options={"x265-params": "log-level=none"})
-    assert not shows("count.mp4", count=7)
+    assert reason("v.mp4", options={"bf": "2"}) is None
+    assert reason("v.mkv", colorspace=5, color_range=1) is None
+    assert reason("v9.webm", "libvpx-vp9") is None
+    silent = {"x265-params": "log-level=none"}
+    assert reason("x265.mp4", "libx265", images=pictures(6, 96, 64), options=silent, size=(64, 96)) is None
+    assert reason("count.mp4", count=7) == "of another length than the index says"
+    assert reason("size.mp4", size=(32, 50)) == "of another size than the index says"
     for kind, (matrix, _) in ORIENTATIONS.items():
-        assert shows("turned.mp4", matrix=matrix) == (kind == "as it is")
-    assert not shows("bt709.mp4", colorspace=1, color_range=1)
-    assert not shows("full.mp4", "libx264", "yuvj420p")
+        assert reason("turned.mp4", matrix=matrix) == (None if kind == "as it is" else "that are turned or mirrored")
+    for options in ({"colorspace": 1, "color_range": 1}, {"color_range": 2}, {"pix_fmt": "yuvj420p"}):
+        assert "other colours" in reason("colours.mp4", **options)
     for pix_fmt in ("yuv422p", "yuv444p", "yuv420p10le"):
-        assert not shows("v.mp4", "libx264", pix_fmt)
-    assert not shows("interlaced.mpg", "mpeg2video", options={"flags": "+ildct+ilme"})
-    assert not shows("fields.mkv", options={"x264-params": "interlaced=1"})
-    assert not shows("mjpeg.avi", "mjpeg", "yuvj420p")
-    assert not nvdec_shows_the_same(b"no video at all" * 99, 6)
+        assert "not in 8 bits 4:2:0" in reason("v.mp4", "libx264", pix_fmt)
+    odd = pictures(6, 47, 32)
+    assert "with even sides" in reason("odd.webm", "libvpx-vp9", images=odd, size=(32, 47))
+    assert reason("old.mpg", "mpeg2video", options={"flags": "+ildct+ilme"}) == "in mpeg2video"
+    assert reason("fields.mkv", options={"x264-params": "interlaced=1"}) == "of interlaced pictures"
+    assert reason("mjpeg.avi", "mjpeg", "yuvj420p") == "in mjpeg"
+    assert reason("v.avi", "mpeg4") == "with an edit list, or whose packets do not tell the frames"
+    assert reason("v.ts") == "in a transport or program stream"
+    assert why_not_nvdec(b"no video at all" * 99, 6, (32, 48)) == "that are damaged"

@@ -6,13 +6,14 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import torch
 from read_stream import identify
 
 from shards.annotations import parse_annotations, parse_labels
 from shards.writer import build_shards
 from text4vis.config.loading import config_from_dict
 from text4vis.config.schema import Config
-from text4vis.data.loader import build_loader
+from text4vis.data.loader import Loader, build_loader
 
 
 def build(annotations: Path, root: Path, labels: Path, output: Path) -> Path:
@@ -33,3 +34,10 @@ def take(config: Config, split: str, count: int | None = None, **place: int) -> 
     """(id, label, hash of the pixels) of each video of the first `count` batches, batch by batch."""
     with build_loader(config, split, **place) as loader:
         return [identify(batch) for batch in itertools.islice(loader, count)]
+
+
+def build_graph_loader(config: Config, split: str) -> Loader:
+    """A loader that takes a GPU's way on the CPU: the same graphs, with DALI's operators for the CPU."""
+    loader = build_loader(config, split)
+    loader.device = torch.device("cuda")  # the way; the graphs run where the batches go, which is the CPU
+    return loader

@@ -70,8 +70,18 @@ MODULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("shards/test_remote.py", "shards/test_cache.py"),
     ),
     "checkpoint": (
-        ("text4vis/saved/checkpoint.py", "text4vis/training/checkpointing.py", "text4vis/training/joining.py"),
-        ("training/test_joining.py", "training/test_checkpointing.py", "saved/test_checkpoint.py"),
+        (
+            "text4vis/saved/checkpoint.py",
+            "text4vis/training/checkpointing.py",
+            "text4vis/training/joining.py",
+            "text4vis/training/snapshot.py",
+        ),
+        (
+            "training/test_joining.py",
+            "training/test_checkpointing.py",
+            "training/test_snapshot.py",
+            "saved/test_checkpoint.py",
+        ),
     ),
     "engine": (("text4vis/training/engine.py",), ("training/test_engine_state.py",)),
     "trainer": (("text4vis/training/trainer.py",), ("training/test_trainer.py",)),

@@ -10,6 +10,7 @@ Arguments before `--` are for this program, those after it for text4vis/train.py
     --not-finite ID     the loss is not a number when this video is in the batch; -1: always
     --raise-at N        the last rank raises an error within step N
     --slow SECONDS      each micro batch takes longer
+    --slow-save SECONDS  so does each file of a save, in the background
 """
 
 import argparse
@@ -40,6 +41,7 @@ def main() -> int:
     parser.add_argument("--not-finite", type=int)
     parser.add_argument("--raise-at", type=int)
     parser.add_argument("--slow", type=float, default=0)
+    parser.add_argument("--slow-save", type=float, default=0)
     parser.add_argument("--local_rank")
     options = parser.parse_args(sys.argv[1:split])
     sys.argv = ["train.py", *sys.argv[split + 1 :]]
@@ -47,7 +49,7 @@ def main() -> int:
     call, name_in_call = options.signal_in.split(":")
     place = distributed.ranks()
     is_last = place.rank == place.world_size - 1
-    backward, write_tensors, embed = Trainer.backward, checkpointing.write_tensors, Trainer.save_and_stop_if_asked
+    backward, write_pieces, embed = Trainer.backward, checkpointing.write_pieces, Trainer.save_and_stop_if_asked
 
     def watched_backward(self, batch):
         step = self.state.step + 1
@@ -63,6 +65,10 @@ def main() -> int:
             raise KeyError("broken on purpose")
         time.sleep(options.slow)
         return backward(self, batch)
+
+    def slow_write(path, pieces):
+        time.sleep(options.slow_save)
+        return write_pieces(path, pieces)
 
     compute = Objective.__call__
 
@@ -80,11 +86,11 @@ def main() -> int:
 
         return wrapped
 
-    Trainer.backward = watched_backward
+    Trainer.backward, checkpointing.write_pieces = watched_backward, slow_write
     if options.not_finite is not None:
         Objective.__call__ = poisoned
     if call == "save" and place.is_main:
-        checkpointing.write_tensors = signalling(write_tensors)
+        checkpointing.write_pieces = signalling(slow_write)
     if call == "evaluate" and is_last:
         Trainer.save_and_stop_if_asked = signalling(embed)
     code = train.main()

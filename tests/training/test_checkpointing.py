@@ -3,17 +3,20 @@
 import errno
 import os
 import shutil
+import threading
+import time
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from text4vis.saved import checkpoint
 from text4vis.saved.checkpoint import CheckpointError, State
-from text4vis.training import checkpointing
+from text4vis.training import checkpointing, snapshot
+from text4vis.training.checkpointing import Saves
+from text4vis.training.engine import Shard
 
 STATE = State(0, 0, 8, "f", {}, ["a"])
 Usage = namedtuple("Usage", "total used free")
@@ -33,22 +36,13 @@ class StandIn:
         }
         self.updates = seed
         self.scaler = {"cur_scale": 2.0**seed}
-        self.asked: list[str] = []
 
-    def named_weights(self):
-        for name, tensor in self.weights.items():
-            self.asked.append(name)
-            yield name, tensor
+    def named_results(self):
+        yield from self.weights.items()
 
-    named_results = named_weights
-
-    def named_moments(self, key):
-        for name, tensor in self.moments[key].items():
-            self.asked.append(f"{key} {name}")
-            yield name, tensor
-
-    def state_bytes(self):
-        return 48, 96
+    def shards(self, key=None):
+        for name, tensor in (self.weights if key is None else self.moments[key]).items():
+            yield name, Shard(torch.float32, (3, 2), tensor.flatten(), on_all=True)
 
     def loss_scaler_state(self):
         return self.scaler
@@ -70,8 +64,18 @@ def state_after(step: int) -> State:
     return State(step, 8 * step, 8, "f", {}, ["a"], updates=step)
 
 
+def save_all(engine: StandIn, output: Path, step: int, *, keep: int = 2, best: bool = False) -> None:
+    saves = Saves(engine, output, keep)
+    try:
+        saves.start(state_after(step), best=best)
+        saves.finish()
+    finally:
+        saves.close()
+
+
 def save(output: Path, step: int, **options: int) -> Path:
-    return checkpointing.save(StandIn(step), output, state_after(step), **options)
+    save_all(StandIn(step), output, step, **options)
+    return output / "checkpoints" / f"step-{step:08d}"
 
 
 def names_in(output: Path) -> list[str]:
@@ -80,8 +84,9 @@ def names_in(output: Path) -> list[str]:
 
 def test_an_engine_goes_on_with_what_was_saved(tmp_path):
     saved, other = StandIn(3), StandIn(4)
-    folder = checkpointing.save(saved, tmp_path / "run", state_after(3))
-    assert folder == tmp_path / "run" / "checkpoints" / "step-00000003" == checkpoint.latest(tmp_path / "run")
+    save_all(saved, tmp_path / "run", 3)
+    folder = checkpoint.latest(tmp_path / "run")
+    assert folder == tmp_path / "run" / "checkpoints" / "step-00000003"
     state = checkpoint.verify(folder)
     assert state.files.keys() == {"model.safetensors", "exp_avg.safetensors", "exp_avg_sq.safetensors"}
     checkpointing.load(other, folder, state)
@@ -90,10 +95,10 @@ def test_an_engine_goes_on_with_what_was_saved(tmp_path):
 
 
 def test_the_last_ones_and_the_best_are_kept(tmp_path):
-    checkpointing.save_best(StandIn(1), tmp_path, state_after(1))
-    for step in (1, 2, 3):
+    save(tmp_path, 1, best=True)
+    for step in (2, 3):
         save(tmp_path, step)
-    assert names_in(tmp_path) == ["best", "step-00000002", "step-00000003"], "two, unless it is said otherwise"
+    assert names_in(tmp_path) == ["best", "step-00000002", "step-00000003"]
     save(tmp_path, 4, keep=1)
     assert names_in(tmp_path) == ["best", "step-00000004"]
     for step in (5, 6, 7):
@@ -103,12 +108,100 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path):
 
 def test_the_best_holds_weights_alone_and_is_replaced_whole(tmp_path):
     for step in (1, 2):
-        checkpointing.save_best(StandIn(step), tmp_path, state_after(step))
+        save(tmp_path, step, best=True)
         folder = tmp_path / "checkpoints" / "best"
-        assert names_in(tmp_path) == ["best"]
         assert sorted(path.name for path in folder.iterdir()) == ["model.safetensors", "state.json"]
         assert checkpoint.verify(folder).step == step
         assert same(load_file(folder / "model.safetensors"), StandIn(step).weights)
+
+
+def test_the_best_holds_the_averages_of_what_trains(tmp_path):
+    engine = StandIn(1)
+    engine.moment_names = ("exp_avg", "ema")
+    engine.moments["ema"] = {"a": torch.full((3, 2), 7.0)}
+    save_all(engine, tmp_path, 1, best=True)
+    folders = tmp_path / "checkpoints"
+    assert same(load_file(folders / "best" / "model.safetensors"), engine.weights | engine.moments["ema"])
+    assert same(load_file(folders / "step-00000001" / "model.safetensors"), engine.weights)
+    assert same(load_file(folders / "step-00000001" / "ema.safetensors"), engine.moments["ema"])
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Holds what is written in the background until it is set."""
+    opened, write = threading.Event(), snapshot.write_pieces
+
+    def held(*arguments):
+        opened.wait(60)
+        return write(*arguments)
+
+    monkeypatch.setattr(checkpointing, "write_pieces", held)
+    yield opened
+    opened.set()
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_changes_nothing_in_it(tmp_path, gate):
+    engine = StandIn(1)
+    saves = Saves(engine, tmp_path, 2)
+    saves.start(state_after(1))
+    assert checkpoint.latest(tmp_path) is None and [name[:15] for name in names_in(tmp_path)] == [".step-00000001."]
+    engine.weights["a"].zero_()
+    saves.check()
+    gate.set()
+    saves.finish()
+    assert same(load_file(checkpoint.latest(tmp_path) / "model.safetensors"), StandIn(1).weights)
+    saves.close()
+
+
+def test_one_checkpoint_at_a_time_is_written_and_the_end_waits(tmp_path, gate):
+    saves = Saves(StandIn(1), tmp_path, 2)
+    saves.start(state_after(1))
+    second = threading.Thread(target=saves.start, args=(state_after(2),))
+    second.start()
+    second.join(0.2)
+    assert second.is_alive() and [name[:15] for name in names_in(tmp_path)] == [".step-00000001."], (
+        "it waits for the first"
+    )
+    gate.set()
+    second.join(60)
+    saves.close()
+    assert names_in(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+def test_the_copies_take_the_memory_of_one_checkpoint_again_and_again(tmp_path):
+    saves = Saves(StandIn(1), tmp_path, 2)
+    sizes = []
+    for step in (1, 2, 3):
+        saves.start(state_after(step), best=step == 2)
+        sizes.append(saves.memory_bytes)
+    saves.finish()
+    assert sizes == [6 * 32] * 3, "6 tensors of 24 bytes, each aligned; the best needs no copy of its own"
+    saves.close()
+
+
+def test_what_fails_in_the_background_is_raised_by_the_next_call(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        saves = Saves(StandIn(1), tmp_path, 2)
+        for call in (saves.wait, lambda: saves.start(state_after(3)), saves.finish):
+            saves.start(state_after(2))
+            expected = (
+                r"step-00000002\.\w+-\d\.partial/model\.safetensors: cannot be written \(No space.*\); free space"
+            )
+            with pytest.raises(CheckpointError, match=expected):
+                call()
+        saves.start(state_after(2))
+        while not saves.is_idle:
+            time.sleep(0.01)
+        with pytest.raises(CheckpointError, match="free space"):
+            saves.check()
+    assert checkpoint.latest(tmp_path) is None
+    saves.start(state_after(4))
+    saves.close()
+    assert names_in(tmp_path) == ["step-00000004"], "what was left is gone"
 
 
 class Killed(BaseException):
@@ -129,7 +222,7 @@ def kill_at(monkeypatch):
 
         return counted
 
-    monkeypatch.setattr(checkpointing, "write_tensors", counting(checkpointing.write_tensors))
+    monkeypatch.setattr(checkpointing, "write_pieces", counting(checkpointing.write_pieces))
     monkeypatch.setattr(checkpointing, "sync", counting(checkpointing.sync))
     monkeypatch.setattr(shutil, "rmtree", counting(shutil.rmtree))
     for name in ("rename", "write_text", "mkdir"):
@@ -148,12 +241,10 @@ def test_wherever_a_job_is_killed_a_sound_checkpoint_is_left_and_the_next_job_cl
     while not ended:
         number += 1
         output = tmp_path / str(number)
-        checkpointing.save_best(StandIn(1), output, state_after(1))
-        save(output, 1)
+        save(output, 1, best=True)
         kill_at(number)
         try:
-            checkpointing.save_best(StandIn(2), output, state_after(2))
-            save(output, 2, keep=1)
+            save(output, 2, keep=1, best=True)
             ended = True
         except Killed:
             pass
@@ -185,8 +276,7 @@ def test_a_checkpoint_has_its_name_only_when_the_disk_has_its_bytes(tmp_path, mo
 
 def test_what_cannot_be_removed_ends_no_run(tmp_path, monkeypatch):
     """As on NFS, where a file that somebody has open stays."""
-    checkpointing.save_best(StandIn(1), tmp_path, state_after(1))
-    folder = save(tmp_path, 1).parent
+    folder = save(tmp_path, 1, best=True).parent
     (folder / ".step-00000009.partial").mkdir()
     (folder / ".step-00000001.old").mkdir()
 
@@ -195,34 +285,11 @@ def test_what_cannot_be_removed_ends_no_run(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "rmdir", refuse)
-        save(tmp_path, 2, keep=1)
-        checkpointing.save_best(StandIn(2), tmp_path, state_after(2))
+        save(tmp_path, 2, keep=1, best=True)
     assert checkpoint.latest(tmp_path) == folder / "step-00000002"
     assert checkpoint.verify(folder / "best").step == 2
     save(tmp_path, 3, keep=1)
     assert [name for name in names_in(tmp_path) if name.startswith(".")] == []
-
-
-def test_other_ranks_take_part_and_write_nothing(tmp_path, monkeypatch):
-    """Tensors are gathered collectively, so every rank asks for all of them in the same order."""
-    main, other = StandIn(1), StandIn(1)
-    checkpointing.save(main, tmp_path / "main", state_after(1))
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    checkpointing.save(other, tmp_path / "other", state_after(1))
-    assert other.asked == main.asked and len(main.asked) == 6
-    checkpointing.save_best(other, tmp_path / "other", state_after(1))
-    assert checkpointing.gather_weights(other) == {}
-    assert not (tmp_path / "other").exists()
-
-
-def test_no_rank_goes_on_before_the_checkpoint_is_there(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(checkpointing.distributed, "barrier", lambda: seen.append(names_in(tmp_path)))
-    save(tmp_path, 1)
-    save(tmp_path, 2, keep=1)
-    checkpointing.save_best(StandIn(2), tmp_path, state_after(2))
-    assert seen == [["step-00000001"], ["step-00000002"], ["best", "step-00000002"]]
 
 
 def test_gathered_weights_are_copies(tmp_path):
@@ -232,16 +299,6 @@ def test_gathered_weights_are_copies(tmp_path):
     assert same(gathered, engine.weights)
     engine.weights["a"].zero_()
     assert same(gathered, StandIn(1).weights)
-
-
-def test_a_file_that_cannot_be_written_is_named(tmp_path, monkeypatch):
-    def fail(path, tensors):
-        raise SafetensorError("No space left on device")
-
-    monkeypatch.setattr(checkpointing, "write_tensors", fail)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be written \(No space.*\); free space"):
-        save(tmp_path, 1)
-    assert checkpoint.latest(tmp_path) is None
 
 
 SPARE = 1 << 20  # logs and metrics grow beside the checkpoints
@@ -254,7 +311,7 @@ SPARE = 1 << 20  # logs and metrics grow beside the checkpoints
         ([1], False, 2, 2, 2 * 150 + 50),
         ([1, 2], True, 2, 1, 150),
         ([1, 2, 3], True, 2, 1, 150),
-        ([], True, 1, 2, 2 * 150),
+        ([1], True, 1, 1, 150),
     ],
 )  # fmt: skip
 def test_the_room_asked_for_is_that_of_all_checkpoints_to_come(
@@ -264,7 +321,7 @@ def test_the_room_asked_for_is_that_of_all_checkpoints_to_come(
     for step in steps:
         save(tmp_path, step, keep=9)
     if best:
-        checkpointing.save_best(StandIn(1), tmp_path, state_after(1))
+        save(tmp_path, steps[-1], keep=9, best=True)
     free = needed + SPARE
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(0, 0, free))
     checkpointing.check_room(tmp_path, keep, 50, 100)
@@ -280,18 +337,15 @@ def test_a_folder_that_is_not_there_yet_is_judged_by_the_disk_it_will_be_on(tmp_
     assert asked == [tmp_path]
 
 
-@pytest.mark.parametrize(("kind", "needed"), [("step-00000001", 48 + 96), ("best", 48)])
-def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch, kind, needed):
-    """A checkpoint takes 48 bytes of weights and 96 of moments; the best has the weights alone."""
+@pytest.mark.parametrize(("best", "kind"), [(False, "step-00000001"), (True, "best and step-00000001")])
+def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch, best, kind):
+    """Asked for are the bytes of all files of tensors."""
+    needed = sum(file.stat().st_size for file in save(tmp_path / "other", 1, best=best).parent.rglob("*.safetensors"))
     free = needed + SPARE - 1
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(0, 0, free))
-
-    def save_it():
-        save(tmp_path, 1) if kind != "best" else checkpointing.save_best(StandIn(1), tmp_path, state_after(1))
-
     with pytest.raises(CheckpointError, match=f"{kind} need"):
-        save_it()
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+        save(tmp_path, 1, best=best)
+    assert not (tmp_path / "checkpoints").exists()
     free += 1
-    save_it()
-    assert names_in(tmp_path) == [kind]
+    save(tmp_path, 1, best=best)
+    assert names_in(tmp_path) == kind.split(" and ")

@@ -92,13 +92,18 @@ def test_the_state_moves_between_all_stages_and_a_wrong_step_changes_nothing(ran
     assert len(single) == 6 and len(moves) == 36
     for result in single:
         assert result["losses"] == pytest.approx(single[0]["losses"], rel=1e-6)
-        assert result["moved"] > 1e-3 and result["applied"]
+        assert result["moved"] > 1e-3 and result["applied"] and result["written"] == result["best"] == 0
         assert not result["applied_wrong"] and result["changed_by_wrong"] == 0
     for result in moves:
         assert result["kept"] == 0, result
         assert abs(result["loss"]) < 1e-7 and result["last"] < 1e-6, result
         if result["from"] == result["to"] and ranks == 2:  # the sum of two is the same in any order
             assert result["loss"] == result["last"] == 0, result
+    for reads in zip(*(rank.values() for rank in results[-2].get("reads", ())), strict=True):
+        assert sum(reads) < 1.1 and max(reads) < 1 / ranks + 0.1, "each byte once a host, but for whole pages"
+    told = results[-1]["failure"]
+    assert len(told) == ranks and len(set(told)) == 1, "all ranks end with the same word"
+    assert "/.step-00000003." in told[0] and "cannot be written (Bad file descriptor); free space" in told[0]
 
 
 @pytest.mark.slow

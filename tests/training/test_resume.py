@@ -31,14 +31,16 @@ def equal(ours: dict, expected: dict) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=pytest.mark.long) for stage in (0, 2, 3))])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(project, tmp_path, stage):
+    """Each kill comes while a checkpoint is written in the background."""
     settings = (f"engine.zero_stage={stage}", "logging.save_steps=2")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     results = project.train_with(whole, f"--ledger {tmp_path}/book-whole", *settings)
     assert [code for code, _ in results] == [0, 0], results
-    kills = kill_and_go_on(project, killed, tmp_path / "book-killed", settings, ranks=2, kills=2, seed=stage)
+    book = tmp_path / "book-killed"
+    kills = kill_and_go_on(project, killed, book, settings, ranks=2, kills=2, seed=stage, in_saves=True)
     assert kills == 2
     assert losses(killed) == losses(whole)
-    assert ledger(tmp_path / "book-killed") == ledger(tmp_path / "book-whole")
+    assert ledger(book) == ledger(tmp_path / "book-whole")
     assert equal(weights(killed), weights(whole))
 
 

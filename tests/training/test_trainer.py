@@ -347,13 +347,14 @@ def test_a_line_of_the_log_without_an_update_has_no_loss(monkeypatch):
 
 def test_a_request_during_an_evaluation_saves_and_stops():
     saved = []
-    trainer = bare(save=lambda: saved.append(1), state=at_step(5))
+    saves = SimpleNamespace(check=lambda: saved.append("checked"), finish=lambda: saved.append("on disk"))
+    trainer = bare(save=lambda: saved.append("started"), state=at_step(5), saves=saves)
     trainer.save_and_stop_if_asked()
-    assert saved == []
+    assert saved == ["checked"]
     trainer.stop.code = 1
     with pytest.raises(Stopped, match="stopped by SIGTERM after step 5; run the command again"):
         trainer.save_and_stop_if_asked()
-    assert saved == [1]
+    assert saved[1:] == ["checked", "started", "on disk"]
 
 
 def evaluated(monkeypatch, top1: float, best: float) -> tuple[Trainer, list[str], dict]:
@@ -365,7 +366,7 @@ def evaluated(monkeypatch, top1: float, best: float) -> tuple[Trainer, list[str]
         state=at_step(5, best_top1=best), output=None, val_loader="val", class_names=["a"],
         engine=SimpleNamespace(model="model", named_results=lambda: iter(()), averaged=nullcontext),
         train_loader=SimpleNamespace(epoch_samples=7, planner=SimpleNamespace(order=order)),
-        class_embeddings=lambda: "classes", save=lambda: done.append("step"),
+        class_embeddings=lambda: "classes", save=lambda best: done.append(("save", best, trainer.state)),
     )  # fmt: skip
 
     def evaluate(model, classes, names, loader, *, weights, before_batch):
@@ -375,7 +376,6 @@ def evaluated(monkeypatch, top1: float, best: float) -> tuple[Trainer, list[str]
 
     monkeypatch.setattr(module, "evaluate", evaluate)
     monkeypatch.setattr(module, "write_report", lambda path, report: done.append(("report", path.name, report)))
-    monkeypatch.setattr(module.checkpointing, "save_best", lambda engine, output, state: done.append(("best", state)))
     return trainer, done, result
 
 
@@ -389,7 +389,7 @@ def test_an_evaluation_is_reported_and_the_best_weights_are_kept(monkeypatch, tm
     assert figures == main == trainer.state.figures
     assert trainer.state.evaluated_step == 5 and trainer.state.best_top1 == max(top1, best)
     assert done[0] == ("report", "report.json", {"step": 5, **result})
-    assert done[1:] == ([("best", trainer.state)] if better else []) + ["step"]
+    assert done[1:] == [("save", better, trainer.state)]
     record = {"step": 5, "epoch": 2.8571, **main, "best_top1": max(top1, best)}
     assert trainer.log.records == [("val", record | {"samples of a": 20})] and trainer.log.listed == ["val"]
     assert trainer.log.drawn == [("evaluation", result | record, "classes", "val", 5)]
@@ -400,7 +400,7 @@ def test_other_ranks_learn_the_result_and_report_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "evaluate", lambda *_, **__: None)
     monkeypatch.setattr(module.distributed, "sum_over_ranks", lambda values: [value + 40.0 for value in values])
     assert trainer.evaluate_and_save() == {} and trainer.state.best_top1 == 40.0
-    assert [kind for kind, *_ in done] == ["best", "s"] and trainer.log.records == []
+    assert done == [("save", True, trainer.state)] and trainer.log.records == []
 
 
 # Runs

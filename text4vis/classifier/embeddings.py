@@ -34,6 +34,7 @@ from text4vis.model.video_clip import Classes, ClassRows, ClassTokens, VideoClip
 
 logger = logging.getLogger("text4vis")
 
+PROMPTS_A_BATCH = 256
 TENSOR = "class_embeddings"
 FORMAT = "text4vis-classifier-1"  # change it when the same recipe comes to mean other embeddings
 
@@ -73,8 +74,10 @@ def text_classifier(
     """Class embeddings (C, D) from the text tower, as `build_classifier` gives them.
 
     Each name takes the place of the `{}` in the template's prompts (`config.templates`). With several, a class is the
-    mean of its prompts' unit-length embeddings, as CLIP does it. Raises ConfigError naming the class where a name is
-    empty, reads the same as another to the text tower, or with its prompt is longer than the tower's context.
+    mean of its prompts' unit-length embeddings, as CLIP does it. In a job the call is collective: the ranks share the
+    prompts and compute on their devices, in fp32; a text tower that trains stays where it is. Raises ConfigError naming
+    the class where a name is empty, reads the same as another to the text tower, or with its prompt is longer than the
+    tower's context.
     """
     _check_names(class_names)
     texts = prompts(template)
@@ -85,8 +88,13 @@ def text_classifier(
         raise ConfigError(f"class names: {error}") from None
     _refuse_twins(class_names, [*map(tuple, tokens_PL[: len(class_names)].tolist())], " to the text tower")
 
+    def encode(tokens: Tensor) -> Tensor:
+        is_frozen = model.text_tower is None
+        return model.text.encode_tokens(tokens, device=distributed.job_device() if is_frozen else None)
+
     def embed() -> Tensor:
-        embeddings_PCD = model.encode_text(filled).unflatten(0, (len(texts), len(class_names)))
+        embeddings_PD = distributed.compute_together(encode, tokens_PL, PROMPTS_A_BATCH)
+        embeddings_PCD = embeddings_PD.unflatten(0, (len(texts), len(class_names)))
         return normalize(normalize(embeddings_PCD, dim=-1).mean(dim=0), dim=-1)
 
     if cache is None:
@@ -98,7 +106,7 @@ def text_classifier(
         "weights": fingerprint(model.text.state_dict()),
         "tower": {key: model.clip_config.get(key) for key in ("text_cfg", "quick_gelu")},
     }
-    return cached(cache, class_names, recipe, lambda: distributed.from_main(embed))
+    return cached(cache, class_names, recipe, embed)
 
 
 def training_classes(config: Config, model: VideoClip, class_names: Sequence[str]) -> Classes:

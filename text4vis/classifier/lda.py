@@ -66,8 +66,9 @@ def lda_classifier(config: Config, class_names: Sequence[str]) -> Tensor:
         def make() -> Tensor:
             ranks = distributed.ranks()
             with training.subset(ids_N, config=single, rank=ranks.rank, world_size=ranks.world_size) as loader:
-                shares = distributed.gather_to_main(_embed(model, loader))
-            return distributed.from_main(lambda: discriminants(np.concatenate(shares or []), rows_N))
+                own_ND = torch.from_numpy(_embed(model, loader))
+                shares = [piece.numpy() for piece in distributed.gather_rows(own_ND)]
+            return distributed.from_main(lambda: discriminants(np.concatenate(shares), rows_N))
 
         names = [dataset.classes[label] for label in present]
         return cached(cache_folder(config), names, recipe, make)[np.searchsorted(present, labels)]

@@ -9,14 +9,16 @@ from __future__ import annotations
 import os
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+_PIECE_BYTES = 1 << 26  # of a message
 
 # The gloo group for exchanges that must not wait for GPU queues. Empty where the default group is gloo already.
 _control: list[Any] = []
@@ -138,6 +140,17 @@ def _gpu_of(place: Ranks, visible: int) -> int:
     return place.local_rank
 
 
+def job_device() -> torch.device | None:
+    """`device` in a job that has begun; None elsewhere, where a program may have chosen another."""
+    return device() if dist.is_initialized() else None
+
+
+def use_device() -> None:
+    """Selects the rank's device for the calling thread: a new one would use the first GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+
+
 def start() -> Ranks:
     """Joins the process group (NCCL with GPUs, else gloo) and selects the device. Call once, before any collective.
 
@@ -155,9 +168,8 @@ def start() -> Ranks:
     local_rank = place.local_rank if gpu.index is None else gpu.index
     os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world_size), LOCAL_RANK=str(local_rank))
     os.environ["LOCAL_WORLD_SIZE"] = str(place.local_world_size)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(gpu)
-    else:
+    use_device()
+    if not torch.cuda.is_available():
         # A shared-memory all-reduce that the engine would compile on the first start (needs g++, takes a minute).
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
@@ -217,6 +229,21 @@ def start_max(values: Sequence[int]) -> Callable[[], list[int]]:
     return finish
 
 
+def new_store(limit: timedelta) -> dist.Store | None:
+    """Words that ranks leave for each other by key, for threads that must not take part in collectives.
+
+    It has a connection of its own, on which a thread may wait. limit: how long it waits for a key before it raises
+    `torch.distributed.DistStoreError`. None in a job of one rank. Collective.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    address, store = os.environ["MASTER_ADDR"], None
+    if dist.get_rank() == 0:
+        store = dist.TCPStore(address, 0, is_master=True, timeout=limit, wait_for_workers=False)
+    port = from_main(lambda: store.port)  # type: ignore[union-attr]
+    return store or dist.TCPStore(address, port, timeout=limit, wait_for_workers=False)
+
+
 def gather_to_main(value: Any) -> list[Any] | None:
     """Every rank's picklable value, in rank order, on rank 0; None on the others."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -224,6 +251,50 @@ def gather_to_main(value: Any) -> list[Any] | None:
     gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(value, gathered)
     return gathered
+
+
+def gather_rows(rows: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The rows (n, …) of all ranks on rank 0, in rank order and in pieces of at most 64 MiB; nothing on the others.
+
+    rows: on the CPU; ranks may have different numbers of them, or none. Collective: every rank exhausts the iterator.
+    """
+    found = gather_to_main((tuple(rows.shape), rows.dtype))
+    group = _control[0] if _control else None
+    if found is None:
+        for piece in _pieces(rows):
+            dist.send(piece.contiguous(), 0, group)
+        return
+    yield from _pieces(rows)
+    for rank, (shape, dtype) in enumerate(found[1:], start=1):
+        for like in _pieces(torch.empty(shape, dtype=dtype, device="meta")):
+            piece = torch.empty(like.shape, dtype=dtype)
+            dist.recv(piece, rank, group)
+            yield piece
+
+
+def _pieces(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return rows.split(max(1, _PIECE_BYTES // max(1, rows[0].nbytes))) if len(rows) else ()
+
+
+def compute_together(
+    compute: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor, batch_size: int
+) -> torch.Tensor:
+    """compute(rows) of rows (N, …), of which each rank computes some batches; every rank gets all N.
+
+    compute: gives a batch's rows (n, …) on the CPU. Batches do not depend on the number of ranks, so neither do their
+    values. All ranks make the same number of calls, as ZeRO-3 needs it: some compute the last batch again. Collective.
+    """
+    batches = rows.split(batch_size)
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return torch.cat([compute(batch) for batch in batches])
+    size, rank = dist.get_world_size(), dist.get_rank()
+    own = [compute(batches[min(first + rank, len(batches) - 1)]) for first in range(0, len(batches), size)]
+    part = own[0].new_zeros(len(own), batch_size, *own[0].shape[1:])
+    for padded, batch in zip(part, own, strict=True):
+        padded[: len(batch)] = batch
+    parts = [torch.empty_like(part) for _ in range(size)]
+    dist.all_gather(parts, part, _control[0] if _control else None)
+    return torch.stack(parts, dim=1).flatten(0, 2)[: len(rows)]
 
 
 def from_main(make: Callable[[], T]) -> T:

@@ -77,6 +77,9 @@ class DataConfig:
     num_segments: Count = key(8, Role.FRAMES, "frames sampled from a video, T")
     dense: Bool = key(False, Role.FRAMES, "sample inside a window of 128 frames instead of over the whole video")
     batch_size: Count = key(32, Role.BATCH, "videos per rank and micro batch")
+    val_batch_size: Count | None = key(
+        None, Role.EXECUTION, "views of videos per rank and forward pass in evaluation; default: a micro batch"
+    )
     input_size: Count = key(224, Role.FRAMES, "side of the square that the model sees, pixels")
     scale_size: Count | None = key(
         None, Role.FRAMES, "short side before cropping, pixels; default: 256 at input_size 224, else input_size"
@@ -142,7 +145,7 @@ class DataConfig:
         "multiple of the number of hosts",
     )
     decode: Literal["auto", "cpu", "gpu"] = key(
-        "auto", Role.EXECUTION, "where frames are decoded; auto: gpu if there is one"
+        "auto", Role.EXECUTION, "where frames are decoded; auto: gpu if there is one, with RandAugment cpu"
     )
     workers: Natural = key(0, Role.EXECUTION, "decoding threads per rank; 0: the cores that the rank owns")
     requests_in_flight: Count = key(

@@ -88,8 +88,8 @@ class Geometry(NamedTuple):
 
     region: the part of the source frame that is decoded. operations: applied to it first. part: then cut out of it;
     None without operations. height, width: the size after resizing. resampling: bicubic or bilinear with antialias, as
-    in evaluation (Pillow's on the CPU), or fast, as in training: bilinear, by OpenCV. crops: cut out of the resized
-    image.
+    in evaluation, or fast, as in training: bilinear without antialias, of the mean of pixels where it shrinks by two or
+    more. crops: cut out of the resized image.
     """
 
     region: Region
@@ -99,11 +99,6 @@ class Geometry(NamedTuple):
     crops: tuple[Crop, ...]
     operations: tuple[Operation, ...] = ()
     part: Region | None = None
-
-    @property
-    def decoded_size(self) -> tuple[int, int]:
-        """(height, width) to which a decoder resizes if it can: not at all where operations come first."""
-        return (self.height, self.width) if self.part is None else self.region[2:]
 
 
 class ResizedCrop(NamedTuple):

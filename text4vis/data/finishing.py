@@ -1,7 +1,7 @@
-"""Decoded images become the batch's frames: resized, cropped, flipped and coloured as planned.
+"""The CPU's way from decoded regions to a batch's frames: resized, cropped, flipped and coloured as planned.
 
-On the CPU this also resizes: OpenCV in training, Pillow in evaluation (as the published models' own code). DALI's
-resize is the slowest step by far there. On a GPU DALI has resized already.
+OpenCV resizes in training, Pillow in evaluation (as the published models' own code): DALI's resize would be the slowest
+step by far. On a GPU the graph of `dali.view_graph` does all this.
 
 B videos, V views, T frames, S side of the model's input, H, W of a decoded image.
 """
@@ -12,10 +12,9 @@ import itertools
 import math
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
 
 import cv2
 import numpy as np
@@ -24,12 +23,10 @@ from PIL import Image
 
 from text4vis.data import pixels
 from text4vis.data.augmentation import Crop, Geometry
-from text4vis.data.plan import FramePlan, Target, VideoPlan
+from text4vis.data.plan import Target, VideoPlan
 
-# A decoded image (H, W, 3) uint8: an array on the CPU, a tensor on a GPU.
-Pixels = TypeVar("Pixels", np.ndarray, torch.Tensor)
-# Videos in the order of the batch, each with the images of its `plan.frames`.
-Decoded = list[tuple[VideoPlan, list[Pixels]]]
+# Videos in the order of the batch, each with the decoded regions (H, W, 3) uint8 of its `plan.frames`.
+Decoded = list[tuple[VideoPlan, list[np.ndarray]]]
 
 cv2.setNumThreads(1)  # the loader's own threads are the parallelism
 # Intel's bilinear resize where OpenCV has it: a quarter faster, and at most 1 of 255 away from OpenCV's own.
@@ -51,25 +48,21 @@ class Finishing:
         return self.videos, self.frames_BVTSS3
 
 
-class Finisher(Protocol[Pixels]):
-    """Makes the frames of batch after batch."""
-
-    def start(self, decoded: Decoded[Pixels]) -> Finishing:
-        """Starts to finish a batch."""
-
-
 class CpuFinisher:
     """Finishes batches on `num_threads` threads of `threads`.
 
-    views_shape: (V, T, S, S, 3) of a video.
+    views_shape: (V, T, S, S, 3) of a video. pinned: whether batches lie in pinned memory, for copies to a GPU that
+    nobody waits for.
     """
 
-    def __init__(self, views_shape: tuple[int, ...], threads: ThreadPoolExecutor, num_threads: int) -> None:
+    def __init__(
+        self, views_shape: tuple[int, ...], threads: ThreadPoolExecutor, num_threads: int, *, pinned: bool = False
+    ) -> None:
         self._views_shape, self._threads = views_shape, threads
-        self._memory = _Memory()
+        self._memory = _Memory(pinned)
         self._num_parts = 2 * num_threads  # smaller than a thread's share, so that no thread waits long
 
-    def start(self, decoded: Decoded[np.ndarray]) -> Finishing:
+    def start(self, decoded: Decoded) -> Finishing:
         """Starts to finish a batch, and returns at once."""
         out_BVTSS3 = self._memory.lend((len(decoded), *self._views_shape))
         images = [
@@ -87,54 +80,30 @@ class CpuFinisher:
         return Finishing([plan for plan, _ in decoded], torch.from_numpy(out_BVTSS3), parts)
 
 
-class GpuFinisher:
-    """Finishes batches on a GPU, on a stream of its own. views_shape: (V, T, S, S, 3) of a video.
-
-    Batches are allocated within that stream. Memory of another stream would be given to the next batch as soon as the
-    trainer lets go of a batch, although the trainer's GPU work may still read it; `used_here` prevents that.
-    """
-
-    def __init__(self, views_shape: tuple[int, ...], device: torch.device) -> None:
-        self._views_shape, self._device = views_shape, device
-        self._stream = torch.cuda.Stream(device)
-
-    def start(self, decoded: Decoded[torch.Tensor]) -> Finishing:
-        """Finishes a batch; its frames are complete when this returns."""
-        shape = (len(decoded), *self._views_shape)
-        with torch.cuda.stream(self._stream):
-            frames_BVTSS3 = torch.empty(shape, dtype=torch.uint8, device=self._device)
-            for (plan, images), out_VTSS3 in zip(decoded, frames_BVTSS3, strict=True):
-                place_on_device(images, plan.frames, out_VTSS3)
-        self._stream.synchronize()
-        return Finishing([plan for plan, _ in decoded], frames_BVTSS3, [])
-
-
-def used_here(frames: torch.Tensor) -> None:
-    """Tells the allocator that the caller's present stream uses a tensor that another stream has made.
-
-    When the tensor is freed, its memory is then lent again only after the work that this stream has been given.
-    """
-    frames.record_stream(torch.cuda.current_stream(frames.device))
-
-
 class _Memory:
     """Lends blocks of memory to batches, and takes a block back when nobody holds the batch any more.
 
     Mapping tens of megabytes for every batch would cost a fifth of the loader's CPU time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pinned: bool) -> None:
+        self._pinned = pinned
         self._free: deque[np.ndarray] = deque()
 
     def lend(self, shape: tuple[int, ...]) -> np.ndarray:
         """A uint8 array of unspecified content; a tensor made of it keeps it lent."""
         size = math.prod(shape)
-        block = self._free.pop() if self._free else np.empty(size, np.uint8)
+        block = self._free.pop() if self._free else self._new(size)
         if block.size < size:
-            block = np.empty(size, np.uint8)
+            block = self._new(size)
         lent = block[:size].reshape(shape)
         weakref.finalize(lent, self._free.append, block)
         return lent
+
+    def _new(self, size: int) -> np.ndarray:
+        return (
+            torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy() if self._pinned else np.empty(size, np.uint8)
+        )
 
 
 def place(image_HW3: np.ndarray, geometry: Geometry, targets: Sequence[Target], out_VTSS3: np.ndarray) -> None:
@@ -159,14 +128,13 @@ def place(image_HW3: np.ndarray, geometry: Geometry, targets: Sequence[Target], 
         _flip_and_recolour(view, crop)
 
 
-def _cut(image_HW3: Pixels, crop: Crop, side: int) -> Pixels:
+def _cut(image_HW3: np.ndarray, crop: Crop, side: int) -> np.ndarray:
     """The crop's square of an image, uncopied where the image covers it; elsewhere it is black."""
     top, left = max(crop.top, 0), max(crop.left, 0)
     part = image_HW3[top : crop.top + side, left : crop.left + side]
     if part.shape[:2] == (side, side):
         return part
-    shape = (side, side, 3)
-    square = np.zeros(shape, np.uint8) if isinstance(image_HW3, np.ndarray) else image_HW3.new_zeros(shape)
+    square = np.zeros((side, side, 3), np.uint8)
     y, x = top - crop.top, left - crop.left
     square[y : y + part.shape[0], x : x + part.shape[1]] = part
     return square
@@ -196,11 +164,6 @@ def _flip_and_recolour(view_SS3: np.ndarray, crop: Crop) -> None:
         view_SS3[:] = np.asarray(pixels.recolour(Image.fromarray(view_SS3), crop))
 
 
-def at_decoded_size(image: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """A decoded region (H, W, 3) uint8 as a decoder that also resizes gives it: at `geometry.decoded_size`."""
-    return np.ascontiguousarray(image if geometry.part is not None else _resize(image, geometry))
-
-
 def _resize(image: np.ndarray, geometry: Geometry, into: np.ndarray | None = None) -> np.ndarray:
     """Evaluation: Pillow's, with antialias. Training: bilinear, averaging when it shrinks by two or more."""
     height, width = geometry.height, geometry.width
@@ -212,37 +175,3 @@ def _resize(image: np.ndarray, geometry: Geometry, into: np.ndarray | None = Non
     shrinks = image.shape[0] >= 2 * height or image.shape[1] >= 2 * width
     kind = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
     return cv2.resize(image, (width, height), dst=into, interpolation=kind)
-
-
-def place_on_device(images_HW3: Sequence[torch.Tensor], frames: Sequence[FramePlan], out_VTSS3: torch.Tensor) -> None:
-    """Does what `place` does for all frames of a video, whose images are uint8 tensors on the device of `out_VTSS3`.
-
-    They are resized already, except where RandAugment's operations come first.
-    """
-    side = out_VTSS3.shape[2]
-    luma = torch.tensor([19595, 38470, 7471], dtype=torch.float32, device=out_VTSS3.device) / 65536  # ITU-R 601-2
-    for frame, image_HW3 in zip(frames, _operated(images_HW3, frames, side), strict=True):
-        for v, t, c in frame.targets:
-            crop = frame.geometry.crops[c]
-            view = _cut(image_HW3, crop, side)
-            if crop.flip:
-                view = view.flip(1)
-            if crop.grey:
-                view = (view.float() @ luma).round().to(torch.uint8)[..., None].expand(-1, -1, 3)
-            if crop.blur or crop.solarize:
-                view = pixels.recolour(view.permute(2, 0, 1), crop).permute(1, 2, 0)
-            out_VTSS3[v, t] = view
-
-
-def _operated(images_HW3: Sequence[torch.Tensor], frames: Sequence[FramePlan], side: int) -> Iterator[torch.Tensor]:
-    """The images in order. Frames with operations are operated on, cut and resized, those of one geometry at once."""
-    pairs = zip(frames, images_HW3, strict=True)
-    for geometry, group in itertools.groupby(pairs, key=lambda pair: pair[0].geometry):
-        images = [image for _, image in group]
-        if geometry.part is None:
-            yield from images
-            continue
-        top, left, height, width = geometry.part
-        whole_NCHW = pixels.operate(torch.stack(images).permute(0, 3, 1, 2), geometry.operations)
-        part_NCHW = whole_NCHW[..., top : top + height, left : left + width]
-        yield from pixels.resize(part_NCHW, side).permute(0, 2, 3, 1)

@@ -181,10 +181,13 @@ class Planner:
 
     @property
     def batch_size(self) -> int:
-        """Most videos of a batch. The views of an evaluation share the memory of one training batch."""
+        """Most videos of a batch. In an evaluation a batch has as many views as training's has videos, or
+        `data.val_batch_size`, and one video at least."""
         if self.split == "train":
             return self._sizes.micro
-        return max(1, (self.sizes.micro if self.sizes else self.config.data.batch_size) // self.num_views)
+        data = self.config.data
+        views = data.val_batch_size or (self.sizes.micro if self.sizes else data.batch_size)
+        return max(1, views // self.num_views)
 
     @property
     def num_clips(self) -> int:

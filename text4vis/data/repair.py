@@ -5,20 +5,19 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable
 from functools import cached_property
-from typing import Generic
+from typing import Any, Generic
 
 import numpy as np
 
 from shards.format import SampleError
 from shards.reader import ShardDataset
 from text4vis.data.bad_videos import BadVideos
-from text4vis.data.decoding import Decoder
-from text4vis.data.finishing import Decoded, Pixels
+from text4vis.data.decoding import Decoder, Done_co, out_of_memory, report_of
 from text4vis.data.plan import Picked, Planner
 from text4vis.data.reading import PlanReader, ReadVideo, undecodable
 
 
-class Repair(Generic[Pixels]):
+class Repair(Generic[Done_co]):
     """Tries the videos of a failed batch one by one, and fills the places of bad ones with substitutes.
 
     Which frames a video is tried with depends on (seed, epoch, video) alone, so every rank that meets a bad video fills
@@ -33,11 +32,11 @@ class Repair(Generic[Pixels]):
         dataset: ShardDataset,
         planner: Planner,
         reader: PlanReader,
-        make_decoder: Callable[[], Decoder[Pixels]],
+        make_decoder: Callable[[], Decoder[Any, Done_co]],
         bad: BadVideos,
     ) -> None:
         self._dataset, self._planner, self._reader, self._bad = dataset, planner, reader, bad
-        self._make_decoder: Callable[[], Decoder[Pixels]] = make_decoder
+        self._make_decoder: Callable[[], Decoder[Any, Done_co]] = make_decoder
 
     def reread(self, picked: Picked) -> list[ReadVideo]:
         """Reads a batch that could not be read. Raises ShardError past `data.max_bad_share`.
@@ -47,16 +46,16 @@ class Repair(Generic[Pixels]):
         ids, epochs = picked
         return self._sound(zip(ids.tolist(), epochs.tolist(), strict=True), decode=False)
 
-    def redecode(self, videos: list[ReadVideo]) -> Decoded[Pixels]:
+    def redecode(self, videos: list[ReadVideo]) -> Done_co:
         """Decodes a batch that could not be decoded. Raises ShardError past `data.max_bad_share`."""
         return self.decode(self._sound(((video.plan.sample, video.plan.epoch) for video in videos), decode=True))
 
-    def decode(self, videos: list[ReadVideo]) -> Decoded[Pixels]:
+    def decode(self, videos: list[ReadVideo]) -> Done_co:
         """Decodes videos now. Raises SampleError, RuntimeError."""
         return self._decoder.finish(self._decoder.start(videos))
 
     @cached_property
-    def _decoder(self) -> Decoder[Pixels]:
+    def _decoder(self) -> Decoder[Any, Done_co]:
         return self._make_decoder()
 
     def _sound(self, pairs: Iterable[tuple[int, int]], *, decode: bool) -> list[ReadVideo]:
@@ -83,10 +82,8 @@ class Repair(Generic[Pixels]):
         except SampleError as error:
             reason = str(error)
         except RuntimeError as error:
-            # DALI's report: the traceback of the graph's definition, then what went wrong, then advice.
-            met = str(error).rpartition("encountered:")[2].partition("Current pipeline")[0]
-            if "memory" in met.lower():
+            if out_of_memory(error):
                 raise
-            reason = undecodable(self._dataset, sample, " ".join(met.split()))
+            reason = undecodable(self._dataset, sample, report_of(error))
         self._bad.add(sample, reason)
         return None

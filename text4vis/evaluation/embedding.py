@@ -88,7 +88,7 @@ def embed_videos(
     num_batches = -(-share // loader.batch_size)
     size = loader.config.data.input_size
     blank_BTCHW = torch.zeros(1, loader.config.data.num_segments, 3, size, size, dtype=torch.uint8, device=device)
-    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     batches = iter(loader)
     quiet = not distributed.ranks().is_main
     for _ in track(range(num_batches), "evaluating", unit="batch", quiet=quiet, keep=False):
@@ -99,19 +99,35 @@ def embed_videos(
             continue
         frames_BVTCHW = batch.frames.to(device, non_blocking=True)
         views_BVD = model.encode_video(frames_BVTCHW.flatten(0, 1)).unflatten(0, frames_BVTCHW.shape[:2])
-        parts.append((views_BVD.float().cpu().numpy(), batch.labels.numpy(), batch.ids.numpy()))
+        parts.append((views_BVD.float().cpu(), batch.labels, batch.ids))
     batches.close()
     model.train(was_training)
     join_bad_videos(loader.bad)
-    gathered = distributed.gather_to_main(parts)
-    if gathered is None:
-        return None
-    joined = [np.concatenate(column) for column in zip(*(part for rank in gathered for part in rank), strict=True)]
-    order = np.argsort(joined[2], kind="stable")
-    expected = np.setdiff1d(np.arange(len(loader.dataset)), [entry["id"] for entry in loader.bad.entries()])
-    if not np.array_equal(joined[2][order], expected):
-        raise RuntimeError(f"evaluation saw {len(joined[2])} videos, the data set has {len(expected)} that can be used")
-    return Embeddings(*(column[order] for column in joined))
+    embeddings_nVD, labels_n, ids_n = (
+        (torch.cat(column) for column in zip(*parts, strict=True)) if parts else [_NONE] * 3
+    )
+    seen_N = np.concatenate([np.empty(0, np.int64), *(piece.numpy() for piece in distributed.gather_rows(ids_n))])
+    order_N = np.argsort(seen_N, kind="stable")
+    if distributed.ranks().is_main:
+        expected = np.setdiff1d(np.arange(len(loader.dataset)), [entry["id"] for entry in loader.bad.entries()])
+        if not np.array_equal(seen_N[order_N], expected):
+            raise RuntimeError(f"evaluation saw {len(seen_N)} videos, {len(expected)} of the data set can be used")
+    embeddings_NVD, labels_N = _in_order(embeddings_nVD, order_N), _in_order(labels_n, order_N)
+    return Embeddings(embeddings_NVD, labels_N, seen_N[order_N]) if distributed.ranks().is_main else None
+
+
+_NONE = torch.empty(0)  # of a rank that has embedded nothing
+
+
+def _in_order(rows: torch.Tensor, order_N: np.ndarray) -> np.ndarray:
+    """The rows of all ranks on rank 0, of which number order_N[i] comes i-th; nothing elsewhere. Collective."""
+    places_N, table, at = np.argsort(order_N), np.empty(0), 0
+    for piece in distributed.gather_rows(rows):
+        if not at:
+            table = np.empty((len(order_N), *piece.shape[1:]), piece.numpy().dtype)
+        table[places_N[at : at + len(piece)]] = piece.numpy()
+        at += len(piece)
+    return table
 
 
 def join_bad_videos(bad: BadVideos) -> None:

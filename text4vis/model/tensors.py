@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,11 @@ from text4vis.model.layouts import State, clip_names
 
 # Under which training programs save a model: Lightning and open_clip, Text4Vis, many others, DeepSpeed.
 _STATE_DICTS = ("state_dict", "model_state_dict", "model", "module")
+# The names of types in a safetensors header.
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 # Numbers that OpenAI's archives keep among the tensors.
 OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
 
@@ -74,6 +82,31 @@ def write_tensors(path: Path, state: Mapping[str, Tensor], metadata: dict[str, s
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path, metadata)
     with suppress(OSError):  # not every mount has modes
         path.chmod(mode)  # the library makes files owner-only
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tensors of a safetensors file lie. header: its first bytes. offsets: the byte of the file where each
+    tensor begins, by name. size: bytes of the file."""
+
+    header: bytes
+    offsets: dict[str, int]
+    size: int
+
+
+def layout(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> Layout:
+    """The layout of the file that holds tensors of these types and shapes, so that its parts can be written apart.
+
+    Tensors of wide numbers come first, so that each is aligned; otherwise they keep their order.
+    """
+    entries, begins, end = {}, {}, 0
+    for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: -item[1][0].itemsize):
+        begins[name], end = end, end + dtype.itemsize * math.prod(shape)
+        entries[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [begins[name], end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return Layout(header, {name: len(header) + begin for name, begin in begins.items()}, len(header) + end)
 
 
 def is_state(content: Any) -> bool:

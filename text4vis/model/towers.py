@@ -60,7 +60,25 @@ class TextTower:
 
     def encode(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
         """Embeddings (C, D) float32 on the CPU, not normalised, without gradient. Raises ValueError as `tokenize`."""
-        tokens_CL = self.tokenize(texts).to(next(self._clip.parameters()).device)
+        return self.encode_tokens(self.tokenize(texts), batch_size=batch_size)
+
+    def encode_tokens(self, tokens_CL: Tensor, batch_size: int = 256, *, device: torch.device | None = None) -> Tensor:
+        """Embeddings (C, D) float32 on the CPU, not normalised, without gradient, of tokens (C, L).
+
+        device: where to compute, without TF32; the tower is moved there and back. Default: where it is.
+        """
+        home, precision = next(self._clip.parameters()).device, torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        if device not in {None, home}:
+            self._clip.to(device)
+        try:
+            return self._encode_tokens(tokens_CL.to(device or home), batch_size)
+        finally:
+            torch.set_float32_matmul_precision(precision)
+            if device not in {None, home}:
+                self._clip.to(home)
+
+    def _encode_tokens(self, tokens_CL: Tensor, batch_size: int) -> Tensor:
         was_training = self._clip.training
         self._clip.eval()
         with torch.no_grad():  # not inference_mode: the classifier built from these takes part in training

@@ -30,6 +30,7 @@ from text4vis.model.adapters import merged
 from text4vis.model.video_clip import VideoClip
 from text4vis.saved.weights import Parts, load_parts
 
+Digests = str | list[tuple[int, str]]  # SHA-256 in hex: of a whole file, or of (byte where a part ends, that part)
 FileName = Annotated[str, StringConstraints(pattern=r"^[a-z_]+\.safetensors\z")]  # beside state.json, nowhere else
 
 WEIGHTS = "model.safetensors"
@@ -48,10 +49,10 @@ class State:
 
     step: optimiser steps taken. updates: those of them that changed the weights; the others were skipped. consumed:
     videos of the stream. evaluated_step: step of the last evaluation. best_top1: per cent, -1 before the first
-    evaluation; the best mAP where videos have several labels. figures: of the last evaluation. files: SHA-256 by file
-    name. inputs: what the files hold that decide the run, by key (`saved.inputs.digests`), and what the tokenizer does,
-    by TOKENIZER. mixture: [videos, weight] of each source of a mixture. logit_bias: what losses of many labels add to
-    the logits, None before the first step.
+    evaluation; the best mAP where videos have several labels. figures: of the last evaluation. files: SHA-256 of the
+    parts of each file, by its name; earlier ones have that of the whole file. inputs: what the files hold that decide
+    the run, by key (`saved.inputs.digests`), and what the tokenizer does, by TOKENIZER. mixture: [videos, weight] of
+    each source of a mixture. logit_bias: what losses of many labels add to the logits, None before the first step.
     """
 
     step: int
@@ -65,7 +66,7 @@ class State:
     best_top1: float = -1.0
     figures: dict[str, Any] = field(default_factory=dict)
     loss_scaler: dict[str, float] = field(default_factory=dict)
-    files: dict[FileName, str] = field(default_factory=dict)
+    files: dict[FileName, Digests] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
     mixture: list[tuple[int, float]] = field(default_factory=list)
     logit_bias: float | None = None
@@ -147,14 +148,14 @@ def verify(folder: Path, only: Collection[str] | None = None) -> State:
     only: names of the files to compare; default: all. Raises CheckpointError naming the file that is damaged.
     """
     state = read_state(folder)
-    for name, digest in state.files.items():
+    for name, digests in state.files.items():
         if only is not None and name not in only:
             continue
         try:
-            found = sha256_of(folder / name)
+            sound = _is_sound(folder / name, digests)
         except OSError as error:
             raise CheckpointError(f"{folder / name}: cannot be read ({error}); delete {folder}") from error
-        if found != digest:
+        if not sound:
             raise CheckpointError(f"{folder / name}: damaged, its bytes are not those written; delete {folder}")
     return state
 
@@ -203,6 +204,22 @@ def sha256_of(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _is_sound(path: Path, digests: Digests) -> bool:
+    """Whether a file's bytes are those of the digests, none too few and none too many. Raises OSError."""
+    if isinstance(digests, str):
+        return sha256_of(path) == digests
+    at = 0
+    with path.open("rb") as file:
+        for stop, expected in digests:
+            digest = hashlib.sha256()
+            while block := file.read(max(0, min(stop - at, 1 << 22))):
+                digest.update(block)
+                at += len(block)
+            if at != stop or digest.hexdigest() != expected:
+                return False
+        return not file.read(1)
 
 
 def _renamed(values: dict[str, Any]) -> dict[str, Any]:

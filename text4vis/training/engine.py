@@ -6,8 +6,10 @@ by the parameter's name. So a checkpoint depends neither on the number of ranks 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,6 +53,21 @@ def engine_config(config: Config, sizes: BatchSizes, trainable_numel: int) -> di
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What a rank itself has of a tensor.
+
+    dtype, shape: of the whole tensor in a checkpoint. values: (n,) on any device, of any type; they are those from
+    number `start` of the flattened whole on. on_all: every rank has the whole tensor.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    values: Tensor
+    start: int = 0
+    on_all: bool = False
 
 
 class Engine:
@@ -240,10 +257,39 @@ class Engine:
             averages = self.ema_decay and name in parameters and parameters[name].requires_grad
             yield name, self.result(parameters[name]) if averages else value
 
-    def named_moments(self, key: str) -> Iterator[tuple[str, Tensor]]:
-        """The whole moments `key` of the trainable parameters in fp32, one after the other. Collective."""
-        for name, parameter in self._trainable():
-            yield name, self.whole(parameter, key).float()
+    def shards(self, key: str | None = None) -> Iterator[tuple[str, Shard]]:
+        """This rank's own part of the model's weights, in fp32, and buffers; with a key, of the moments of what trains.
+
+        Every rank gives all names in the same order, and exchanges nothing. The values are the engine's own memory.
+        """
+        parameters = dict(self.model.named_parameters())
+        for name, parameter in parameters.items():
+            if key is None or parameter.requires_grad:
+                yield name, self._shard(parameter, key)
+        for name, value in self.model.state_dict().items() if key is None else ():
+            if name not in parameters:
+                yield name, Shard(value.dtype, tuple(value.shape), value.detach().flatten(), on_all=True)
+
+    def _shard(self, parameter: nn.Parameter, key: str | None) -> Shard:
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        if hasattr(parameter, "ds_id"):  # ZeRO-3: equal parts, with zeros behind the last one's end
+            if not parameter.requires_grad:
+                own = parameter.ds_tensor  # type: ignore[attr-defined]
+            elif key is None:
+                own = safe_get_local_fp32_param(parameter)
+            else:
+                own = safe_get_local_optimizer_state(parameter, key)
+            start = min(torch.distributed.get_rank() * own.numel(), math.prod(shape))
+            return Shard(torch.float32, shape, own.detach()[: math.prod(shape) - start], start)
+        if hasattr(parameter, "_hp_mapping"):  # ZeRO-1 and 2: one stretch of all parameters, which may miss this one
+            mapping = parameter._hp_mapping
+            if mapping is None:
+                return Shard(torch.float32, shape, torch.empty(0))
+            own = mapping.get_hp_fragment(key).detach()
+            return Shard(torch.float32, shape, own, mapping.lp_fragment_address.start)
+        return Shard(torch.float32, shape, self.whole(parameter, key).detach().flatten(), on_all=True)
 
     def state_bytes(self) -> tuple[int, int]:
         """Bytes of the whole fp32 weights, and of the moments, the average among them."""

@@ -100,6 +100,8 @@ class Trainer:
             share, bias = positive_share(self.train_loader.dataset, len(self.class_names)), self.state.logit_bias
             self.objective = Objective(config, classes.to(self.device), self.sizes.micro, share=share, bias=bias)
             self.engine = self._engine(model)
+            self.saves = checkpointing.Saves(self.engine, output, config.logging.keep_checkpoints)
+            opened.callback(self.saves.close)
             self._opened = opened.pop_all()
         self.log = RunLog()
         self.agreement: Callable[[], list[int]] | None = None  # of the step before
@@ -121,6 +123,7 @@ class Trainer:
             if self.state.step == self.num_steps:
                 break
             requests = self.train_step(batches, meter)
+            self.saves.check()
             if self.state.step % self.config.logging.print_freq == 0 or self.state.step == self.num_steps:
                 self.log_step(meter)
                 meter = Meter.new(self.device)
@@ -128,6 +131,7 @@ class Trainer:
                 self.save()
             if requests.stop:
                 raise self.stopped(requests.stop)
+        self.saves.finish()
         self.log.add_pictures(self.state.step, lambda board: board.end(self.state.step))
         return self.state.figures
 
@@ -237,20 +241,23 @@ class Trainer:
         every = self.config.logging.save_steps
         return requests.save or (every is not None and self.state.step % every == 0)
 
-    def save(self) -> None:
-        """Writes a checkpoint of this step. Collective. Raises CheckpointError or ShardError."""
+    def save(self, *, best: bool = False) -> None:
+        """Starts to write a checkpoint of this step, and with `best` the best weights. Collective.
+
+        Raises CheckpointError, also for the save before, or ShardError.
+        """
         self.list_skipped(self.train_loader)  # so that a resumed run need not meet them again
-        checkpointing.save(self.engine, self.output, self.state, keep=self.config.logging.keep_checkpoints)
+        self.saves.start(self.state, best=best)
         if self.agreement is not None:  # a save that was asked for meanwhile is done; a stop is asked for again
             self.agreement()
             self.agreement = None
         self.saved_at = time.monotonic()
         if self.ranks.is_main:
             (self.output / SAVE_NOW).unlink(missing_ok=True)
-            logger.info("saved step %d", self.state.step)
 
     def stopped(self, code: int) -> Stopped:
-        """The exception that ends a run which was asked to stop and has saved."""
+        """Waits for the last save. Returns the exception that ends a run which was asked to stop. Collective."""
+        self.saves.finish()
         return Stopped(
             f"stopped by {StopRequest.REASONS[code]} after step {self.state.step}; run the command again to go on"
         )
@@ -326,9 +333,7 @@ class Trainer:
         self.list_skipped(self.val_loader)
         is_best, best_top1 = deciding > self.state.best_top1, max(deciding, self.state.best_top1)
         self.state = replace(self.state, evaluated_step=self.state.step, best_top1=best_top1, figures=figures)
-        if is_best:
-            checkpointing.save_best(self.engine, self.output, self.state)
-        self.save()
+        self.save(best=is_best)
         return figures
 
     def report_evaluation(self, result: dict[str, Any], classes_CD: torch.Tensor) -> dict[str, Any]:
@@ -346,7 +351,8 @@ class Trainer:
         return figures | decision_of(result)
 
     def save_and_stop_if_asked(self) -> None:
-        """Called before each batch of an evaluation. Collective. Raises Stopped."""
+        """Called before each batch of an evaluation. Collective. Raises Stopped, or CheckpointError of a save."""
+        self.saves.check()
         (code,) = distributed.start_max([self.stop.code])()
         if code:
             self.save()
@@ -376,7 +382,7 @@ class Trainer:
         self.log = RunLog.open(self.output, self.config, self.class_names, global_batch=global_batch, step=step)
 
     def close(self) -> None:
-        """Ends the loaders' threads and closes the logs. It may be called more than once."""
+        """Ends the last save and the loaders' threads, and closes the logs. It may be called more than once."""
         self._opened.close()
         self.log.close()
 

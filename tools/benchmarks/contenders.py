@@ -28,8 +28,8 @@ from torchvision.transforms import InterpolationMode, v2
 from benchmarks.data import Workload
 from text4vis.config.loading import config_from_dict
 from text4vis.config.schema import Config
-from text4vis.data import augmentation, sampling
-from text4vis.data.dali import image_graph, outputs, start_run
+from text4vis.data import augmentation, dali, sampling
+from text4vis.data.gpu_decoding import steps_of
 from text4vis.data.loader import build_loader
 from text4vis.data.plan import BatchPlan
 from text4vis.data.prefetch import pipelined, settled
@@ -84,24 +84,32 @@ def ours_views(setup: Setup) -> Iterator[Batches]:
 
 @contextmanager
 def decode_only(setup: Setup, device_id: int | None = None) -> Iterator[Batches]:
-    """The upper limit: DALI decodes the regions of our plan from bytes in memory, and does nothing else.
+    """The upper limit: DALI decodes the regions of our plan from bytes in memory, and nothing else is done.
 
-    device_id: the GPU that decodes, or None for the CPU.
+    device_id: the GPU that decodes, whose graph resizes too, or None for the CPU.
     """
     with build_loader(setup.train, "train") as loader:
         plans = list(itertools.islice(loader.plans(), _CEILING_BATCHES))
         read = [(plan, list(itertools.chain(*loader.dataset.read_many(plan.requests)))) for plan in plans]
-        graph = image_graph(
-            device_id=device_id, num_threads=setup.workers, batch_size=loader.planner.max_frames, resize=None
+        options = {"num_threads": setup.workers, "batch_size": loader.planner.max_frames}
+        steps = steps_of(loader.planner)
+        graph = (
+            dali.region_graph(**options)
+            if device_id is None
+            else dali.view_graph(steps, device_id=device_id, **options)
         )
 
         def start(item: tuple[BatchPlan, list[bytes]]) -> BatchPlan:
             plan, encoded = item
-            start_run(graph, encoded, [frame.geometry.region for video in plan.videos for frame in video.frames])
+            geometries = [frame.geometry for video in plan.videos for frame in video.frames]
+            if device_id is None:
+                dali.start_regions(graph, encoded, [geometry.region for geometry in geometries])
+            else:
+                dali.start_views(graph, steps, encoded, geometries)
             return plan
 
         def finish(plan: BatchPlan) -> Sized:
-            outputs(graph)
+            dali.outputs(graph)
             return plan.videos
 
         yield pipelined(itertools.cycle(read), start, finish, depth=1)
