@@ -61,7 +61,7 @@ def take_step(started, number: int, factor: float = 1.0) -> tuple[float, bool]:
     noise = torch.Generator().manual_seed(100 * number + distributed.ranks().rank)
     loss = started(torch.randn(4, 5, generator=noise)).square().mean() * factor
     started.backward(loss)
-    applied = started.step()
+    applied = started.step()()
     return distributed.sum_over_ranks([loss.item()])[0], applied
 
 

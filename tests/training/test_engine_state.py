@@ -65,8 +65,7 @@ def test_every_kind_of_engine_trains_as_torch_does(stage, offload, optim):
         loss, applied = take_step(engine, number)
         expected_loss, expected_norm = plain.step(inputs(number))
         assert applied is True and loss == pytest.approx(expected_loss, rel=1e-5)
-        norm = engine.grad_norm()  # around torch's own optimiser DeepSpeed keeps none
-        assert norm is None if stage == 0 else norm == pytest.approx(expected_norm, rel=1e-5)
+        assert engine.grad_norm() == pytest.approx(expected_norm, rel=1e-5)
     assert distance(state_of(engine), plain.state()) < 1e-6
     assert state_of(engine)["weights"]["frozen.weight"].equal(first["weights"]["frozen.weight"])
     assert not any(
@@ -129,7 +128,7 @@ def test_each_group_has_its_rate():
     assert engine.rates() == pytest.approx({"clip": 1.5e-3, "head": 3e-3})
     loss = engine(inputs(1)).square().mean()
     engine.backward(loss)
-    assert engine.step()
+    assert engine.step()()
     plain.step(inputs(1), rate=0.3)
     assert distance(state_of(engine), plain.state()) < 1e-6
 
@@ -224,16 +223,9 @@ def test_options_reach_the_tower_and_the_runtime():
     assert started(activation_checkpointing=True).model.visual.recomputes is True
 
 
-@pytest.mark.parametrize(("stage", "offload"), [(2, "none"), (2, "optimizer")])
-def test_the_optimiser_is_fused_on_the_host_alone(stage, offload):
-    """Elsewhere torch chooses: None, since False would also rule out its other fast form."""
-    engine = start("fp32", stage, offload, "adamw")
-    expected = None if offload == "none" else True
-    assert [group["fused"] for group in engine.runtime.basic_optimizer.param_groups] == [expected] * 2
-
-
 def with_scaler(attribute: str) -> Engine:
     engine = object.__new__(Engine)
+    engine._check = None
     optimizer = SimpleNamespace(**{attribute: DynamicLossScaler(2.0**16, 1000, 1, 2, False)})
     engine.runtime = SimpleNamespace(fp16_enabled=lambda: True, optimizer=optimizer)
     return engine

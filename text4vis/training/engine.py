@@ -6,6 +6,7 @@ by the parameter's name. So a checkpoint depends neither on the number of ranks 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from text4vis.cluster import distributed
 from text4vis.config.batches import BatchSizes
 from text4vis.config.schema import Config, ConfigError
+from text4vis.training.gradients import GradientCheck, read_later
 from text4vis.training.optim import build_optimizer
 
 if TYPE_CHECKING:
@@ -27,25 +30,67 @@ EMA = "ema"  # the moving average of the weights, kept among the optimiser's mom
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-def engine_config(config: Config, sizes: BatchSizes, trainable_numel: int) -> dict[str, Any]:
-    """DeepSpeed's dictionary, derived from ours and the model's trainable numbers. The only place that makes one."""
+# Numbers in a bucket that is reduced while the backward pass goes on: 100 MB in bf16, one of several in any CLIP.
+OVERLAPPING_BUCKET = 5 * 10**7
+
+
+def accumulates_in_fp32(config: Config, sizes: BatchSizes) -> bool:
+    """Whether several bf16 gradients add up in fp32: in bf16 the last of many would hardly count.
+
+    DeepSpeed cannot at ZeRO-0.
+    """
+    return sizes.accumulation > 1 and config.engine.precision == "bf16" and config.engine.zero_stage > 0
+
+
+def checks_gradients(config: Config, sizes: BatchSizes) -> bool:
+    """Whether we look at the gradients of a step, with `GradientCheck`, in DeepSpeed's place.
+
+    DeepSpeed's own check waits for the device in every step; in bf16 at ZeRO 1 and 2 it takes 15 operations a tensor. It
+    cannot be turned off in fp16, at ZeRO-3, with offload, in bf16 at ZeRO-0, and where ZeRO-1 accumulates in fp32.
+    """
     engine = config.engine
+    if engine.precision == "fp16" or engine.offload != "none" or engine.zero_stage == 3:
+        return False
+    return engine.precision != "bf16" or engine.zero_stage == 2 or (
+        engine.zero_stage == 1 and not accumulates_in_fp32(config, sizes)
+    )
+
+
+def engine_config(
+    config: Config, sizes: BatchSizes, trainable_numel: int, *, several_hosts: bool = False
+) -> dict[str, Any]:
+    """DeepSpeed's dictionary, derived from ours and the model's trainable numbers. The only place that makes one.
+
+    several_hosts: whether gradients travel between hosts.
+    """
+    engine, ours = config.engine, checks_gradients(config, sizes)
+    # Reducing within the backward pass pays where a network is slower than the wait that it costs: below ZeRO-3 DeepSpeed
+    # then calls torch.cuda.synchronize() after each backward pass. Within a host gradients take a few milliseconds.
+    overlaps = engine.zero_stage == 3 or (engine.zero_stage > 0 and several_hosts)
     # A bucket is allocated whole: DeepSpeed's own 500 million numbers are a gigabyte that CLIP cannot fill.
-    zero: dict[str, Any] = {"stage": engine.zero_stage, "reduce_bucket_size": min(5 * 10**8, max(1, trainable_numel))}
+    bucket = OVERLAPPING_BUCKET if overlaps else 5 * 10**8
+    zero: dict[str, Any] = {
+        "stage": engine.zero_stage,
+        "overlap_comm": overlaps,
+        "reduce_bucket_size": min(bucket, max(1, trainable_numel)),
+        # Buckets are of use between ranks; for one rank to copy each gradient into one costs a pass over all of them.
+        "contiguous_gradients": sizes.world_size > 1,
+    }
+    if ours and engine.zero_stage > 0:
+        zero["compute_grad_norm"] = False
     if engine.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if engine.offload == "parameters":
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    # DeepSpeed cannot accumulate in fp32 at ZeRO-0.
-    accumulates = sizes.accumulation > 1 and engine.precision == "bf16" and engine.zero_stage > 0
     return {
         "train_micro_batch_size_per_gpu": sizes.micro,
         "gradient_accumulation_steps": sizes.accumulation,
         "train_batch_size": sizes.global_batch,
-        "gradient_clipping": config.solver.clip_gradient,
-        "bf16": {"enabled": engine.precision == "bf16"},
+        "gradient_clipping": 0.0 if ours else config.solver.clip_gradient,
+        "communication_data_type": engine.communication_data_type,
+        "bf16": {"enabled": engine.precision == "bf16", "check_grad_overflow": not ours},
         "fp16": {"enabled": engine.precision == "fp16"},
-        "data_types": {"grad_accum_dtype": "fp32" if accumulates else None},
+        "data_types": {"grad_accum_dtype": "fp32" if accumulates_in_fp32(config, sizes) else None},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -69,20 +114,31 @@ class Engine:
             )
         if config.engine.activation_checkpointing:
             model.visual.set_grad_checkpointing(True)  # type: ignore[operator]
+        model.autocast = config.engine.precision == "amp"
         optimizer = build_optimizer(model, config.solver)
-        for group in optimizer.param_groups:  # on the host one pass over the memory instead of ten
-            group["fused"] = config.engine.offload != "none" or None
+        place = distributed.ranks()
         trainable_numel = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         self.model = model
-        self.ema_decay, self.updates = config.solver.ema, 0
+        self.ema_decay = config.solver.ema
         self._set_aside: dict[nn.Parameter, Tensor] = {}
         self.runtime: DeepSpeedEngine
         self.runtime, _, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=engine_config(config, sizes, trainable_numel),
+            config=engine_config(
+                config, sizes, trainable_numel, several_hosts=place.world_size > place.local_world_size
+            ),
             dist_init_required=False,
         )
+        self._check: GradientCheck | None = None
+        if checks_gradients(config, sizes):
+            self._check = GradientCheck(
+                self.runtime.basic_optimizer,
+                distributed.device(),
+                largest_norm=config.solver.clip_gradient,
+                scales_loss=config.engine.precision == "amp",
+                partitioned=config.engine.zero_stage > 0,
+            )
         if config.engine.compile:
             self.runtime.compile()
 
@@ -92,39 +148,49 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of a micro batch's loss (), which DeepSpeed averages over micro batches and ranks."""
-        self.runtime.backward(loss)
+        self.runtime.backward(loss if self._check is None else self._check.scaled(loss))
 
-    def step(self) -> bool:
-        """Follows each backward pass. Updates the weights after a step's last one; True if they changed.
+    def step(self) -> Callable[[], bool]:
+        """Follows each backward pass. Updates the weights after a step's last one.
 
-        Gradients that are not finite change nothing, on any rank. DeepSpeed sees to that, but for fp32 at ZeRO-0.
+        Call the result to learn whether the weights changed; a step later that makes nothing wait. Gradients that are
+        not finite change nothing, on any rank.
         """
-        runtime = self.runtime
-        is_plain = runtime.optimizer is runtime.basic_optimizer
-        if is_plain and runtime.is_gradient_accumulation_boundary():
-            gradients = [parameter.grad for _, parameter in self._trainable() if parameter.grad is not None]
-            if not bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients)).sum())):
-                runtime.zero_grad()
-                runtime.micro_steps += 1  # the only trace that a step leaves for the next one
-                return False
+        runtime, check = self.runtime, self._check
+        if not runtime.is_gradient_accumulation_boundary():
+            runtime.step()
+            return lambda: False
+        finite = None if check is None else check.look(self._gradients())
         runtime.step()
-        applied = runtime.was_step_applied()
-        if applied:
-            self.updates += 1
-            self._average()
-        return applied
+        if finite is None:
+            applied = runtime.was_step_applied()
+            if applied:
+                self._average(torch.ones((), device=distributed.device()))
+            return lambda: applied
+        self._average(finite)
+        return read_later(finite)
+
+    def _gradients(self) -> list[Tensor]:
+        """The gradients of a whole step that this rank's optimiser will use, averaged over micro batches and ranks."""
+        averaged = getattr(self.runtime.optimizer, "averaged_gradients", None)  # ZeRO-1 and 2: this rank's share
+        if averaged is not None:
+            return [gradient for group in averaged.values() for gradient in group or ()]
+        return [parameter.grad for _, parameter in self._trainable() if parameter.grad is not None]
 
     @torch.no_grad()
-    def _average(self) -> None:
-        """Moves the averages on after an update: average = d * average + (1 - d) * weights.
+    def _average(self, applied: Tensor) -> None:
+        """Moves the averages on after an update: average = d * average + (1 - d) * weights. applied: () 1 or 0.
 
         d = min(solver.ema, (1 + n) / (10 + n)) after n updates, so that a short run does not keep its first weights
         (TensorFlow's `ExponentialMovingAverage`).
         """
         if self.ema_decay:
             masters, state = self._masters(), self.runtime.basic_optimizer.state
-            decay = min(self.ema_decay, (1 + self.updates) / (10 + self.updates))
-            torch._foreach_lerp_([state[master][EMA] for master in masters], masters, 1 - decay)
+            self._updates += applied
+            decay = ((1 + self._updates) / (10 + self._updates)).clamp(max=self.ema_decay)
+            weight = ((1 - decay) * applied).float()
+            weights = [weight.to(master.device, non_blocking=True) for master in masters]
+            torch._foreach_lerp_([state[master][EMA] for master in masters], masters, weights)
 
     def set_rates(self, rate: Callable[[float], float]) -> None:
         """Gives each parameter group the learning rate that `rate` computes from the group's peak."""
@@ -136,9 +202,12 @@ class Engine:
         return {group["name"]: group["lr"] for group in self._groups()}
 
     def grad_norm(self) -> float | None:
-        """The norm of all gradients of the last step, before clipping; None if DeepSpeed computed none."""
-        norm = self.runtime.get_global_grad_norm()
-        return None if norm is None else float(norm)
+        """The norm of all gradients of the last step, before clipping; None if it is not finite or not known.
+
+        Waits for the device.
+        """
+        norm = self.runtime.get_global_grad_norm() if self._check is None else self._check.norm
+        return None if norm is None or not math.isfinite(norm) else float(norm)
 
     def restore(
         self, weights: Callable[[str], Tensor], moments: Callable[[str, str], Tensor] | None, updates: int
@@ -152,8 +221,10 @@ class Engine:
         """
         for master in self._masters():
             zeros = {key: torch.zeros_like(master, requires_grad=False) for key in self.moment_names}
-            self.runtime.basic_optimizer.state[master] = {"step": torch.tensor(float(updates)), **zeros}
-        self.updates = updates
+            # Fused optimisers count on the device of the weights.
+            step = torch.tensor(float(updates), device=master.device)
+            self.runtime.basic_optimizer.state[master] = {"step": step, **zeros}
+        self._updates = torch.tensor(float(updates), dtype=torch.float64, device=distributed.device())
         link = getattr(self.runtime.optimizer, "_lazy_init_hp_params_optimizer_state", None)
         if link is not None:  # ZeRO-1 and 2 find a parameter's moments only after this
             link()
@@ -251,13 +322,22 @@ class Engine:
         trainable = sum(numel for numel, trains in numels if trains)
         return 4 * sum(numel for numel, _ in numels), 4 * len(self.moment_names) * trainable
 
+    def loss_scale(self) -> float | None:
+        """The factor of the loss that fp16 and amp go backward from; None in other precisions. Waits for the device."""
+        state = self.loss_scaler_state()
+        return state.get("scale", state.get("cur_scale"))
+
     def loss_scaler_state(self) -> dict[str, float]:
-        """fp16's dynamic loss scale and its counters; empty in other precisions."""
+        """fp16's and amp's dynamic loss scale and its counters; empty in other precisions. Waits for the device."""
+        if self._check is not None:
+            return self._check.state()
         scaler = self._loss_scaler()
         return {} if scaler is None else {key: getattr(scaler, key) for key in _SCALER_STATE if hasattr(scaler, key)}
 
     def restore_loss_scaler(self, state: dict[str, float]) -> None:
         """Sets what `loss_scaler_state` gave."""
+        if self._check is not None:
+            self._check.restore(state)
         scaler = self._loss_scaler()
         for key, value in state.items():
             if hasattr(scaler, key):
