@@ -8,6 +8,9 @@ not a number: it must change nothing.
 import itertools
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -15,6 +18,7 @@ from torch import nn
 from text4vis.cluster import distributed
 from text4vis.config.batches import BatchSizes
 from text4vis.config.schema import Config, DataConfig, EngineConfig, SolverConfig
+from text4vis.training import engine, memory, runtime_config
 from text4vis.training.engine import Engine
 
 KINDS = [(0, "none"), (1, "none"), (2, "none"), (3, "none"), (2, "optimizer"), (3, "parameters")]
@@ -43,13 +47,23 @@ def configuration(precision: str, stage: int, offload: str, optim: str, **solver
     )
 
 
+@contextmanager
+def as_told() -> Iterator[None]:
+    """Within it one rank, too, uses the ZeRO stage that it is told, so that tests of one process meet every kind."""
+    with ExitStack() as patches:
+        for module in (engine, memory, runtime_config):
+            patches.enter_context(patch.object(module, "used_stage", lambda config, sizes: config.engine.zero_stage))
+        yield
+
+
 def start(precision: str, stage: int, offload: str, optim: str, state: dict | None = None, **solver: object) -> Engine:
     config = configuration(precision, stage, offload, optim, **solver)
     model = Model()
     if state is not None:
         model.load_state_dict(state["weights"])
     first = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
-    started = Engine(model, config, BatchSizes.of(config, distributed.ranks().world_size))
+    with as_told():
+        started = Engine(model, config, BatchSizes.of(config, distributed.ranks().world_size))
     moments = None if state is None else lambda key, name: state[key][name]
     started.restore(first.__getitem__, moments, 0 if state is None else 2)
     return started

@@ -17,10 +17,10 @@ OURS, DEEPSPEED = "text4vis/", "deepspeed/"
 
 
 class Operations(TorchDispatchMode):
-    """Counts the operations of this thread within it: all, the launches among them, and the waits by who asks.
+    """Counts the operations of this thread within it: all, the launches among them, and waits by who asks.
 
-    waits: how often a place ("text4vis/training/engine.py:10", "deepspeed/…") asked for values. A place is the innermost
-    line of ours or DeepSpeed's.
+    waits: how often a place ("text4vis/training/engine.py:10", "deepspeed/…") asked for values. A place is the
+    innermost line of ours or DeepSpeed's.
     """
 
     def __init__(self) -> None:

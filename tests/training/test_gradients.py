@@ -14,9 +14,7 @@ def parameters() -> list[torch.nn.Parameter]:
 def built(given, *, largest_norm=0.0, scales_loss=False) -> tuple[torch.optim.Optimizer, GradientCheck]:
     optimizer = torch.optim.AdamW(given, lr=0.1, weight_decay=0.2, fused=True)
     place = torch.device("cpu")
-    check = GradientCheck(
-        optimizer, place, largest_norm=largest_norm, scales_loss=scales_loss, partitioned=False
-    )
+    check = GradientCheck(optimizer, place, largest_norm=largest_norm, scales_loss=scales_loss, partitioned=False)
     return optimizer, check
 
 
@@ -43,7 +41,7 @@ def test_updates_are_those_of_plain_torch_and_a_wrong_one_changes_nothing(larges
         loss_of(theirs, factor).backward()
         norm = torch.nn.utils.clip_grad_norm_(theirs, largest_norm or float("inf"))
         plain.step()
-        assert check.norm == pytest.approx(norm, rel=1e-5)
+        assert check.norm.item() == pytest.approx(norm.item(), rel=1e-5)
         assert all(map(torch.allclose, ours, theirs))
     assert all(state["step"] == 3 for state in optimizer.state.values())
 

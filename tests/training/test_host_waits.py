@@ -1,4 +1,4 @@
-"""A training step does not stop the host: what it asks the device for values, counted by who asks; and its operations."""
+"""A training step does not stop the host: who asks the device for values, and how many operations are launched."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from text4vis.config.batches import BatchSizes
 from text4vis.config.loading import load_config
 from text4vis.config.schema import Config, DataConfig, EngineConfig, SolverConfig
 from text4vis.model.video_clip import build_model
-from text4vis.training import engine as module
+from text4vis.training import engine, runtime_config
 from text4vis.training.engine import Engine
 from text4vis.training.logs import Meter
 from text4vis.training.trainer import Trainer
@@ -42,7 +42,7 @@ def trained(project, output, *settings: str) -> Trainer:
         (("engine.precision=amp", "engine.zero_stage=2", "solver.loss_type=NCE"), 0),
         (("engine.precision=bf16", "engine.zero_stage=1", "solver.mixup=0.2", "solver.cutmix=1"), 0),
         (("engine.precision=bf16", "engine.zero_stage=2", "solver.loss_type=ASL", ACCUMULATION), 0),
-        (("engine.precision=bf16", "engine.zero_stage=1", ACCUMULATION), 1),
+        (("engine.precision=bf16", "engine.zero_stage=1", ACCUMULATION), 2),
         (("engine.precision=fp32", "engine.zero_stage=3"), 1),
     ],
     ids=lambda value: " ".join(value).replace("engine.", "") if isinstance(value, tuple) else "",
@@ -51,11 +51,10 @@ def test_no_line_of_ours_waits_for_the_device_in_a_step(project, tmp_path, setti
     """theirs: the waits of DeepSpeed itself, which docs/performance.md lists."""
     with trained(project, tmp_path / "run", *settings) as trainer:
         batches, meter = iter(trainer.train_loader), Meter.new(trainer.device)
-        trainer.train_step(batches, meter)  # the first chooses a bias, and makes what is kept
-        trainer.state = trainer.state.__class__(**vars(trainer.state) | {"evaluated_step": -1})
-        for _ in range(2):
-            with Operations() as step:
-                trainer.train_step(batches, meter)
+        for _ in range(4):  # the first chooses a bias; ZeRO-3 compares the order of its modules over ranks for three
+            trainer.train_step(batches, meter)
+        with Operations() as step:
+            trainer.train_step(batches, meter)
         assert step.all > 500 and step.waits_of(OURS) == {}
         assert sum(step.waits_of(DEEPSPEED).values()) == theirs == step.waits.total()
         with Operations() as line:
@@ -98,7 +97,8 @@ def test_the_optimisers_step_does_not_launch_operations_for_each_tensor(tmp_path
 
 def test_deepspeeds_own_look_at_the_gradients_launches_many_for_each_tensor(tmp_path, monkeypatch):
     """What the check of ours replaces."""
-    monkeypatch.setattr(module, "checks_gradients", lambda config, sizes: False)
+    for module in (engine, runtime_config):
+        monkeypatch.setattr(module, "checks_gradients", lambda config, sizes: False)
     counted = Counted(tmp_path, "bf16", 1)
     assert counted.launches() > 15 * counted.tensors
 

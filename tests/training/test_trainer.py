@@ -199,7 +199,11 @@ def test_a_step_takes_all_its_micro_batches_and_counts():
     *seen, meter = take_step(trainer, [1.0, 2.0, 6.0])
     assert [batch for batch, _, _ in seen] == [0, 1, 2]
     assert (trainer.state.step, trainer.state.updates, trainer.state.consumed) == (2, 2, 4 + 12)
-    assert (meter.steps, meter.updates, meter.loss.item()) == (1, 1, 3.0) and 0 <= meter.wait_seconds() < 10 and len(meter.waits) == 3
+    assert (
+        (meter.steps, meter.updates, meter.loss.item()) == (1, 1, 3.0)
+        and 0 <= meter.wait_seconds() < 10
+        and len(meter.waits) == 3
+    )
     assert trainer.engine.rates == [learning_rate(0.4, 2.0, 2, 1)], "of the epoch before the step"
     assert trainer.log.drawn == []
 
@@ -349,6 +353,7 @@ def test_a_line_of_the_log_holds_means_over_steps_and_ranks(monkeypatch, ranks):
     assert memory > 1e6
     assert record == pytest.approx({
         "step": 5, "epoch": 2.8571, "loss": 2.0, "lr_clip": 0.1, "lr_head": 0.2, "logit_scale": 1.0, "grad_norm": 1.5,
+        "loss_scale": None,
         "skipped_steps": 1, "bad_videos": 2, "videos_per_second": 4 * ranks / 0.5, "step_seconds": 0.5,
         "data_wait_share": 0.25, "gpu_utilisation": 0.4,
     })  # fmt: skip

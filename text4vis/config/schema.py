@@ -264,8 +264,8 @@ class EngineConfig:
     precision: Literal["bf16", "fp16", "amp", "fp32"] = key(
         "bf16",
         Role.TRAINING,
-        "arithmetic of the step; amp: fp32 weights under fp16 autocast, as the original; master weights stay fp32, fp16 "
-        "and amp scale the loss",
+        "arithmetic of the step; amp: fp32 weights under fp16 autocast, as the original; master weights stay fp32, "
+        "fp16 and amp scale the loss",
         on_card=True,
     )
     tf32: Bool = key(False, Role.TRAINING, "GPUs may compute fp32 products in TF32: faster, three decimal digits")

@@ -24,6 +24,7 @@ from text4vis.evaluation.protocols import deciding_figure, is_multi_label, main_
 from text4vis.model.video_clip import WEIGHTS_DTYPE, VideoClip
 from text4vis.saved.interpolation import Interpolation
 
+
 class _AtEveryAlpha(nn.Module):
     """Stands for a video model whose embeddings are those at every alpha side by side, (B, A * D)."""
 

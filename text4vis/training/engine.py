@@ -19,6 +19,7 @@ from text4vis.config.batches import BatchSizes
 from text4vis.config.schema import Config, ConfigError
 from text4vis.training.gradients import GradientCheck, read_later
 from text4vis.training.optim import build_optimizer
+from text4vis.training.runtime_config import checks_gradients, engine_config, used_stage
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -28,74 +29,6 @@ if TYPE_CHECKING:
 
 EMA = "ema"  # the moving average of the weights, kept among the optimiser's moments
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
-
-# Numbers in a bucket that is reduced while the backward pass goes on: 100 MB in bf16, one of several in any CLIP.
-OVERLAPPING_BUCKET = 5 * 10**7
-
-
-def accumulates_in_fp32(config: Config, sizes: BatchSizes) -> bool:
-    """Whether several bf16 gradients add up in fp32: in bf16 the last of many would hardly count.
-
-    DeepSpeed cannot at ZeRO-0.
-    """
-    return sizes.accumulation > 1 and config.engine.precision == "bf16" and config.engine.zero_stage > 0
-
-
-def checks_gradients(config: Config, sizes: BatchSizes) -> bool:
-    """Whether we look at the gradients of a step, with `GradientCheck`, in DeepSpeed's place.
-
-    DeepSpeed's own check waits for the device in every step; in bf16 at ZeRO 1 and 2 it takes 15 operations a tensor. It
-    cannot be turned off in fp16, at ZeRO-3, with offload, in bf16 at ZeRO-0, and where ZeRO-1 accumulates in fp32.
-    """
-    engine = config.engine
-    if engine.precision == "fp16" or engine.offload != "none" or engine.zero_stage == 3:
-        return False
-    return engine.precision != "bf16" or engine.zero_stage == 2 or (
-        engine.zero_stage == 1 and not accumulates_in_fp32(config, sizes)
-    )
-
-
-def engine_config(
-    config: Config, sizes: BatchSizes, trainable_numel: int, *, several_hosts: bool = False
-) -> dict[str, Any]:
-    """DeepSpeed's dictionary, derived from ours and the model's trainable numbers. The only place that makes one.
-
-    several_hosts: whether gradients travel between hosts.
-    """
-    engine, ours = config.engine, checks_gradients(config, sizes)
-    # Reducing within the backward pass pays where a network is slower than the wait that it costs: below ZeRO-3 DeepSpeed
-    # then calls torch.cuda.synchronize() after each backward pass. Within a host gradients take a few milliseconds.
-    overlaps = engine.zero_stage == 3 or (engine.zero_stage > 0 and several_hosts)
-    # A bucket is allocated whole: DeepSpeed's own 500 million numbers are a gigabyte that CLIP cannot fill.
-    bucket = OVERLAPPING_BUCKET if overlaps else 5 * 10**8
-    zero: dict[str, Any] = {
-        "stage": engine.zero_stage,
-        "overlap_comm": overlaps,
-        "reduce_bucket_size": min(bucket, max(1, trainable_numel)),
-        # Buckets are of use between ranks; for one rank to copy each gradient into one costs a pass over all of them.
-        "contiguous_gradients": sizes.world_size > 1,
-    }
-    if ours and engine.zero_stage > 0:
-        zero["compute_grad_norm"] = False
-    if engine.offload != "none":
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    if engine.offload == "parameters":
-        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    return {
-        "train_micro_batch_size_per_gpu": sizes.micro,
-        "gradient_accumulation_steps": sizes.accumulation,
-        "train_batch_size": sizes.global_batch,
-        "gradient_clipping": 0.0 if ours else config.solver.clip_gradient,
-        "communication_data_type": engine.communication_data_type,
-        "bf16": {"enabled": engine.precision == "bf16", "check_grad_overflow": not ours},
-        "fp16": {"enabled": engine.precision == "fp16"},
-        "data_types": {"grad_accum_dtype": "fp32" if accumulates_in_fp32(config, sizes) else None},
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 10**9,
-    }
 
 
 class Engine:
@@ -137,10 +70,17 @@ class Engine:
                 distributed.device(),
                 largest_norm=config.solver.clip_gradient,
                 scales_loss=config.engine.precision == "amp",
-                partitioned=config.engine.zero_stage > 0,
+                partitioned=used_stage(config, sizes) > 0,
             )
+        if sizes.world_size == 1 and self._is_plain:
+            self.runtime.enable_backward_allreduce = False  # DeepSpeed would copy all gradients there and back
         if config.engine.compile:
             self.runtime.compile()
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether torch's own optimiser updates the model's own fp32 parameters."""
+        return self.runtime.optimizer is self.runtime.basic_optimizer
 
     def __call__(self, *inputs: Tensor | Classes) -> Tensor:
         """The model's forward pass."""
@@ -172,10 +112,10 @@ class Engine:
 
     def _gradients(self) -> list[Tensor]:
         """The gradients of a whole step that this rank's optimiser will use, averaged over micro batches and ranks."""
-        averaged = getattr(self.runtime.optimizer, "averaged_gradients", None)  # ZeRO-1 and 2: this rank's share
-        if averaged is not None:
-            return [gradient for group in averaged.values() for gradient in group or ()]
-        return [parameter.grad for _, parameter in self._trainable() if parameter.grad is not None]
+        if self._is_plain:
+            return [parameter.grad for _, parameter in self._trainable() if parameter.grad is not None]
+        averaged = self.runtime.optimizer.averaged_gradients  # ZeRO-1 and 2: this rank's share
+        return [gradient for group in averaged.values() for gradient in group or ()]
 
     @torch.no_grad()
     def _average(self, applied: Tensor) -> None:

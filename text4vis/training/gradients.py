@@ -1,13 +1,13 @@
-"""What becomes of a step's gradients, decided on the device: their norm, clipping, the loss scale, skipping the update.
+"""What becomes of a step's gradients, decided on the device: norm, clipping, loss scale, skipping the update.
 
-To ask the device whether gradients are finite would stop the host until the backward pass is done, in every step. torch's
-fused optimisers take the answer as a tensor instead: `found_inf` 1 makes an update change nothing, and gradients are
-divided by `grad_scale` on their way.
+To ask the device whether gradients are finite would stop the host until the backward pass is done, in every step.
+torch's fused optimisers take the answer as a tensor instead: `found_inf` 1 makes an update change nothing, and they
+divide gradients by `grad_scale`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class GradientCheck:
         return loss * self._scale if self._scales_loss else loss
 
     @torch.no_grad()
-    def look(self, gradients: Sequence[Tensor]) -> Tensor:
+    def look(self, gradients: list[Tensor]) -> Tensor:
         """Looks at the gradients of a step before the optimiser does. Returns whether they are finite, () bool.
 
         The same on every rank. Collective with `partitioned`.
@@ -85,7 +85,7 @@ class GradientCheck:
 
 
 def read_later(flag: Tensor) -> Callable[[], bool]:
-    """Starts to copy a flag () bool to the host. Call the result to wait for the copy, and for no work queued after it."""
+    """Starts to copy a flag () bool to the host. Call the result to wait for that, and for no work queued after it."""
     if not flag.is_cuda:
         return lambda: bool(flag.numpy())
     on_host = torch.empty((), dtype=torch.bool, pin_memory=True)

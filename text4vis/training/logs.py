@@ -62,9 +62,7 @@ class Meter:
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Counts the time within as waiting for data: on a GPU the time that it has nothing to do, not the host's."""
-        first, last = (
-            torch.cuda.Event(enable_timing=True) if self.loss.is_cuda else _HostMoment() for _ in range(2)
-        )
+        first, last = (torch.cuda.Event(enable_timing=True) if self.loss.is_cuda else _HostMoment() for _ in range(2))
         first.record()
         yield
         last.record()

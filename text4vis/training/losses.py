@@ -87,7 +87,9 @@ class Objective:
             return cross_entropy(logits_BC, labels_B, solver.smoothing, mix)
         labels_N = distributed.rows_of_all(labels_B)
         found = labels_N.unique(return_inverse=True)  # on the CPU: their number decides shapes
-        present_C, columns_N, labels_N = (each.to(frames_BTCHW.device, non_blocking=True) for each in (*found, labels_N))
+        present_C, columns_N, labels_N = (
+            each.to(frames_BTCHW.device, non_blocking=True) for each in (*found, labels_N)
+        )
         logits_NC = gather_rows(forward(frames_BTCHW, self.classes[present_C]))
         return contrastive(logits_NC[:, columns_N], labels_N, dual=solver.loss_type == "DS")
 

@@ -43,12 +43,12 @@ from text4vis.training.losses import Objective
 from text4vis.training.optim import scheduled_rate
 from text4vis.training.run_log import RunLog
 from text4vis.training.settings import run_settings
+from text4vis.training.steps import MicroBatchLoss, TakenStep, why_skipped
 
 logger = logging.getLogger("text4vis")
 
 FEW_SHOT_LIST = "few_shot.txt"  # in OUT: the videos that data.shot chose, by name
 SAVE_NOW = "save-now"  # in OUT: a file whose appearance asks for a checkpoint
-MOST_VIDEOS_NAMED = 32
 
 
 @dataclass(frozen=True)
@@ -57,24 +57,6 @@ class Requests:
 
     stop: int = 0
     save: bool = False
-
-
-@dataclass(frozen=True)
-class MicroBatchLoss:
-    """The videos of a micro batch and its loss (), which stays on the device."""
-
-    ids: list[int]
-    loss: torch.Tensor
-
-
-@dataclass(frozen=True)
-class TakenStep:
-    """A step whose outcome is still on its way from the device. meter: where it counts. applied: waits for it."""
-
-    number: int
-    seen: list[MicroBatchLoss]
-    meter: Meter
-    applied: Callable[[], bool]
 
 
 class Trainer:
@@ -207,25 +189,9 @@ class Trainer:
         return Requests(stop, bool(save))
 
     def report_nonfinite(self, taken: TakenStep) -> None:
-        """The step was skipped on all ranks. Raises NonFiniteError where solver.on_nonfinite says stop. Collective.
-
-        fp16 and amp skip steps while they look for a loss scale: that is an error only if a loss is not finite.
-        """
-        wrong = [micro.ids for micro in taken.seen if not bool(torch.isfinite(micro.loss))]
-        gathered = distributed.gather_to_main((wrong, [micro.ids for micro in taken.seen]))
-
-        def explain() -> str:
-            assert gathered is not None
-            suspects = [sample for wrong, _ in gathered for ids in wrong for sample in ids]
-            if not suspects and self.config.engine.precision in ("fp16", "amp"):
-                return ""
-            what = "loss" if suspects else "gradient"
-            suspects = suspects or [sample for _, all_ids in gathered for ids in all_ids for sample in ids]
-            names = [self.train_loader.dataset.describe(sample) for sample in suspects[:MOST_VIDEOS_NAMED]]
-            more = f" and {len(suspects) - len(names)} more" if len(suspects) > len(names) else ""
-            return f"step {taken.number}: the {what} is not finite; videos: {'; '.join(names)}{more}"
-
-        message = distributed.from_main(explain)
+        """The step was skipped on all ranks. Raises NonFiniteError where solver.on_nonfinite says stop. Collective."""
+        searches = self.config.engine.precision in ("fp16", "amp")
+        message = why_skipped(taken, self.train_loader.dataset.describe, searches_loss_scale=searches)
         if message and self.config.solver.on_nonfinite == "stop":
             raise NonFiniteError(f"{message}. Fix them, lower solver.lr, or go on with solver.on_nonfinite=skip")
         skipped = taken.number - self.state.updates
@@ -304,7 +270,7 @@ class Trainer:
             **{f"lr_{name}": rate for name, rate in rates.items()},
             "logit_scale": float(self.engine.used(self.engine.model.logit_scale).float().exp()),
             "grad_norm": self.engine.grad_norm(),
-            **{"loss_scale": scale for scale in [self.engine.loss_scale()] if scale is not None},
+            "loss_scale": self.engine.loss_scale(),
             "skipped_steps": self.state.step - self.state.updates,
             "bad_videos": len(self.train_loader.bad),
             "videos_per_second": self.sizes.global_batch / step_seconds,
