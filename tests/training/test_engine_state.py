@@ -292,12 +292,25 @@ def test_fp16_keeps_its_loss_scale(attribute):
         setattr(scalers[0], key, value)
     fresh.restore_loss_scaler(json.loads(json.dumps(used.loss_scaler_state())))
     assert vars(scalers[0]) == vars(scalers[1]) and fresh.loss_scaler_state() == state
+    assert used.loss_scale() == 2.0**15
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_amp_keeps_its_loss_scale(stage):
+    used, fresh = (start("amp", stage, "none", "adamw") for _ in range(2))
+    take_step(used, 1)
+    state = {"scale": 2.0**16, "steps_since_growth": 1}
+    assert used.loss_scaler_state() == state and used.loss_scale() == 2.0**16
+    take_step(used, 2, factor=float("inf"))
+    state = {"scale": 2.0**15, "steps_since_growth": 0}
+    fresh.restore_loss_scaler(json.loads(json.dumps(used.loss_scaler_state())))
+    assert used.loss_scaler_state() == fresh.loss_scaler_state() == state and used.grad_norm() is None
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_other_precisions_have_no_loss_scale(precision):
     engine = start(precision, 1, "none", "adamw")
-    assert engine.loss_scaler_state() == {}
+    assert engine.loss_scaler_state() == {} and engine.loss_scale() is None
     engine.restore_loss_scaler({})
 
 

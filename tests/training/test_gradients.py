@@ -1,8 +1,11 @@
 """The check of a step's gradients against torch's own clipping and GradScaler."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from text4vis.training import logs
 from text4vis.training.gradients import FIRST_SCALE, STEPS_BETWEEN_GROWTHS, GradientCheck, read_later
 
 
@@ -74,3 +77,40 @@ def test_a_loss_that_is_not_scaled_has_no_state():
     loss = torch.ones(())
     assert check.scaled(loss) is loss and check.state() == {}
     check.restore({})
+
+
+class Event:
+    """As a torch.cuda.Event: work on the GPU takes until the time at which it is recorded."""
+
+    clock = 0.0
+    read = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = Event.clock
+
+    def elapsed_time(self, later) -> float:
+        Event.read += 1
+        return 1000 * (later.at - self.at)
+
+
+def test_a_gpu_waits_for_data_while_it_has_nothing_to_do_and_is_asked_at_log_lines(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    meter = logs.Meter(SimpleNamespace(is_cuda=True), started=0.0)
+    for seconds in (0.5, 0.0, 0.25):
+        Event.clock += 7
+        with meter.waiting():
+            Event.clock += seconds
+    assert Event.read == 0 and meter.wait_seconds() == 0.75
+
+
+def test_on_the_host_waiting_is_what_the_clock_says(monkeypatch):
+    times = iter([1.0, 1.5, 4.0, 4.25])
+    meter = logs.Meter.new(torch.device("cpu"))
+    monkeypatch.setattr(logs.time, "perf_counter", lambda: next(times))
+    for _ in range(2):
+        with meter.waiting():
+            pass
+    assert meter.wait_seconds() == 0.75

@@ -7,6 +7,7 @@ config, heads, temporal and towers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -204,8 +205,8 @@ class VideoClip(nn.Module):
             embeddings = self.visual(pixels.to(next(self.visual.parameters()).dtype))
         return embeddings.unflatten(0, (frames_BTCHW.shape[0], -1))
 
-    def _arithmetic(self, device: torch.device) -> torch.autocast:
-        return torch.autocast(device.type, torch.float16, enabled=self.autocast)
+    def _arithmetic(self, device: torch.device) -> AbstractContextManager[object]:
+        return torch.autocast(device.type, torch.float16) if self.autocast else nullcontext()
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Texts (C, D) float32 on the CPU, not normalised, without gradient. Raises ValueError if one is too long."""
