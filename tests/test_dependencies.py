@@ -49,3 +49,16 @@ def test_what_is_imported_is_declared():
         if not declared & {normalised(package) for package in packages}:
             missing[name] = path
     assert missing == {}
+
+
+def test_the_exact_versions_are_those_that_are_allowed():
+    """constraints.txt names a version of everything that the programs and their tests need, within its bounds."""
+    requirements = pytest.importorskip("packaging.requirements")
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    exact = [requirements.Requirement(line) for line in lines if not line.startswith("#")]
+    versions = {normalised(one.name): next(iter(one.specifier)).version for one in exact}
+    assert len(versions) == len(exact)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for line in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+        needed = requirements.Requirement(line)
+        assert needed.specifier.contains(versions[normalised(needed.name)]), line

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from benchmarks import NAMES, contenders, engine, store
+from benchmarks import NAMES, contenders, engine, gpu, store
 from benchmarks.contenders import Setup
 from benchmarks.data import make_workload, multiplied, open_workload
+from benchmarks.engine import EngineSetup
 from benchmarks.figures import Figure, against, compared, interleaved, machine, run_fresh
 from benchmarks.scale import scale
 from benchmarks.suites import SUITES
@@ -275,3 +276,40 @@ def test_the_far_store_is_late_and_serves_ranges(tmp_path, monkeypatch, has_ngin
         assert requests >= 2 and sent >= 10
         with pytest.raises(urllib.error.HTTPError, match="404"):
             urllib.request.urlopen(f"{address}/nothing")
+
+
+def test_without_a_gpu_nothing_is_run_and_a_line_says_so(work, capsys):
+    def find():
+        raise AssertionError
+
+    assert gpu.gpu(find, work, 1, 0.1) == []
+    assert capsys.readouterr().out == "gpu: no GPU is visible, so nothing was run\n"
+
+
+def test_peaks_are_those_of_the_card_that_is_named():
+    assert gpu.peak_of("NVIDIA H100 80GB HBM3") == 989e12
+    assert gpu.peak_of("NVIDIA H100 PCIe") == 756e12
+    assert gpu.peak_of("NVIDIA A100-SXM4-40GB") == 312e12
+    assert gpu.peak_of("Some other card") is None
+
+
+def test_operations_of_a_step_are_those_of_the_arithmetic():
+    """Blocks: 24 n d^2 + 4 n^2 d a frame forward, twice that backward; the rest is the patches and the head."""
+    width, layers, tokens, frames = 768, 12, 50, 8
+    blocks = 3 * frames * layers * (24 * tokens * width**2 + 4 * tokens**2 * width)
+    assert blocks < gpu.training_flops("ViT-B-32") < 1.04 * blocks
+
+
+def test_steps_are_measured_where_there_is_no_gpu(workload, small_vit):
+    steps = run_fresh(gpu.train, EngineSetup(workload.shards, small_vit, 2, "bf16"), 2, 1)
+    assert steps.videos_per_second > 0
+    assert 0 <= steps.waiting < 1
+    assert (steps.launches, steps.synchronisations) == (0, 0)
+
+
+@pytest.mark.long
+def test_the_benchmark_of_a_gpu_runs_to_its_end_on_a_cpu(workload, small_vit, monkeypatch):
+    monkeypatch.setattr(gpu, "REAL_STEPS", 3)
+    figures = gpu.measure(Setup(workload, 2, 1), workload.shards, 1, 0.05, {small_vit: 2})
+    assert [figure.what.split(",")[0] for figure in figures[:3]] == ["decode only", "loader", "loader"]
+    assert len(figures) == 3 + 5 + 5

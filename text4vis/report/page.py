@@ -22,12 +22,12 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
 from shards.format import ShardError
 from shards.text import redact_text
+from text4vis.common.templates import html_templates
 from text4vis.config.keys import schema
 from text4vis.config.loading import config_from_dict, load_config
 from text4vis.config.retired import EARLIER
@@ -271,14 +271,7 @@ def _data_address(frame_SS3: np.ndarray) -> Markup:
 
 def render(runs: Sequence[Run], examples: Sequence[Examples] = ()) -> str:
     """Returns the page as HTML. examples: of `read_examples`; without them the page has no such section."""
-    environment = Environment(
-        loader=PackageLoader("text4vis.report", "."),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-        finalize=lambda value: value if isinstance(value, Markup) else redact_text(str(value)),
-    )
+    environment = html_templates("text4vis.report", redact_text)
     environment.filters |= {"number": _number, "soft": _soft}
     environment.globals |= {"COLOURS": COLOURS, "FRAME_SIDE": FRAME_SIDE}
     reports = {number: run.report for number, run in enumerate(runs) if run.report is not None}

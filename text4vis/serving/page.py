@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
 from shards.text import printable
+from text4vis.common.templates import html_templates
 from text4vis.serving.answers import Prediction
 from text4vis.serving.footage import PredictionError
 from text4vis.serving.pictures import clock, save_moments, save_timeline
@@ -87,14 +87,7 @@ class Page:
     ) -> None:
         self.upload_bytes = upload_bytes
         self._recogniser, self._index = recogniser, index
-        environment = Environment(
-            loader=PackageLoader("text4vis.serving", "."),
-            autoescape=True,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            undefined=StrictUndefined,
-            finalize=lambda value: value if isinstance(value, Markup) else printable(str(value)),
-        )
+        environment = html_templates("text4vis.serving", printable)
         table = recogniser.calibration.answers if recogniser.calibration else {}
         self._template = environment.get_template("page.html.j2")
         self._facts = {

@@ -10,6 +10,7 @@ B videos, V views, T frames, S side of the model's input.
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -31,12 +32,13 @@ from text4vis.data import augmentation, sampling
 from text4vis.data.dali import image_graph, outputs, start_run
 from text4vis.data.loader import build_loader
 from text4vis.data.plan import BatchPlan
-from text4vis.data.prefetch import pipelined
+from text4vis.data.prefetch import pipelined, settled
 
 # CLIP's, as the original applies them on the CPU.
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 _CEILING_BATCHES = 16
+_WARM_UP_TURNS = 8  # after these the loaders have allocated all their memory
 _WORKER_START = "fork"  # quick, and safe only in a process without threads: `figures.run_fresh` gives one
 
 
@@ -81,13 +83,16 @@ def ours_views(setup: Setup) -> Iterator[Batches]:
 
 
 @contextmanager
-def decode_only(setup: Setup) -> Iterator[Batches]:
-    """The upper limit: DALI decodes the regions of our plan from bytes in memory, and does nothing else."""
+def decode_only(setup: Setup, device_id: int | None = None) -> Iterator[Batches]:
+    """The upper limit: DALI decodes the regions of our plan from bytes in memory, and does nothing else.
+
+    device_id: the GPU that decodes, or None for the CPU.
+    """
     with build_loader(setup.train, "train") as loader:
         plans = list(itertools.islice(loader.plans(), _CEILING_BATCHES))
         read = [(plan, list(itertools.chain(*loader.dataset.read_many(plan.requests)))) for plan in plans]
         graph = image_graph(
-            device_id=None, num_threads=setup.workers, batch_size=loader.planner.max_frames, resize=None
+            device_id=device_id, num_threads=setup.workers, batch_size=loader.planner.max_frames, resize=None
         )
 
         def start(item: tuple[BatchPlan, list[bytes]]) -> BatchPlan:
@@ -253,3 +258,19 @@ def webdataset_train(setup: Setup) -> Iterator[Batches]:
     )
     loader = wds.WebLoader(dataset, batch_size=None, num_workers=setup.workers, multiprocessing_context=_WORKER_START)
     yield (frames_BTSSC.permute(0, 1, 4, 2, 3) for frames_BTSSC in loader)
+
+
+def throughput(contender: Contender, setup: Setup, seconds: float, producers: int) -> float:
+    """Starts a loader and measures its videos per second after a warm-up.
+
+    Counts whole turns, in which each of its `producers` gives one batch. Batches are taken without a pause, so the
+    loader's queues are as empty at the start of the measurement as at its end.
+    """
+    with contender(setup) as batches, settled():  # as training does
+        for _ in range(_WARM_UP_TURNS * producers):
+            next(batches)
+        videos, started = 0, time.perf_counter()
+        while True:
+            videos += sum(len(batch) for batch in itertools.islice(batches, producers))
+            if (elapsed := time.perf_counter() - started) >= seconds:
+                return videos / elapsed

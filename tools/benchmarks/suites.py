@@ -16,7 +16,7 @@ import numpy as np
 import webdataset as wds
 
 from benchmarks import contenders, engine
-from benchmarks.contenders import Contender, Setup
+from benchmarks.contenders import Contender, Setup, throughput
 from benchmarks.data import Workload, make_workload, multiplied
 from benchmarks.engine import EngineSetup
 from benchmarks.figures import (
@@ -29,6 +29,7 @@ from benchmarks.figures import (
     interleaved,
     run_fresh,
 )
+from benchmarks.gpu import gpu
 from benchmarks.prediction import predict
 from benchmarks.remote import remote
 from benchmarks.scale import scale
@@ -38,10 +39,7 @@ from shards.writer import build_shards
 from text4vis.config.schema import Config
 from text4vis.data import augmentation
 from text4vis.data.loader import build_loader
-from text4vis.data.prefetch import settled
 from text4vis.training.logs import resident_bytes
-
-_WARM_UP_TURNS = 8  # after these the loaders have allocated all their memory
 
 
 @dataclass(frozen=True)
@@ -90,22 +88,6 @@ class Task:
     def large_index(self) -> Path:
         shards = self.setup.workload.shards
         return multiplied(shards, self.work, num_videos=self.index_videos, num_frames=self.index_frames)
-
-
-def throughput(contender: Contender, setup: Setup, seconds: float, producers: int) -> float:
-    """Starts a loader and measures its videos per second after a warm-up.
-
-    Counts whole turns, in which each of its `producers` gives one batch. Batches are taken without a pause, so the
-    loader's queues are as empty at the start of the measurement as at its end.
-    """
-    with contender(setup) as batches, settled():  # as training does
-        for _ in range(_WARM_UP_TURNS * producers):
-            next(batches)
-        videos, started = 0, time.perf_counter()
-        while True:
-            videos += sum(len(batch) for batch in itertools.islice(batches, producers))
-            if (elapsed := time.perf_counter() - started) >= seconds:
-                return videos / elapsed
 
 
 def _throughputs(
@@ -344,5 +326,6 @@ SUITES: dict[str, Callable[[Task], list[Figure]]] = {
         threads=task.workers,
         rounds=task.rounds,
     ),
+    "gpu": lambda task: gpu(lambda: task.setup, task.work, task.rounds, task.seconds),
     "search": lambda task: search(task.work, task.search_windows, task.processes, task.rounds),
 }
