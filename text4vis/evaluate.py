@@ -68,7 +68,6 @@ def measure(arguments: argparse.Namespace, config: Config) -> None:
     Raises ConfigError, ShardError, CheckpointError, OSError.
     """
     import numpy as np
-    import torch
 
     from text4vis.classifier.embeddings import build_classifier
     from text4vis.cluster import distributed
@@ -77,11 +76,13 @@ def measure(arguments: argparse.Namespace, config: Config) -> None:
     from text4vis.evaluation.embedding import class_splits, evaluate
     from text4vis.evaluation.protocols import write_report
     from text4vis.model.preprocessing import KEYS, settle
+    from text4vis.model.video_clip import WEIGHTS_DTYPE
     from text4vis.saved.opening import open_saved
     from text4vis.saved.weights import weights_fingerprint
 
     ranks = distributed.ranks()
     distributed.use_cores(config.engine.num_threads)
+    distributed.use_tf32(config.engine.tf32)
     if arguments.report:
         distributed.from_main(lambda: require_file(arguments.report, "--report"))
     saved = open_saved(arguments.model)
@@ -106,9 +107,9 @@ def measure(arguments: argparse.Namespace, config: Config) -> None:
         if classes_CD is None:
             classes_CD = build_classifier(config, model, names)
         weights = weights_fingerprint(model.state_dict()) if ranks.is_main else ""
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.engine.precision]
+        model.autocast = config.engine.precision == "amp"
         report = evaluate(
-            model.to(distributed.device(), dtype),
+            model.to(distributed.device(), WEIGHTS_DTYPE[config.engine.precision]),
             classes_CD,
             names,
             loader,

@@ -12,7 +12,10 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file
@@ -22,6 +25,7 @@ from text4vis.cluster import distributed
 from text4vis.config.batches import BatchSizes
 from text4vis.config.schema import Config, DataConfig, EngineConfig, SolverConfig
 from text4vis.saved.checkpoint import CheckpointError, State, latest, verify
+from text4vis.training import engine, memory, runtime_config
 from text4vis.training.checkpointing import Saves, load
 from text4vis.training.engine import EMA, Engine
 
@@ -51,13 +55,23 @@ def configuration(precision: str, stage: int, offload: str, optim: str, **solver
     )
 
 
+@contextmanager
+def as_told() -> Iterator[None]:
+    """Within it one rank, too, uses the ZeRO stage that it is told, so that tests of one process meet every kind."""
+    with ExitStack() as patches:
+        for module in (engine, memory, runtime_config):
+            patches.enter_context(patch.object(module, "used_stage", lambda config, sizes: config.engine.zero_stage))
+        yield
+
+
 def start(precision: str, stage: int, offload: str, optim: str, state: dict | None = None, **solver: object) -> Engine:
     config = configuration(precision, stage, offload, optim, **solver)
     model = Model()
     if state is not None:
         model.load_state_dict(state["weights"])
     first = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
-    started = Engine(model, config, BatchSizes.of(config, distributed.ranks().world_size))
+    with as_told():
+        started = Engine(model, config, BatchSizes.of(config, distributed.ranks().world_size))
     moments = None if state is None else lambda key, name: state[key][name]
     started.restore(first.__getitem__, moments, 0 if state is None else 2)
     return started
@@ -69,7 +83,7 @@ def take_step(started, number: int, factor: float = 1.0) -> tuple[float, bool]:
     noise = torch.Generator().manual_seed(100 * number + distributed.ranks().rank)
     loss = started(torch.randn(4, 5, generator=noise)).square().mean() * factor
     started.backward(loss)
-    applied = started.step()
+    applied = started.step()()
     return distributed.sum_over_ranks([loss.item()])[0], applied
 
 

@@ -55,15 +55,6 @@ def test_each_launcher_places_the_ranks(launcher):
         distributed._master(distributed.ranks())
 
 
-def test_a_rank_takes_its_own_gpu_of_those_it_sees():
-    """srun may show every task one GPU, which is number 0 to each."""
-    tasks = [distributed.Ranks(rank, 8, rank % 4, 4) for rank in range(8)]
-    assert [distributed._gpu_of(place, 4) for place in tasks] == [0, 1, 2, 3] * 2
-    assert [distributed._gpu_of(place, 1) for place in tasks] == [0] * 8
-    with pytest.raises(OSError, match=r"rank 7 has local rank 3, but sees 2 GPUs; start at most one rank per GPU"):
-        distributed._gpu_of(tasks[7], 2)
-
-
 @pytest.mark.parametrize(
     ("nodes", "first"),
     [("node1", "node1"), ("a,b", "a"), ("gpu[07-09,12],cpu1", "gpu07"), ("n[3,5]", "n3"), ("x,gpu[1-2]", "x"),
@@ -156,6 +147,7 @@ def test_a_wrong_number_of_ranks_is_an_error_and_a_dry_run_leaves_nothing(projec
     [
         ("engine.offload=parameters", "engine.offload: parameters needs engine.zero_stage 3, got 1"),
         ("engine.zero_stage=0", "engine.offload: optimizer needs engine.zero_stage 1, 2 or 3"),
+        ("engine.precision=amp", "engine.precision: amp needs engine.zero_stage 0, 1 or 2 and engine.offload none"),
     ],
 )
 def test_offload_needs_its_stage(tmp_path, setting, message):

@@ -10,14 +10,16 @@ from engine_states import KINDS, Model, configuration, distance, start, state_of
 
 from text4vis.config.batches import BatchSizes
 from text4vis.config.schema import Config, ConfigError, DataConfig, EngineConfig, SolverConfig
-from text4vis.training.engine import Engine, engine_config, share_of_rank
+from text4vis.training.engine import Engine, share_of_rank
 from text4vis.training.optim import build_optimizer
+from text4vis.training.runtime_config import engine_config
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
 CLIP = 0.5  # solver.clip_gradient of engine_states
 PLACES = KINDS[0], KINDS[1], KINDS[3]  # of the state: with torch, cut flat, cut by parameter
-PRECISIONS = [*(("fp32", *kind) for kind in KINDS), *(("bf16", *kind) for kind in PLACES)]
+PRECISIONS = [*(("fp32", *kind) for kind in KINDS), *(("bf16", *kind) for kind in PLACES),
+              ("amp", *KINDS[0]), ("amp", *KINDS[1])]  # fmt: skip
 
 
 def inputs(number: int) -> torch.Tensor:
@@ -65,8 +67,7 @@ def test_every_kind_of_engine_trains_as_torch_does(stage, offload, optim):
         loss, applied = take_step(engine, number)
         expected_loss, expected_norm = plain.step(inputs(number))
         assert applied is True and loss == pytest.approx(expected_loss, rel=1e-5)
-        norm = engine.grad_norm()  # around torch's own optimiser DeepSpeed keeps none
-        assert norm is None if stage == 0 else norm == pytest.approx(expected_norm, rel=1e-5)
+        assert engine.grad_norm() == pytest.approx(expected_norm, rel=1e-5)
     assert distance(state_of(engine), plain.state()) < 1e-6
     assert state_of(engine)["weights"]["frozen.weight"].equal(first["weights"]["frozen.weight"])
     assert not any(
@@ -87,8 +88,7 @@ def test_a_restored_engine_goes_on_to_the_bit(stage, offload, precision):
     assert take_step(again, 3)[0] == loss and distance(state_of(again), last) == 0
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("stage", "offload"), PLACES)
+@pytest.mark.parametrize(("precision", "stage", "offload"), [each for each in PRECISIONS if each[2] == "none"])
 def test_a_step_that_is_not_finite_changes_nothing_and_leaves_no_trace(stage, offload, precision):
     """The steps that follow are those of an engine that never met it."""
     engine, other = (start(precision, stage, offload, "adamw") for _ in range(2))
@@ -129,7 +129,7 @@ def test_each_group_has_its_rate():
     assert engine.rates() == pytest.approx({"clip": 1.5e-3, "head": 3e-3})
     loss = engine(inputs(1)).square().mean()
     engine.backward(loss)
-    assert engine.step()
+    assert engine.step()()
     plain.step(inputs(1), rate=0.3)
     assert distance(state_of(engine), plain.state()) < 1e-6
 
@@ -182,12 +182,63 @@ def test_deepspeeds_dictionary_follows_from_ours():
     assert derived["steps_per_print"] > 10**8, "DeepSpeed prints no lines of its own"
 
 
+def derived_for(precision: str, stage: int, ranks: int = 2, offload: str = "none", numel: int = 10**10, **given):
+    """DeepSpeed's dictionary. given: several_hosts, or of the solver."""
+    several_hosts = given.pop("several_hosts", False)
+    config = configuration(precision, stage, offload, "adamw", **given)
+    return engine_config(config, BatchSizes.of(config, ranks), numel, several_hosts=several_hosts)
+
+
 def test_a_bucket_is_no_larger_than_the_model_nor_than_deepspeeds_own():
-    def bucket(trainable_numel: int) -> int:
-        zero = engine_config(Config(), BatchSizes(1, 1, 1), trainable_numel)["zero_optimization"]
-        return zero["reduce_bucket_size"]
+    def bucket(numel: int, **given) -> int:
+        return derived_for("bf16", 1, numel=numel, **given)["zero_optimization"]["reduce_bucket_size"]
 
     assert [bucket(numel) for numel in (0, 1, 1000, 5 * 10**8, 10**10)] == [1, 1, 1000, 5 * 10**8, 5 * 10**8]
+    assert [bucket(numel, several_hosts=True) for numel in (1000, 10**8)] == [1000, 5 * 10**7], "several to overlap"
+
+
+def test_gradients_are_reduced_within_the_backward_pass_between_hosts_and_at_stage_3():
+    def overlaps(stage: int, several_hosts: bool) -> bool:
+        return derived_for("bf16", stage, several_hosts=several_hosts)["zero_optimization"]["overlap_comm"]
+
+    assert [overlaps(stage, False) for stage in (0, 1, 2, 3)] == [False, False, False, True]
+    assert [overlaps(stage, True) for stage in (0, 1, 2, 3)] == [False, True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("precision", "ranks", "offload", "stages"),
+    [("fp32", 1, "none", [0, 0, 0, 3]), ("fp32", 2, "none", [0, 1, 2, 3]), ("bf16", 1, "none", [0, 1, 2, 3]),
+     ("fp16", 1, "none", [0, 1, 2, 3]), ("fp32", 1, "optimizer", [0, 1, 2, 3]), ("amp", 1, "none", [0, 0, 0, 3])],
+)  # fmt: skip
+def test_one_rank_that_shares_with_nobody_keeps_one_copy_of_fp32_weights(precision, ranks, offload, stages):
+    """Not with bf16 or fp16 weights: ZeRO keeps their fp32 copy best."""
+    zeros = [derived_for(precision, stage, ranks, offload)["zero_optimization"] for stage in (0, 1, 2, 3)]
+    assert [zero["stage"] for zero in zeros] == stages
+    assert [zero["contiguous_gradients"] for zero in zeros] == [ranks > 1] * 4
+
+
+@pytest.mark.parametrize(
+    ("precision", "stage", "accumulation", "offload", "ours"),
+    [
+        ("fp32", 0, 2, "none", True), ("fp32", 1, 2, "none", True), ("amp", 2, 1, "none", True),
+        ("bf16", 1, 1, "none", True), ("bf16", 2, 2, "none", True),
+        ("bf16", 1, 2, "none", False), ("bf16", 0, 1, "none", False), ("fp32", 3, 1, "none", False),
+        ("fp16", 1, 1, "none", False), ("fp32", 2, 1, "optimizer", False),
+    ],
+)  # fmt: skip
+def test_gradients_are_looked_at_once(precision, stage, accumulation, offload, ours):
+    """By us where DeepSpeed can be told not to."""
+    derived = derived_for(precision, stage, offload=offload, grad_accumulation_steps=accumulation)
+    assert derived["gradient_clipping"] == (0 if ours else CLIP)
+    assert derived["bf16"]["check_grad_overflow"] is not ours
+    expected = False if ours and stage else None
+    assert derived["zero_optimization"].get("compute_grad_norm") is expected
+
+
+def test_the_type_in_which_gradients_travel():
+    config = Config(engine=EngineConfig(communication_data_type="fp32"))
+    assert engine_config(config, BatchSizes(1, 1, 2), 10)["communication_data_type"] == "fp32"
+    assert derived_for("bf16", 1)["communication_data_type"] is None, "DeepSpeed's own choice"
 
 
 @pytest.mark.parametrize(
@@ -224,16 +275,9 @@ def test_options_reach_the_tower_and_the_runtime():
     assert started(activation_checkpointing=True).model.visual.recomputes is True
 
 
-@pytest.mark.parametrize(("stage", "offload"), [(2, "none"), (2, "optimizer")])
-def test_the_optimiser_is_fused_on_the_host_alone(stage, offload):
-    """Elsewhere torch chooses: None, since False would also rule out its other fast form."""
-    engine = start("fp32", stage, offload, "adamw")
-    expected = None if offload == "none" else True
-    assert [group["fused"] for group in engine.runtime.basic_optimizer.param_groups] == [expected] * 2
-
-
 def with_scaler(attribute: str) -> Engine:
     engine = object.__new__(Engine)
+    engine._check = None
     optimizer = SimpleNamespace(**{attribute: DynamicLossScaler(2.0**16, 1000, 1, 2, False)})
     engine.runtime = SimpleNamespace(fp16_enabled=lambda: True, optimizer=optimizer)
     return engine
@@ -248,12 +292,25 @@ def test_fp16_keeps_its_loss_scale(attribute):
         setattr(scalers[0], key, value)
     fresh.restore_loss_scaler(json.loads(json.dumps(used.loss_scaler_state())))
     assert vars(scalers[0]) == vars(scalers[1]) and fresh.loss_scaler_state() == state
+    assert used.loss_scale() == 2.0**15
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_amp_keeps_its_loss_scale(stage):
+    used, fresh = (start("amp", stage, "none", "adamw") for _ in range(2))
+    take_step(used, 1)
+    state = {"scale": 2.0**16, "steps_since_growth": 1}
+    assert used.loss_scaler_state() == state and used.loss_scale() == 2.0**16
+    take_step(used, 2, factor=float("inf"))
+    state = {"scale": 2.0**15, "steps_since_growth": 0}
+    fresh.restore_loss_scaler(json.loads(json.dumps(used.loss_scaler_state())))
+    assert used.loss_scaler_state() == fresh.loss_scaler_state() == state and used.grad_norm() is None
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_other_precisions_have_no_loss_scale(precision):
     engine = start(precision, 1, "none", "adamw")
-    assert engine.loss_scaler_state() == {}
+    assert engine.loss_scaler_state() == {} and engine.loss_scale() is None
     engine.restore_loss_scaler({})
 
 

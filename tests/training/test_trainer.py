@@ -21,7 +21,7 @@ from text4vis.saved.inputs import RunInputs
 from text4vis.training import trainer as module
 from text4vis.training.logs import Meter
 from text4vis.training.optim import learning_rate
-from text4vis.training.trainer import MicroBatchLoss, Requests, Trainer
+from text4vis.training.trainer import MicroBatchLoss, Requests, TakenStep, Trainer
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -100,7 +100,7 @@ def bare(**attributes: object) -> Trainer:
     trainer = object.__new__(Trainer)
     defaults = {
         "config": Config(), "ranks": Ranks(0, 1, 0, 1), "sizes": BatchSizes(4, 1, 1), "num_steps": 8, "log": Board(),
-        "train_loader": SimpleNamespace(epoch_samples=10), "agreement": None, "stop": Stop(),
+        "train_loader": SimpleNamespace(epoch_samples=10), "agreement": None, "taken": None, "stop": Stop(),
         "state": State(0, 0, 4, "f", {}, ["a"]), "device": torch.device("cpu"),
         "objective": SimpleNamespace(bias=None),
     }  # fmt: skip
@@ -169,7 +169,7 @@ class EngineStub:
         self.rates.append(rate(2.0))
 
     def step(self):
-        return self.applied
+        return lambda: self.applied
 
 
 def take_step(trainer: Trainer, losses: list[float]) -> list[object]:
@@ -183,8 +183,11 @@ def take_step(trainer: Trainer, losses: list[float]) -> list[object]:
 
     trainer.backward = backward
     trainer.agree = lambda: Requests(3)
-    trainer.report_nonfinite = seen.append
+    trainer.report_nonfinite = lambda taken: seen.append(taken.seen)
+    updates = trainer.state.updates
     assert trainer.train_step(iter(range(len(losses))), meter) == Requests(3)
+    assert (meter.updates, trainer.state.updates) == (0, updates), "the device has not answered yet"
+    trainer.settle()
     return [*seen, meter]
 
 
@@ -196,7 +199,11 @@ def test_a_step_takes_all_its_micro_batches_and_counts():
     *seen, meter = take_step(trainer, [1.0, 2.0, 6.0])
     assert [batch for batch, _, _ in seen] == [0, 1, 2]
     assert (trainer.state.step, trainer.state.updates, trainer.state.consumed) == (2, 2, 4 + 12)
-    assert (meter.steps, meter.updates, meter.loss.item()) == (1, 1, 3.0) and 0 <= meter.wait_seconds < 10
+    assert (
+        (meter.steps, meter.updates, meter.loss.item()) == (1, 1, 3.0)
+        and 0 <= meter.wait_seconds() < 10
+        and len(meter.waits) == 3
+    )
     assert trainer.engine.rates == [learning_rate(0.4, 2.0, 2, 1)], "of the epoch before the step"
     assert trainer.log.drawn == []
 
@@ -239,14 +246,14 @@ def explain(losses: list[float], precision: str = "fp32", on_nonfinite: str = "s
     """What is said of a skipped step whose micro batches of so many videos have these losses."""
     trainer = bare(
         config=Config(engine=EngineConfig(precision=precision), solver=SolverConfig(on_nonfinite=on_nonfinite)),
-        state=at_step(4, updates=3),
+        state=at_step(6, updates=3),  # the device answers while a later step is under way
         train_loader=SimpleNamespace(dataset=SimpleNamespace(describe=lambda sample: f"v{sample}"), epoch_samples=10),
     )
     micros = [
         MicroBatchLoss([100 * number + video for video in range(videos)], torch.tensor(loss))
         for number, loss in enumerate(losses, start=1)
     ]
-    trainer.report_nonfinite(micros)
+    trainer.report_nonfinite(TakenStep(5, micros, Meter.new(trainer.device), lambda: False))
     return ""
 
 
@@ -314,7 +321,7 @@ def log_of(meter: Meter, monkeypatch, *, ranks: int = 1, state: State | None = N
     monkeypatch.setattr(module.distributed, "sum_over_ranks", lambda values: [ranks * value for value in values])
     engine = SimpleNamespace(
         rates=lambda: {"clip": 0.1, "head": 0.2}, model=SimpleNamespace(logit_scale=torch.tensor([0.0])),
-        used=lambda parameter: parameter, grad_norm=lambda: 1.5,
+        used=lambda parameter: parameter, grad_norm=lambda: 1.5, loss_scale=lambda: None,
     )  # fmt: skip
     loader = SimpleNamespace(epoch_samples=7, bad={1: "", 2: ""})
     trainer = bare(
@@ -327,14 +334,26 @@ def log_of(meter: Meter, monkeypatch, *, ranks: int = 1, state: State | None = N
     return record
 
 
+class Moment:
+    """As a torch.cuda.Event that was recorded."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def elapsed_time(self, later) -> float:
+        return 1000 * (later.seconds - self.seconds)
+
+
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_a_line_of_the_log_holds_means_over_steps_and_ranks(monkeypatch, ranks):
-    meter = Meter(torch.tensor(6.0), started=100.0, steps=4, updates=3, wait_seconds=0.5)
+    waits = [(Moment(3.0), Moment(3.25)), (Moment(7.0), Moment(7.25))]
+    meter = Meter(torch.tensor(6.0), started=100.0, steps=4, updates=3, waits=waits)
     record = log_of(meter, monkeypatch, ranks=ranks, gpu=0.4)
     memory = record.pop("memory_bytes")
     assert memory > 1e6
     assert record == pytest.approx({
         "step": 5, "epoch": 2.8571, "loss": 2.0, "lr_clip": 0.1, "lr_head": 0.2, "logit_scale": 1.0, "grad_norm": 1.5,
+        "loss_scale": None,
         "skipped_steps": 1, "bad_videos": 2, "videos_per_second": 4 * ranks / 0.5, "step_seconds": 0.5,
         "data_wait_share": 0.25, "gpu_utilisation": 0.4,
     })  # fmt: skip

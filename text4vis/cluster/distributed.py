@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -118,6 +118,25 @@ def use_cores(num_threads: int) -> None:
         torch.backends.cuda.enable_flash_sdp(False)  # the flag governs the CPU's kernel too
 
 
+def use_tf32(enabled: bool) -> None:
+    """Whether GPUs may round the factors of fp32 products, in matrices and convolutions alike, to TF32's 10 bits.
+
+    cuDNN's search for the fastest convolution stays off: it may choose another one in each run, and then a resumed run
+    would not be the same to the bit; the only convolution of a ViT is a matrix product.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = enabled
+    torch.backends.cudnn.allow_tf32 = enabled
+
+
+def set_allocator(variables: MutableMapping[str, str]) -> None:
+    """Lets torch's GPU allocator grow its segments, so that batches of changing sizes leave no gaps that none fits.
+
+    variables: of the environment. Settings of the user's own stay as they are.
+    """
+    if "PYTORCH_CUDA_ALLOC_CONF" not in variables:
+        variables.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
 def device() -> torch.device:
     """The rank's GPU, or the CPU. Raises OSError where the host has GPUs, but not one for each of its ranks."""
     if not torch.cuda.is_available():
@@ -156,6 +175,7 @@ def start() -> Ranks:
 
     Raises OSError if the ranks cannot connect or a rank has no GPU of its own.
     """
+    set_allocator(os.environ)  # before anything is allocated
     import deepspeed
 
     place = ranks()
@@ -210,6 +230,24 @@ def sum_over_ranks(values: Sequence[float]) -> list[float]:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(total)
     return total.tolist()
+
+
+def add_over_ranks(values: torch.Tensor) -> None:
+    """Sums a tensor over ranks in place, on its device; a GPU's host does not wait."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+
+
+def rows_of_all(rows_BX: torch.Tensor) -> torch.Tensor:
+    """The rows (N, X) of all ranks in rank order, without gradient. They lie on the CPU, as do the results.
+
+    Every rank calls it with as many rows. The exchange goes through host memory, so it does not wait for a GPU's queue.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return rows_BX
+    gathered = [torch.empty_like(rows_BX) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, rows_BX.contiguous(), group=_control[0] if _control else None)
+    return torch.cat(gathered)
 
 
 def start_max(values: Sequence[int]) -> Callable[[], list[int]]:

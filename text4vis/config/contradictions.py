@@ -23,6 +23,8 @@ def check(config: Config, origin: Mapping[str, str], where: str) -> Config:
         fail("engine.offload", "optimizer needs engine.zero_stage 1, 2 or 3")
     if config.engine.offload == "parameters" and config.engine.zero_stage != 3:
         fail("engine.offload", f"parameters needs engine.zero_stage 3, got {config.engine.zero_stage}")
+    if config.engine.precision == "amp" and (config.engine.zero_stage == 3 or config.engine.offload != "none"):
+        fail("engine.precision", "amp needs engine.zero_stage 0, 1 or 2 and engine.offload none; or take bf16")
     _check_network(config, fail)
     _check_tuning(config, fail)
     _check_solver(config, fail)

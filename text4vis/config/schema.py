@@ -264,14 +264,22 @@ class SolverConfig:
 class EngineConfig:
     """How DeepSpeed and the ranks carry out the steps."""
 
-    precision: Literal["bf16", "fp16", "fp32"] = key(
-        "bf16", Role.TRAINING, "arithmetic of the step; master weights stay fp32, fp16 scales the loss", on_card=True
+    precision: Literal["bf16", "fp16", "amp", "fp32"] = key(
+        "bf16",
+        Role.TRAINING,
+        "arithmetic of the step; amp: fp32 weights under fp16 autocast, as the original; master weights stay fp32, "
+        "fp16 and amp scale the loss",
+        on_card=True,
     )
+    tf32: Bool = key(False, Role.TRAINING, "GPUs may compute fp32 products in TF32: faster, three decimal digits")
     zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(whole_number)] = key(
         1, Role.EXECUTION, "DeepSpeed ZeRO stage"
     )
     offload: Literal["none", "optimizer", "parameters"] = key(
         "none", Role.EXECUTION, "kept in the host's memory: AdamW's state (ZeRO 1 to 3), or parameters too (ZeRO 3)"
+    )
+    communication_data_type: Literal["bf16", "fp16", "fp32"] | None = key(
+        None, Role.EXECUTION, "type in which gradients are summed over ranks; default: that of the weights"
     )
     activation_checkpointing: Bool = key(
         False,

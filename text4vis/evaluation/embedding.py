@@ -291,7 +291,7 @@ def protocol_card(
         "template": config.network.template,
         "class_embeddings": fingerprint({"class_embeddings": class_embeddings_CD.float()}),
         "weights": weights,
-        "precision": str(parameter.dtype).removeprefix("torch."),
+        "precision": "amp" if model.autocast else str(parameter.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else "cpu",
         "decode": loader.device.type,
         "versions": versions(),

@@ -21,10 +21,8 @@ from text4vis.data.datasets import class_names
 from text4vis.data.loader import build_loader
 from text4vis.evaluation.embedding import Embeddings, embed_videos, measured
 from text4vis.evaluation.protocols import deciding_figure, is_multi_label, main_figures
-from text4vis.model.video_clip import VideoClip
+from text4vis.model.video_clip import WEIGHTS_DTYPE, VideoClip
 from text4vis.saved.interpolation import Interpolation
-
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class _AtEveryAlpha(nn.Module):
@@ -52,6 +50,7 @@ def accuracies(line: Interpolation, alphas: Sequence[float], config: Config) -> 
     trained = line.trained
     line.model.check_frames(config.data)
     distributed.use_cores(config.engine.num_threads)
+    distributed.use_tf32(config.engine.tf32)
     with build_loader(config, "val") as loader:
         names = class_names(config, loader.dataset)
         line.to(torch.device("cpu"), torch.float32)
@@ -59,7 +58,8 @@ def accuracies(line: Interpolation, alphas: Sequence[float], config: Config) -> 
         for alpha in alphas:
             own_CD = line.at(alpha).class_embeddings_CD
             classes.append(own_CD if names == trained.class_names else build_classifier(config, line.model, names))
-        line.to(distributed.device(), _DTYPES[config.engine.precision])
+        line.to(distributed.device(), WEIGHTS_DTYPE[config.engine.precision])
+        line.model.autocast = config.engine.precision == "amp"
         embedded = embed_videos(cast(VideoClip, _AtEveryAlpha(line, alphas)), loader)
         assert embedded is not None, "one rank"
         parts = torch.from_numpy(embedded.embeddings_NVD).chunk(len(alphas), dim=-1)

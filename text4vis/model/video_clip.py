@@ -6,8 +6,8 @@ config, heads, temporal and towers.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,6 +51,9 @@ class ClassTokens:
         return ClassTokens(self.tokens_CPL.to(device))
 
 
+# The weights' type with each `engine.precision`.
+WEIGHTS_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "amp": torch.float32, "fp32": torch.float32}
+
 # What a forward pass compares videos with: class embeddings (C, D), or what trains in their place.
 Classes = Tensor | ClassRows | ClassTokens
 
@@ -87,6 +90,9 @@ class VideoClip(nn.Module):
     (`text`) is not a submodule: it stays in fp32 on the CPU, and neither the optimiser nor a checkpoint sees it. Two
     more parts are there when they train: with `fix_text` false `text_tower`, which is the module within `text`, and
     `classifier` (C, D) for `class_names`, after `set_classifier`.
+
+    autocast: whether towers and head compute in fp16 by torch's autocast, from weights in fp32 (`engine.precision:
+    amp`).
     """
 
     def __init__(
@@ -102,6 +108,8 @@ class VideoClip(nn.Module):
         self.class_names: tuple[str, ...] = ()
         self.clip_config: dict[str, Any] = towers.config
         self.mean, self.std = towers.mean, towers.std
+        self._scale_C11, self._shift_C11 = _pixel_constants(towers.mean, towers.std)
+        self.autocast = False
         self.embed_dim, self.image_size, self.num_segments = towers.embed_dim, towers.image_size, num_segments
         self.takes_fixed_frames = False
         self.fix_video = fix_video
@@ -116,6 +124,13 @@ class VideoClip(nn.Module):
             norm.eval()
         if self.fix_video:
             self.visual.eval()
+        return self
+
+    def _apply(self, *given: Any, **options: Any) -> VideoClip:
+        """What `to` and its like call. The pixels' constants follow the weights' device, but are never rounded."""
+        super()._apply(*given, **options)
+        device = next(self.visual.parameters()).device
+        self._scale_C11, self._shift_C11 = self._scale_C11.to(device), self._shift_C11.to(device)
         return self
 
     def set_classifier(self, class_embeddings_CD: Tensor, class_names: Sequence[str]) -> None:
@@ -145,7 +160,8 @@ class VideoClip(nn.Module):
         if isinstance(classes, ClassTokens):
             assert self.text_tower is not None, "the text tower is frozen"
             tokens_CPL = classes.tokens_CPL
-            prompts_CPD = self.text_tower(tokens_CPL.flatten(0, 1)).float().unflatten(0, tokens_CPL.shape[:2])
+            with self._arithmetic(tokens_CPL.device):
+                prompts_CPD = self.text_tower(tokens_CPL.flatten(0, 1)).float().unflatten(0, tokens_CPL.shape[:2])
             return nn.functional.normalize(prompts_CPD, dim=-1).mean(dim=1)
         return classes.float()
 
@@ -169,7 +185,9 @@ class VideoClip(nn.Module):
 
     def encode_video(self, frames_BTCHW: Tensor) -> Tensor:
         """Videos (B, D) float32, not normalised."""
-        return self.fusion_model(self.encode_frames(frames_BTCHW))
+        embeddings_BTD = self.encode_frames(frames_BTCHW)
+        with self._arithmetic(frames_BTCHW.device):
+            return self.fusion_model(embeddings_BTD)
 
     def encode_frames(self, frames_BTCHW: Tensor) -> Tensor:
         """Frames' embeddings (B, T, D) in the visual tower's dtype, not normalised. Any memory format will do.
@@ -182,22 +200,23 @@ class VideoClip(nn.Module):
             raise ValueError(f"frames: expected (B, T, 3, {size}, {size}) uint8 (data.input_size), got {found}")
         if self.takes_fixed_frames and (num_frames := frames_BTCHW.shape[1]) != self.num_segments:
             raise ValueError(f"frames: expected {self.num_segments} a video (data.num_segments), got {num_frames}")
-        scale, shift = _pixel_constants(self.mean, self.std, frames_BTCHW.device)
-        pixels = frames_BTCHW.flatten(0, 1).float() * scale + shift
-        embeddings = self.visual(pixels.to(next(self.visual.parameters()).dtype))
+        pixels = frames_BTCHW.flatten(0, 1).float() * self._scale_C11 + self._shift_C11
+        with self._arithmetic(frames_BTCHW.device):
+            embeddings = self.visual(pixels.to(next(self.visual.parameters()).dtype))
         return embeddings.unflatten(0, (frames_BTCHW.shape[0], -1))
+
+    def _arithmetic(self, device: torch.device) -> AbstractContextManager[object]:
+        return torch.autocast(device.type, torch.float16) if self.autocast else nullcontext()
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Texts (C, D) float32 on the CPU, not normalised, without gradient. Raises ValueError if one is too long."""
         return self.text.encode(texts)
 
 
-@functools.cache
-def _pixel_constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Scale and shift (3, 1, 1) that turn 0..255 into (x / 255 - mean) / std.
+def _pixel_constants(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """Scale and shift (3, 1, 1) float32 that turn 0..255 into (x / 255 - mean) / std.
 
-    Not buffers, because the engine would round those to bf16; cached, because a copy to the device would stall a step.
+    Not buffers, because the engine would round those to bf16.
     """
     mean_C11, std_C11 = (torch.tensor(values, dtype=torch.float64).reshape(3, 1, 1) for values in (mean, std))
-    scale, shift = 1 / (255 * std_C11), -mean_C11 / std_C11
-    return scale.float().to(device), shift.float().to(device)
+    return (1 / (255 * std_C11)).float(), (-mean_C11 / std_C11).float()

@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from text4vis.cluster import distributed
 from text4vis.config.batches import BatchSizes
 from text4vis.config.schema import Config, ConfigError
+from text4vis.training.gradients import GradientCheck, read_later
 from text4vis.training.optim import build_optimizer
+from text4vis.training.runtime_config import checks_gradients, engine_config, used_stage
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -27,32 +30,6 @@ if TYPE_CHECKING:
 
 EMA = "ema"  # the moving average of the weights, kept among the optimiser's moments
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
-
-def engine_config(config: Config, sizes: BatchSizes, trainable_numel: int) -> dict[str, Any]:
-    """DeepSpeed's dictionary, derived from ours and the model's trainable numbers. The only place that makes one."""
-    engine = config.engine
-    # A bucket is allocated whole: DeepSpeed's own 500 million numbers are a gigabyte that CLIP cannot fill.
-    zero: dict[str, Any] = {"stage": engine.zero_stage, "reduce_bucket_size": min(5 * 10**8, max(1, trainable_numel))}
-    if engine.offload != "none":
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    if engine.offload == "parameters":
-        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    # DeepSpeed cannot accumulate in fp32 at ZeRO-0.
-    accumulates = sizes.accumulation > 1 and engine.precision == "bf16" and engine.zero_stage > 0
-    return {
-        "train_micro_batch_size_per_gpu": sizes.micro,
-        "gradient_accumulation_steps": sizes.accumulation,
-        "train_batch_size": sizes.global_batch,
-        "gradient_clipping": config.solver.clip_gradient,
-        "bf16": {"enabled": engine.precision == "bf16"},
-        "fp16": {"enabled": engine.precision == "fp16"},
-        "data_types": {"grad_accum_dtype": "fp32" if accumulates else None},
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 10**9,
-    }
 
 
 @dataclass(frozen=True)
@@ -86,22 +63,40 @@ class Engine:
             )
         if config.engine.activation_checkpointing:
             model.visual.set_grad_checkpointing(True)  # type: ignore[operator]
+        model.autocast = config.engine.precision == "amp"
         optimizer = build_optimizer(model, config.solver)
-        for group in optimizer.param_groups:  # on the host one pass over the memory instead of ten
-            group["fused"] = config.engine.offload != "none" or None
+        place = distributed.ranks()
         trainable_numel = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         self.model = model
-        self.ema_decay, self.updates = config.solver.ema, 0
+        self.ema_decay = config.solver.ema
         self._set_aside: dict[nn.Parameter, Tensor] = {}
         self.runtime: DeepSpeedEngine
         self.runtime, _, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=engine_config(config, sizes, trainable_numel),
+            config=engine_config(
+                config, sizes, trainable_numel, several_hosts=place.world_size > place.local_world_size
+            ),
             dist_init_required=False,
         )
+        self._check: GradientCheck | None = None
+        if checks_gradients(config, sizes):
+            self._check = GradientCheck(
+                self.runtime.basic_optimizer,
+                distributed.device(),
+                largest_norm=config.solver.clip_gradient,
+                scales_loss=config.engine.precision == "amp",
+                partitioned=used_stage(config, sizes) > 0,
+            )
+        if sizes.world_size == 1 and self._is_plain:
+            self.runtime.enable_backward_allreduce = False  # DeepSpeed would copy all gradients there and back
         if config.engine.compile:
             self.runtime.compile()
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether torch's own optimiser updates the model's own fp32 parameters."""
+        return self.runtime.optimizer is self.runtime.basic_optimizer
 
     def __call__(self, *inputs: Tensor | Classes) -> Tensor:
         """The model's forward pass."""
@@ -109,39 +104,49 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of a micro batch's loss (), which DeepSpeed averages over micro batches and ranks."""
-        self.runtime.backward(loss)
+        self.runtime.backward(loss if self._check is None else self._check.scaled(loss))
 
-    def step(self) -> bool:
-        """Follows each backward pass. Updates the weights after a step's last one; True if they changed.
+    def step(self) -> Callable[[], bool]:
+        """Follows each backward pass. Updates the weights after a step's last one.
 
-        Gradients that are not finite change nothing, on any rank. DeepSpeed sees to that, but for fp32 at ZeRO-0.
+        Call the result to learn whether the weights changed; a step later that makes nothing wait. Gradients that are
+        not finite change nothing, on any rank.
         """
-        runtime = self.runtime
-        is_plain = runtime.optimizer is runtime.basic_optimizer
-        if is_plain and runtime.is_gradient_accumulation_boundary():
-            gradients = [parameter.grad for _, parameter in self._trainable() if parameter.grad is not None]
-            if not bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients)).sum())):
-                runtime.zero_grad()
-                runtime.micro_steps += 1  # the only trace that a step leaves for the next one
-                return False
+        runtime, check = self.runtime, self._check
+        if not runtime.is_gradient_accumulation_boundary():
+            runtime.step()
+            return lambda: False
+        finite = None if check is None else check.look(self._gradients())
         runtime.step()
-        applied = runtime.was_step_applied()
-        if applied:
-            self.updates += 1
-            self._average()
-        return applied
+        if finite is None:
+            applied = runtime.was_step_applied()
+            if applied:
+                self._average(torch.ones((), device=distributed.device()))
+            return lambda: applied
+        self._average(finite)
+        return read_later(finite)
+
+    def _gradients(self) -> list[Tensor]:
+        """The gradients of a whole step that this rank's optimiser will use, averaged over micro batches and ranks."""
+        if self._is_plain:
+            return [parameter.grad for _, parameter in self._trainable() if parameter.grad is not None]
+        averaged = self.runtime.optimizer.averaged_gradients  # ZeRO-1 and 2: this rank's share
+        return [gradient for group in averaged.values() for gradient in group or ()]
 
     @torch.no_grad()
-    def _average(self) -> None:
-        """Moves the averages on after an update: average = d * average + (1 - d) * weights.
+    def _average(self, applied: Tensor) -> None:
+        """Moves the averages on after an update: average = d * average + (1 - d) * weights. applied: () 1 or 0.
 
         d = min(solver.ema, (1 + n) / (10 + n)) after n updates, so that a short run does not keep its first weights
         (TensorFlow's `ExponentialMovingAverage`).
         """
         if self.ema_decay:
             masters, state = self._masters(), self.runtime.basic_optimizer.state
-            decay = min(self.ema_decay, (1 + self.updates) / (10 + self.updates))
-            torch._foreach_lerp_([state[master][EMA] for master in masters], masters, 1 - decay)
+            self._updates += applied
+            decay = ((1 + self._updates) / (10 + self._updates)).clamp(max=self.ema_decay)
+            weight = ((1 - decay) * applied).float()
+            weights = [weight.to(master.device, non_blocking=True) for master in masters]
+            torch._foreach_lerp_([state[master][EMA] for master in masters], masters, weights)
 
     def set_rates(self, rate: Callable[[float], float]) -> None:
         """Gives each parameter group the learning rate that `rate` computes from the group's peak."""
@@ -153,9 +158,12 @@ class Engine:
         return {group["name"]: group["lr"] for group in self._groups()}
 
     def grad_norm(self) -> float | None:
-        """The norm of all gradients of the last step, before clipping; None if DeepSpeed computed none."""
-        norm = self.runtime.get_global_grad_norm()
-        return None if norm is None else float(norm)
+        """The norm of all gradients of the last step, before clipping; None if it is not finite or not known.
+
+        Waits for the device.
+        """
+        norm = self.runtime.get_global_grad_norm() if self._check is None else self._check.norm
+        return None if norm is None or not math.isfinite(norm) else float(norm)
 
     def restore(
         self, weights: Callable[[str], Tensor], moments: Callable[[str, str], Tensor] | None, updates: int
@@ -169,8 +177,10 @@ class Engine:
         """
         for master in self._masters():
             zeros = {key: torch.zeros_like(master, requires_grad=False) for key in self.moment_names}
-            self.runtime.basic_optimizer.state[master] = {"step": torch.tensor(float(updates)), **zeros}
-        self.updates = updates
+            # Fused optimisers count on the device of the weights.
+            step = torch.tensor(float(updates), device=master.device)
+            self.runtime.basic_optimizer.state[master] = {"step": step, **zeros}
+        self._updates = torch.tensor(float(updates), dtype=torch.float64, device=distributed.device())
         link = getattr(self.runtime.optimizer, "_lazy_init_hp_params_optimizer_state", None)
         if link is not None:  # ZeRO-1 and 2 find a parameter's moments only after this
             link()
@@ -297,13 +307,22 @@ class Engine:
         trainable = sum(numel for numel, trains in numels if trains)
         return 4 * sum(numel for numel, _ in numels), 4 * len(self.moment_names) * trainable
 
+    def loss_scale(self) -> float | None:
+        """The factor of the loss that fp16 and amp go backward from; None in other precisions. Waits for the device."""
+        state = self.loss_scaler_state()
+        return state.get("scale", state.get("cur_scale"))
+
     def loss_scaler_state(self) -> dict[str, float]:
-        """fp16's dynamic loss scale and its counters; empty in other precisions."""
+        """fp16's and amp's dynamic loss scale and its counters; empty in other precisions. Waits for the device."""
+        if self._check is not None:
+            return self._check.state()
         scaler = self._loss_scaler()
         return {} if scaler is None else {key: getattr(scaler, key) for key in _SCALER_STATE if hasattr(scaler, key)}
 
     def restore_loss_scaler(self, state: dict[str, float]) -> None:
         """Sets what `loss_scaler_state` gave."""
+        if self._check is not None:
+            self._check.restore(state)
         scaler = self._loss_scaler()
         for key, value in state.items():
             if hasattr(scaler, key):

@@ -7,8 +7,9 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +29,48 @@ END_MARK = "the job failed: "
 GRACE_SECONDS = 3.0
 
 
+class _HostMoment:
+    """Stands for a torch.cuda.Event where the host itself computes."""
+
+    def record(self) -> None:
+        """Is now."""
+        self.seconds = time.perf_counter()
+
+    def elapsed_time(self, later: _HostMoment) -> float:
+        """Milliseconds from this moment to a later one."""
+        return 1000 * (later.seconds - self.seconds)
+
+
 @dataclass
 class Meter:
-    """Sums since the last log line. updates: the steps that were not skipped, whose losses are summed."""
+    """Sums since the last log line. updates: the steps that were not skipped, whose losses are summed.
+
+    A GPU is waited for in `wait_seconds` alone.
+    """
 
     loss: torch.Tensor
     started: float
     steps: int = 0
     updates: int = 0
-    wait_seconds: float = 0.0
+    waits: list[tuple[Any, Any]] = field(default_factory=list)
 
     @classmethod
     def new(cls, device: torch.device) -> Meter:
         """A meter that starts now."""
         return cls(torch.zeros((), device=device), time.perf_counter())
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time within as waiting for data: on a GPU the time that it has nothing to do, not the host's."""
+        first, last = (torch.cuda.Event(enable_timing=True) if self.loss.is_cuda else _HostMoment() for _ in range(2))
+        first.record()
+        yield
+        last.record()
+        self.waits.append((first, last))
+
+    def wait_seconds(self) -> float:
+        """The seconds counted so far. A GPU must have done all of them: read the loss first."""
+        return sum(first.elapsed_time(last) for first, last in self.waits) / 1000
 
 
 class Metrics:

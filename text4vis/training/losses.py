@@ -68,8 +68,8 @@ class Objective:
     ) -> Tensor:
         """The loss of the micro batch of videos `ids`, with `forward` for VideoClip's. Collective.
 
-        labels_B: of the batch, (B, C) bool where videos have several. position: samples that the job had consumed
-        before the step.
+        labels_B: of the batch, on the CPU, (B, C) bool where videos have several. position: samples that the job had
+        consumed before the step. Only a run's first loss of many labels waits for the device.
 
         The contrastive losses take the texts of the batch's own videos, on all ranks. Each rank compares its videos
         with every class that any rank has, and the logits are gathered: the same numbers as from gathered embeddings,
@@ -81,11 +81,15 @@ class Objective:
             if mix is not None:
                 frames_BTCHW = mix_frames(frames_BTCHW, mix)
             logits_BC = forward(frames_BTCHW, self.classes)
+            labels_B = labels_B.to(logits_BC.device, non_blocking=True)
             if solver.multi_label:
                 return self._multi_label_loss(logits_BC, labels_B, mix)
             return cross_entropy(logits_BC, labels_B, solver.smoothing, mix)
-        labels_N = gather_rows(labels_B)
-        present_C, columns_N = labels_N.unique(return_inverse=True)
+        labels_N = distributed.rows_of_all(labels_B)
+        found = labels_N.unique(return_inverse=True)  # on the CPU: their number decides shapes
+        present_C, columns_N, labels_N = (
+            each.to(frames_BTCHW.device, non_blocking=True) for each in (*found, labels_N)
+        )
         logits_NC = gather_rows(forward(frames_BTCHW, self.classes[present_C]))
         return contrastive(logits_NC[:, columns_N], labels_N, dual=solver.loss_type == "DS")
 
@@ -106,8 +110,14 @@ def mixed_targets(targets_BC: Tensor, mix: Mix | None) -> Tensor:
     """Targets (B, C) of mixed videos: each video's own and its partner's, in their shares."""
     if mix is None:
         return targets_BC
-    shares_B1 = torch.tensor(mix.shares, dtype=targets_BC.dtype, device=targets_BC.device)[:, None]
-    return torch.lerp(targets_BC[mix.partners], targets_BC, shares_B1)
+    partners_B, shares_B = _on_device(mix, targets_BC)
+    return torch.lerp(targets_BC[partners_B], targets_BC, shares_B[:, None])
+
+
+def _on_device(mix: Mix, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Partners (B,) int64 and shares (B,) on the device and, these, of the type of a tensor. Waits for no queue."""
+    partners_B, shares_B = torch.tensor(mix.partners), torch.tensor(mix.shares, dtype=like.dtype)
+    return partners_B.to(like.device, non_blocking=True), shares_B.to(like.device, non_blocking=True)
 
 
 def binary_cross_entropy(logits_BC: Tensor, targets_BC: Tensor) -> Tensor:
@@ -148,8 +158,8 @@ def cross_entropy(logits_BC: Tensor, labels_B: Tensor, smoothing: float = 0.0, m
 
     if mix is None:
         return losses_B(labels_B).mean()
-    shares_B = torch.tensor(mix.shares, dtype=logits_BC.dtype, device=logits_BC.device)
-    return torch.lerp(losses_B(labels_B[mix.partners]), losses_B(labels_B), shares_B).mean()
+    partners_B, shares_B = _on_device(mix, logits_BC)
+    return torch.lerp(losses_B(labels_B[partners_B]), losses_B(labels_B), shares_B).mean()
 
 
 def contrastive(logits_NN: Tensor, labels_N: Tensor, *, dual: bool) -> Tensor:

@@ -51,12 +51,15 @@ def scheduled_rate(epoch: float, base_lr: float, solver: SolverConfig) -> float:
 
 
 def build_optimizer(model: nn.Module, solver: SolverConfig) -> torch.optim.Optimizer:
-    """The optimiser of `solver.optim` over `parameter_groups`. SGD has momentum; Adam and SGD decay weights by L2."""
+    """The optimiser of `solver.optim` over `parameter_groups`. SGD has momentum; Adam and SGD decay weights by L2.
+
+    Fused: one pass over the memory instead of ten, and one operation on a GPU.
+    """
     groups = parameter_groups(model, solver)
     if solver.optim == "sgd":
-        return torch.optim.SGD(groups, momentum=solver.momentum)
+        return torch.optim.SGD(groups, momentum=solver.momentum, fused=True)
     kind = torch.optim.AdamW if solver.optim == "adamw" else torch.optim.Adam
-    return kind(groups, betas=solver.betas, eps=EPSILON)
+    return kind(groups, betas=solver.betas, eps=EPSILON, fused=True)
 
 
 def parameter_groups(model: nn.Module, solver: SolverConfig) -> list[dict[str, Any]]:

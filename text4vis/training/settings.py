@@ -6,7 +6,10 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 from text4vis.cluster import distributed
+from text4vis.config.batches import BatchSizes
+from text4vis.config.schema import Config
 from text4vis.training.memory import StateMemory
+from text4vis.training.runtime_config import used_stage
 
 if TYPE_CHECKING:
     from text4vis.training.trainer import Trainer
@@ -24,7 +27,7 @@ def run_settings(trainer: Trainer) -> dict[str, Any]:
         "global batch": f"{sizes.global_batch} videos",
         "micro batch": f"{sizes.micro} videos a rank",
         "accumulation": f"{sizes.accumulation} x",
-        "ZeRO stage": f"{engine.zero_stage}, offload {engine.offload}",
+        "ZeRO stage": _stage_in_words(config, sizes),
         "precision": engine.precision,
         "activation checkpointing": engine.activation_checkpointing,
         "torch.compile": engine.compile,
@@ -33,3 +36,8 @@ def run_settings(trainer: Trainer) -> dict[str, Any]:
         "starts from": f"step {trainer.state.step}",
         **{name: f"{share:.2%} of the samples" for name, share in loader.planner.order.shares().items()},
     }
+
+
+def _stage_in_words(config: Config, sizes: BatchSizes) -> str:
+    stage, used = config.engine.zero_stage, used_stage(config, sizes)
+    return f"{stage}, offload {config.engine.offload}" if used == stage else f"{used}: one rank shares with nobody"

@@ -43,12 +43,12 @@ from text4vis.training.losses import Objective
 from text4vis.training.optim import scheduled_rate
 from text4vis.training.run_log import RunLog
 from text4vis.training.settings import run_settings
+from text4vis.training.steps import MicroBatchLoss, TakenStep, why_skipped
 
 logger = logging.getLogger("text4vis")
 
 FEW_SHOT_LIST = "few_shot.txt"  # in OUT: the videos that data.shot chose, by name
 SAVE_NOW = "save-now"  # in OUT: a file whose appearance asks for a checkpoint
-MOST_VIDEOS_NAMED = 32
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,6 @@ class Requests:
 
     stop: int = 0
     save: bool = False
-
-
-@dataclass(frozen=True)
-class MicroBatchLoss:
-    """The videos of a micro batch and its loss (), which stays on the device."""
-
-    ids: list[int]
-    loss: torch.Tensor
 
 
 class Trainer:
@@ -85,6 +77,7 @@ class Trainer:
         joining.check_streams(config.data.streams, self.sizes.global_batch, self.ranks)
         torch.manual_seed(config.seed)  # the head's first weights: equal on all ranks
         distributed.use_cores(config.engine.num_threads)
+        distributed.use_tf32(config.engine.tf32)
         with ExitStack() as opened:
             self.val_loader = opened.enter_context(self._loader("val"))
             self.train_loader = opened.enter_context(self._loader("train", start.consumed if start else 0))
@@ -105,6 +98,7 @@ class Trainer:
             self._opened = opened.pop_all()
         self.log = RunLog()
         self.agreement: Callable[[], list[int]] | None = None  # of the step before
+        self.taken: TakenStep | None = None  # the step before
         self.saved_at = time.monotonic()
         stop.limit(config.engine.wall_minutes)
 
@@ -149,38 +143,46 @@ class Trainer:
         torch.manual_seed(mix64(self.config.seed ^ mix64(self.state.step * self.ranks.world_size + self.ranks.rank)))
         self.engine.set_rates(lambda peak: scheduled_rate(self.epoch, peak, self.config.solver))
         seen: list[MicroBatchLoss] = []
-        applied = False
         for _ in range(self.sizes.accumulation):
-            waiting = time.perf_counter()
-            batch = next(batches)
-            meter.wait_seconds += time.perf_counter() - waiting
+            with meter.waiting():
+                batch = next(batches)
             if not seen and self.state.step == self.state.evaluated_step:
                 self.picture_clips(batch)
             seen.append(self.backward(batch))
             applied = self.engine.step()
-        if applied:
-            meter.loss += torch.stack([micro.loss for micro in seen]).mean()
-            meter.updates += 1
-        else:
-            self.report_nonfinite(seen)
         meter.steps += 1
         self.state = replace(
             self.state,
             step=self.state.step + 1,
-            updates=self.state.updates + applied,
             consumed=self.state.consumed + self.sizes.global_batch,
             logit_bias=self.objective.bias,
         )
+        self.settle()
+        self.taken = TakenStep(self.state.step, seen, meter, applied)
         return self.agree()
 
     def backward(self, batch: Batch) -> MicroBatchLoss:
         """Forward and backward pass of a micro batch."""
         frames_BTCHW = batch.frames.to(self.device, non_blocking=True)[:, 0]
-        labels_B = batch.labels.to(self.device, non_blocking=True)
         ids = batch.ids.tolist()
-        loss = self.objective(self.engine, frames_BTCHW, labels_B, ids, self.state.consumed)
+        loss = self.objective(self.engine, frames_BTCHW, batch.labels, ids, self.state.consumed)
         self.engine.backward(loss)
         return MicroBatchLoss(ids, loss.detach().float())
+
+    def settle(self) -> None:
+        """Counts the step that was taken last as an update or as skipped. Raises NonFiniteError. Collective.
+
+        Called when the next step is under way: then the device has the answer, and has work while the host reads it.
+        """
+        taken, self.taken = self.taken, None
+        if taken is None:
+            return
+        if not taken.applied():
+            self.report_nonfinite(taken)
+            return
+        taken.meter.loss += torch.stack([micro.loss for micro in taken.seen]).mean()
+        taken.meter.updates += 1
+        self.state = replace(self.state, updates=self.state.updates + 1)
 
     def agree(self) -> Requests:
         """What the ranks asked for by the end of the step before. Their answers had a step's time, so none waits."""
@@ -190,30 +192,14 @@ class Trainer:
         stop, save = before()
         return Requests(stop, bool(save))
 
-    def report_nonfinite(self, seen: list[MicroBatchLoss]) -> None:
-        """The step was skipped on all ranks. Raises NonFiniteError where solver.on_nonfinite says stop. Collective.
-
-        fp16 skips steps while it looks for a loss scale: that is an error only if a loss is not finite.
-        """
-        wrong = [micro.ids for micro in seen if not bool(torch.isfinite(micro.loss))]
-        gathered = distributed.gather_to_main((wrong, [micro.ids for micro in seen]))
-
-        def explain() -> str:
-            assert gathered is not None
-            suspects = [sample for wrong, _ in gathered for ids in wrong for sample in ids]
-            if not suspects and self.config.engine.precision == "fp16":
-                return ""
-            what = "loss" if suspects else "gradient"
-            suspects = suspects or [sample for _, all_ids in gathered for ids in all_ids for sample in ids]
-            names = [self.train_loader.dataset.describe(sample) for sample in suspects[:MOST_VIDEOS_NAMED]]
-            more = f" and {len(suspects) - len(names)} more" if len(suspects) > len(names) else ""
-            return f"step {self.state.step + 1}: the {what} is not finite; videos: {'; '.join(names)}{more}"
-
-        message = distributed.from_main(explain)
+    def report_nonfinite(self, taken: TakenStep) -> None:
+        """The step was skipped on all ranks. Raises NonFiniteError where solver.on_nonfinite says stop. Collective."""
+        searches = self.config.engine.precision in ("fp16", "amp")
+        message = why_skipped(taken, self.train_loader.dataset.describe, searches_loss_scale=searches)
         if message and self.config.solver.on_nonfinite == "stop":
             raise NonFiniteError(f"{message}. Fix them, lower solver.lr, or go on with solver.on_nonfinite=skip")
-        skipped = self.state.step + 1 - self.state.updates
-        logger.info("%s; skipped, %d so far", message or f"step {self.state.step + 1}: fp16 overflow", skipped)
+        skipped = taken.number - self.state.updates
+        logger.info("%s; skipped, %d so far", message or f"step {taken.number}: fp16 overflow", skipped)
 
     @property
     def epoch(self) -> float:
@@ -246,6 +232,7 @@ class Trainer:
 
         Raises CheckpointError, also for the save before, or ShardError.
         """
+        self.settle()
         self.list_skipped(self.train_loader)  # so that a resumed run need not meet them again
         self.saves.start(self.state, best=best)
         if self.agreement is not None:  # a save that was asked for meanwhile is done; a stop is asked for again
@@ -274,10 +261,11 @@ class Trainer:
 
     def log_step(self, meter: Meter) -> None:
         """Logs the means since the last line. Collective. Only here a step's numbers are read from the device."""
+        self.settle()
         seconds = time.perf_counter() - meter.started
         (loss,) = distributed.sum_over_ranks([meter.loss.item() / max(1, meter.updates) / self.ranks.world_size])
         wait_seconds, memory, computing = distributed.sum_over_ranks(
-            [meter.wait_seconds, memory_bytes(), gpu_utilisation() or 0.0]
+            [meter.wait_seconds(), memory_bytes(), gpu_utilisation() or 0.0]
         )
         self.list_skipped(self.train_loader)
         rates = self.engine.rates()
@@ -289,6 +277,7 @@ class Trainer:
             **{f"lr_{name}": rate for name, rate in rates.items()},
             "logit_scale": float(self.engine.used(self.engine.model.logit_scale).float().exp()),
             "grad_norm": self.engine.grad_norm(),
+            "loss_scale": self.engine.loss_scale(),
             "skipped_steps": self.state.step - self.state.updates,
             "bad_videos": len(self.train_loader.bad),
             "videos_per_second": self.sizes.global_batch / step_seconds,
@@ -321,6 +310,7 @@ class Trainer:
 
         Asked to stop meanwhile, it saves at once and raises Stopped; the run then goes on with this evaluation.
         """
+        self.settle()
         with self.engine.averaged():
             classes_CD = self.class_embeddings()
             weights = merged(checkpointing.gather_weights(self.engine), self.state.config)

@@ -41,6 +41,7 @@ from text4vis.training.trainer import Trainer
 
 STAGES = (0, 1, 2, 3)
 TURNS_A_ROUND = 2  # a turn is a single step, so that all contenders meet the same load
+MANY_VIDEOS = 16  # in a step of fewer, what is done once a step counts for more
 _WARM_UP_STEPS = 2
 _CLASSES = 400
 
@@ -120,8 +121,16 @@ def _checkpoint_twice(model: VideoClip, arch: str) -> None:
         block.forward = lambda x, *_, inner=inner, **__: checkpointed(inner, x, use_reentrant=True)
 
 
-def step_seconds(setup: EngineSetup, rounds: int) -> dict[str, list[float]]:
-    """Seconds of single steps by contender, ours first. Call it in a fresh process."""
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step: on the clock, and of the processor, which other programs disturb less."""
+
+    wall: float
+    processor: float
+
+
+def step_times(setup: EngineSetup, rounds: int) -> dict[str, list[StepTime]]:
+    """The times of single steps by contender, ours first. Call it in a fresh process."""
     distributed.start()
     trainers = [Trainer(setup.config(stage), Path("unused"), StopRequest(), "never") for stage in (1, 0)]
 
@@ -136,22 +145,30 @@ def step_seconds(setup: EngineSetup, rounds: int) -> dict[str, list[float]]:
         "bare PyTorch loop": BareLoop(config, batch, classes_CD),
         "bare loop, activations checkpointed twice": BareLoop(config, batch, classes_CD, twice=True),
     }
-    timed = {name: functools.partial(_seconds, contender) for name, contender in contenders.items()}
+    timed = {name: functools.partial(_step_time, contender) for name, contender in contenders.items()}
     for contender in timed.values():
         for _ in range(_WARM_UP_STEPS):
             contender()
-    values = interleaved("step", timed, rounds)
+    times = interleaved("step", timed, rounds)
     for trainer in trainers:
         trainer.close()
     distributed.stop()
-    return values
+    return times
+
+
+def _step_time(take: Callable[[], object]) -> StepTime:
+    processor = time.process_time()
+    return StepTime(_seconds(take), time.process_time() - processor)
 
 
 def step(setup: EngineSetup, rounds: int) -> list[Figure]:
     """Our training step against the same step in a bare loop, without and with activations checkpointed twice."""
-    values = run_fresh(step_seconds, setup, rounds * TURNS_A_ROUND)
-    targets = {"bare PyTorch loop": "at most 1.03", "bare loop, activations checkpointed twice": "at most 0.50"}
-    return compared("step", "s", values, targets)
+    times = run_fresh(step_times, setup, rounds * TURNS_A_ROUND)
+    overhead = "at most 1.03" if setup.videos >= MANY_VIDEOS else "at most 1.15"
+    targets = {"bare PyTorch loop": overhead, "bare loop, activations checkpointed twice": "at most 0.50"}
+    wall = {name: [each.wall for each in series] for name, series in times.items()}
+    processor = {f"{name}: processor time": [each.processor for each in series] for name, series in times.items()}
+    return compared("step", "s", wall, targets) + compared("step", "s", processor)
 
 
 def _seconds(function: Callable[[], object]) -> float:

@@ -111,7 +111,7 @@ def train(setup: EngineSetup, num_steps: int, workers: int = 0) -> Steps:
     distributed.stop()
     return Steps(
         videos_per_second=num_steps * setup.videos / seconds,
-        waiting=meter.wait_seconds / seconds,
+        waiting=meter.wait_seconds() / seconds,
         memory=memory_bytes(),
         launches=calls(_LAUNCHES),
         synchronisations=calls(_SYNCHRONISATIONS),
