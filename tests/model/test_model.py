@@ -133,6 +133,19 @@ def test_timms_towers_are_built_at_the_size_asked_for(network, tmp_path, trunk):
             built(NetworkConfig(arch=str(tmp_path / "timm.json"), init=False), image_size=100)
 
 
+def test_towers_of_grouped_convolutions_get_contiguous_frames_on_a_cpu(tmp_path):
+    """torch crashes in the backward pass of such a tower otherwise."""
+    vision = {"timm_model_name": "test_convnext", "timm_pool": "avg", "image_size": 160, "timm_proj": "linear"}
+    write_clip(tmp_path)
+    (tmp_path / "timm.json").write_text(json.dumps(CONFIG | {"custom_text": True, "vision_cfg": vision}))
+    model = built(NetworkConfig(arch=str(tmp_path / "timm.json"), init=False))
+    seen = []
+    model.visual.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].is_contiguous()))
+    channels_last = random_frames(1, T, size=160).permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+    model(channels_last, classes())
+    assert seen == [True]
+
+
 def test_memory_format_of_frames_does_not_matter(network):
     model, frames_BTCHW = built(network), random_frames(2, T)
     channels_last = frames_BTCHW.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)

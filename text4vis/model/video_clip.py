@@ -102,6 +102,7 @@ class VideoClip(nn.Module):
         self.visual = towers.visual
         self.fusion_model = head
         self.logit_scale = nn.Parameter(torch.tensor([towers.logit_scale]))
+        self._has_grouped_convolutions = any(getattr(module, "groups", 1) > 1 for module in self.visual.modules())
         self.text: TextTower = towers.text
         self.text_tower = None if fix_text else towers.text.module.requires_grad_(True)
         self.classifier: nn.Parameter | None = None
@@ -201,6 +202,10 @@ class VideoClip(nn.Module):
         if self.takes_fixed_frames and (num_frames := frames_BTCHW.shape[1]) != self.num_segments:
             raise ValueError(f"frames: expected {self.num_segments} a video (data.num_segments), got {num_frames}")
         pixels = frames_BTCHW.flatten(0, 1).float() * self._scale_C11 + self._shift_C11
+        if self._has_grouped_convolutions and not pixels.is_cuda:
+            # torch 2.14's backward pass of FastViT (MobileCLIP2) in the loader's layout, channels last, writes outside
+            # of its memory on CPUs: the process crashes.
+            pixels = pixels.contiguous()
         with self._arithmetic(frames_BTCHW.device):
             embeddings = self.visual(pixels.to(next(self.visual.parameters()).dtype))
         return embeddings.unflatten(0, (frames_BTCHW.shape[0], -1))
