@@ -113,6 +113,7 @@ def test_bad_data_is_named(tmp_path, monkeypatch, capsys):
     assert f"benchmark: error: {tmp_path}/manifest.json: not found" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("contender", "shape", "dtype"),
     [
