@@ -227,6 +227,7 @@ def test_the_bare_loop_computes_what_the_trainer_does(workload, small_vit, proce
     meter = Meter.new(trainer.device)
     bare = engine.BareLoop(trainer.config, next(iter(trainer.train_loader)), trainer.objective.classes)
     trainer.train_step(iter(trainer.train_loader), meter)
+    trainer.settle()
     assert float(meter.loss) == pytest.approx(float(bare()), rel=1e-5)
     trainer.close()
 
