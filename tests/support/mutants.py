@@ -81,7 +81,6 @@ MODULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "training/test_checkpointing.py",
             "training/test_snapshot.py",
             "saved/test_checkpoint.py",
-            "training/test_trainer.py",
         ),
     ),
     "engine": (
