@@ -13,6 +13,7 @@ import yaml
 from project import NUM_VIDEOS, losses, records, weights
 
 from shards.plan import mix64
+from text4vis.cluster import distributed
 from text4vis.cluster.distributed import Ranks
 from text4vis.cluster.stop import NonFiniteError, Stopped
 from text4vis.config.batches import BatchSizes
@@ -37,11 +38,14 @@ SETTINGS = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_threads():
-    threads = torch.get_num_threads()
+@pytest.fixture(autouse=True)
+def own_arithmetic():
+    """What a run sets for its whole process; ZeRO-3 replaces `linear` for good."""
+    threads, linear, tf32 = torch.get_num_threads(), torch.nn.functional.linear, torch.backends.cudnn.allow_tf32
     yield
     torch.set_num_threads(threads)
+    torch.nn.functional.linear = linear
+    distributed.use_tf32(tf32)
 
 
 class Stop:
@@ -89,10 +93,11 @@ def equal(one: dict, other: dict) -> bool:
 @pytest.fixture(scope="module")
 def whole(project, tmp_path_factory):
     """An uninterrupted run: its folder, what `fit` returned, its trainer after it was closed."""
-    output = tmp_path_factory.mktemp("trainer") / "run"
+    output, before = tmp_path_factory.mktemp("trainer") / "run", set(threading.enumerate())
     with start(project, output) as trainer:
         assert trainer.stop.wall_minutes == [None] and trainer.num_steps == STEPS and trainer.agreement is None
         figures = trainer.fit()
+    assert not [thread for thread in set(threading.enumerate()) - before if thread.name.startswith("save")], "closed"
     return output, figures, trainer
 
 
@@ -519,7 +524,6 @@ def test_a_run_evaluates_logs_and_saves_when_it_should(project, whole):
     assert (middle.evaluated_step, middle.updates) == (7, 10) and TOKENIZER in middle.inputs
     best = max((r for r in records(output) if r["kind"] == "val"), key=lambda record: record["top1"])
     assert checkpoint.verify(folders["best"]).step == best["step"]
-    assert not any(thread.name.startswith("save") for thread in threading.enumerate()), "it was closed"
     assert yaml.safe_load((output / "config.yaml").read_text()) == json.loads(json.dumps(trainer.config.to_dict()))
     assert state.class_names == trainer.class_names == ["class 0", "class 1", "class 2"]
     assert not (output / "few_shot.txt").exists()
@@ -581,7 +585,6 @@ def test_a_zero_3_run_may_begin_with_an_evaluation_and_the_job_uses_what_it_is_t
         assert torch.get_num_threads() == 2 and torch.backends.cuda.matmul.allow_tf32
         assert begun < trainer.saved_at < time.monotonic()
         assert trainer.evaluate_and_save()["videos"] == NUM_VIDEOS
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
 def test_a_finished_run_stays_finished_and_another_is_never_mixed_in(project, whole, monkeypatch, caplog):
