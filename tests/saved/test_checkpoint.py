@@ -183,6 +183,24 @@ def test_a_model_computes_what_the_saved_one_did(tmp_path, classes):
         assert other.classifier is None
 
 
+def test_what_is_opened_has_the_averages_and_what_goes_on_training_does_not(tmp_path):
+    model = build_model(tiny_network(tmp_path / "clip"), 4, image_size=32)
+    values = {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
+    folder = write(tmp_path / "step")
+    (folder / "state.json").write_text(State(3, 24, 8, "f", {}, ["a"]).to_json(), encoding="utf-8")
+    save_file(values, folder / "model.safetensors")
+    save_file({"logit_scale": values["logit_scale"] + 1}, folder / "ema.safetensors")
+    for load, added in ((checkpoint.load_checkpoint, 1), (checkpoint.load_to_train, 0)):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        load(model, folder)
+        assert model.logit_scale.equal(values["logit_scale"] + added)
+        assert model.visual.state_dict().keys() and all(
+            value.equal(values[f"visual.{name}"]) for name, value in model.visual.state_dict().items()
+        )
+
+
 def test_a_model_that_does_not_fit_or_open_is_an_error(tmp_path):
     network = tiny_network(tmp_path / "clip", sim_header="None")
     model = build_model(network, 4, image_size=32)

@@ -83,8 +83,19 @@ MODULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "saved/test_checkpoint.py",
         ),
     ),
-    "engine": (("text4vis/training/engine.py",), ("training/test_engine_state.py",)),
-    "trainer": (("text4vis/training/trainer.py",), ("training/test_trainer.py",)),
+    "engine": (
+        ("text4vis/training/engine.py", "text4vis/training/gradients.py", "text4vis/training/runtime_config.py"),
+        (
+            "training/test_gradients.py",
+            "training/test_engine_state.py",
+            "training/test_average.py",
+            "training/test_host_waits.py",
+        ),
+    ),
+    "trainer": (
+        ("text4vis/training/trainer.py", "text4vis/training/steps.py"),
+        ("training/test_trainer.py", "training/test_host_waits.py"),
+    ),
     "protocols": (("text4vis/evaluation/protocols.py",), ("evaluation/test_protocols.py",)),
     "metrics": (("text4vis/evaluation/metrics.py",), ("evaluation/test_metrics.py",)),
     "calibration": (("text4vis/evaluation/calibration.py",), ("evaluation/test_calibration.py",)),

@@ -6,12 +6,18 @@ import shutil
 import threading
 import time
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed import DistStoreError, HashStore
 
+from text4vis.cluster import distributed
+from text4vis.cluster.distributed import Ranks
 from text4vis.saved import checkpoint
 from text4vis.saved.checkpoint import CheckpointError, State
 from text4vis.training import checkpointing, snapshot
@@ -113,6 +119,7 @@ def test_the_best_holds_weights_alone_and_is_replaced_whole(tmp_path):
         assert sorted(path.name for path in folder.iterdir()) == ["model.safetensors", "state.json"]
         assert checkpoint.verify(folder).step == step
         assert same(load_file(folder / "model.safetensors"), StandIn(step).weights)
+        assert names_in(tmp_path)[0] == "best", "the one before is gone"
 
 
 def test_the_best_holds_the_averages_of_what_trains(tmp_path):
@@ -145,11 +152,13 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_changes_nothing_in_i
     saves = Saves(engine, tmp_path, 2)
     saves.start(state_after(1))
     assert checkpoint.latest(tmp_path) is None and [name[:15] for name in names_in(tmp_path)] == [".step-00000001."]
+    sizes = {path.name: path.stat().st_size for path in tmp_path.rglob("*.safetensors")}
     engine.weights["a"].zero_()
     saves.check()
     gate.set()
     saves.finish()
     assert same(load_file(checkpoint.latest(tmp_path) / "model.safetensors"), StandIn(1).weights)
+    assert sizes == {path.name: path.stat().st_size for path in tmp_path.rglob("*.safetensors")}, "from the beginning"
     saves.close()
 
 
@@ -171,6 +180,7 @@ def test_one_checkpoint_at_a_time_is_written_and_the_end_waits(tmp_path, gate):
 def test_the_copies_take_the_memory_of_one_checkpoint_again_and_again(tmp_path):
     saves = Saves(StandIn(1), tmp_path, 2)
     sizes = []
+    assert saves.memory_bytes == 0
     for step in (1, 2, 3):
         saves.start(state_after(step), best=step == 2)
         sizes.append(saves.memory_bytes)
@@ -202,6 +212,135 @@ def test_what_fails_in_the_background_is_raised_by_the_next_call(tmp_path, monke
     saves.start(state_after(4))
     saves.close()
     assert names_in(tmp_path) == ["step-00000004"], "what was left is gone"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.EIO, "worn out", "/disk/x"), r"^/disk/x: cannot be written \(worn out\); free"),
+        (OSError(errno.EIO, "worn out"), r"/step-00000001: cannot be written \(worn out\); free"),
+        (ValueError("odd"), "/step-00000001: ValueError: odd$"),
+    ],
+)
+def test_what_fails_when_a_checkpoint_gets_its_name_is_an_error_too(tmp_path, monkeypatch, error, message):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(checkpointing, "sync", fail)
+    with pytest.raises(CheckpointError, match=message):
+        save(tmp_path, 1)
+
+
+def test_an_output_that_takes_no_folder_is_named(tmp_path):
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(CheckpointError, match=rf"^{tmp_path}/checkpoints.*: cannot be written .* another --output"):
+        save(tmp_path, 1)
+
+
+def test_a_save_waits_for_the_copies_before_it_writes_and_at_the_end_for_the_other_ranks(tmp_path, monkeypatch):
+    done, write = [], snapshot.write_pieces
+    monkeypatch.setattr(snapshot.HostMemory, "wait", lambda _: done.append("copied"))
+    monkeypatch.setattr(checkpointing, "write_pieces", lambda *of: done.append(of[0].parent.name) or write(*of))
+    monkeypatch.setattr(distributed, "barrier", lambda: done.append(names_in(tmp_path)))
+    saves = Saves(StandIn(1), tmp_path, 2)
+    for _ in range(2):
+        saves.start(state_after(1))
+        saves.finish()
+    saves.close()
+    assert done[0] == done[5] == "copied" and done[4] == done[9] == ["step-00000001"]
+    (first,), (second,) = set(done[1:4]), set(done[6:9])
+    assert first != second, "NFS may take a name that was used for the folder it was given to"
+
+
+class TwoRanks:
+    """Lets threads named after their rank be a job of two ranks; threads that they start are of the same rank."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.store, self.limits, self.meeting, self.shared = HashStore(), {}, threading.Barrier(2, timeout=20), {}
+        self.store.set_timeout(timedelta(seconds=20))
+        monkeypatch.setattr(distributed, "ranks", lambda: Ranks(self.rank, 2, self.rank, 2))
+        monkeypatch.setattr(distributed, "new_store", self.new_store)
+        monkeypatch.setattr(distributed, "from_main", self.from_main)
+        monkeypatch.setattr(distributed, "barrier", self.meeting.wait)
+        monkeypatch.setattr(
+            checkpointing,
+            "ThreadPoolExecutor",
+            lambda size, **_: ThreadPoolExecutor(size, thread_name_prefix=threading.current_thread().name),
+        )
+
+    @property
+    def rank(self) -> int:
+        return int(threading.current_thread().name[:1])
+
+    def new_store(self, limit: timedelta) -> HashStore:
+        self.limits[self.rank] = limit
+        return self.store
+
+    def from_main(self, make):
+        if self.rank == 0:
+            self.shared["value"] = make()
+        self.meeting.wait()
+        value = self.shared["value"]
+        self.meeting.wait()
+        return value
+
+    def save(self, output: Path, steps: tuple[int, ...]) -> list[str]:
+        """What each rank is told, by rank."""
+        told = ["", ""]
+
+        def work():
+            saves = Saves(StandIn(1), output, 2)
+            try:
+                for step in steps:
+                    saves.start(state_after(step), best=True)
+                    saves.finish()
+            except CheckpointError as error:
+                told[self.rank] = str(error)
+            saves.close()
+
+        threads = [threading.Thread(target=work, name=str(rank), daemon=True) for rank in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        return told
+
+
+def test_ranks_write_their_shares_and_the_first_one_names_the_whole(tmp_path, monkeypatch):
+    job, writers, write = TwoRanks(monkeypatch), set(), snapshot.write_pieces
+    monkeypatch.setattr(checkpointing, "write_pieces", lambda *given: writers.add(job.rank) or write(*given))
+    assert job.save(tmp_path, (1, 2)) == ["", ""] and writers == {0, 1}
+    assert names_in(tmp_path) == ["best", "step-00000001", "step-00000002"]
+    for folder in (tmp_path / "checkpoints").iterdir():
+        checkpoint.verify(folder)
+        assert same(load_file(folder / "model.safetensors"), StandIn(1).weights)
+    assert job.limits[0] < timedelta(hours=1) and job.limits[1] > timedelta(days=1), "the first rank always answers"
+    assert job.store.num_keys() == 2, "how both saves ended; what ranks reported is gone"
+
+
+@pytest.mark.parametrize("error", [CheckpointError("no room"), ValueError("odd")])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_all_ranks_are_told_what_one_could_not_write(tmp_path, monkeypatch, rank, error):
+    job, write = TwoRanks(monkeypatch), snapshot.write_pieces
+
+    def failing(*given):
+        if job.rank == rank:
+            raise error
+        return write(*given)
+
+    monkeypatch.setattr(checkpointing, "write_pieces", failing)
+    told = "no room" if isinstance(error, CheckpointError) else f"{tmp_path}/checkpoints/step-00000001: ValueError: odd"
+    assert job.save(tmp_path, (1,)) == [told, told] and checkpoint.complete(tmp_path) == []
+
+
+def test_a_rank_that_does_not_report_is_named(tmp_path, monkeypatch):
+    def late(key):
+        raise DistStoreError(key)
+
+    monkeypatch.setattr(distributed, "ranks", lambda: Ranks(0, 2, 0, 2))
+    monkeypatch.setattr(distributed, "new_store", lambda _: SimpleNamespace(get=late, set=lambda *_: None))
+    with pytest.raises(CheckpointError, match=r"step-00000001: rank 1 has not written its part for 30 minutes"):
+        save(tmp_path, 1)
 
 
 class Killed(BaseException):

@@ -6,13 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
-from engine_states import KINDS, Model, configuration, distance, start, state_of, take_step
+from engine_states import KINDS, Model, configuration, distance, saved_by, start, state_of, take_step
 
 from text4vis.config.batches import BatchSizes
 from text4vis.config.schema import Config, ConfigError, DataConfig, EngineConfig, SolverConfig
+from text4vis.training import gradients
 from text4vis.training.engine import Engine, share_of_rank
 from text4vis.training.optim import build_optimizer
-from text4vis.training.runtime_config import engine_config
+from text4vis.training.runtime_config import checks_gradients, engine_config
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -115,12 +116,12 @@ def test_a_step_is_the_mean_of_its_micro_batches(stage, offload, wrong):
         _, applied = [take_step(engine, 9, float("nan") if wrong == micro else 1.0) for micro in (0, 1)][1]
         assert not applied and distance(state_of(engine), state_of(start("fp32", 0, "none", "adamw"))) == 0
     for number in (1, 3):
-        losses = [take_step(engine, number)[0]]
+        first, applied = take_step(engine, number)
+        assert applied is False
         before = state_of(engine)
-        loss, applied = take_step(engine, number + 1)
-        losses.append(loss)
+        second, applied = take_step(engine, number + 1)
         expected, _ = plain.step(inputs(number), inputs(number + 1))
-        assert applied is True and sum(losses) / 2 == pytest.approx(expected, rel=1e-5)
+        assert applied is True and (first + second) / 2 == pytest.approx(expected, rel=1e-5)
         assert distance(state_of(engine), before) > 1e-3, "the weights change with the last micro batch"
     assert distance(state_of(engine), plain.state()) < 1e-6
 
@@ -178,7 +179,7 @@ def test_deepspeeds_dictionary_follows_from_ours():
         data=DataConfig(batch_size=4), solver=solver,
         engine=EngineConfig(precision="fp16", zero_stage=3, offload="parameters"),
     )  # fmt: skip
-    derived = engine_config(config, BatchSizes.of(config, 3), 1000)
+    derived = engine_config(config, BatchSizes.of(config, 3), 1000, several_hosts=False)
     sizes = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"
     assert [derived[key] for key in sizes] == [4, 2, 24] and derived["gradient_clipping"] == 1.0
     assert derived["fp16"]["enabled"] and not derived["bf16"]["enabled"]
@@ -233,6 +234,8 @@ def test_one_rank_that_shares_with_nobody_keeps_one_copy_of_fp32_weights(precisi
 )  # fmt: skip
 def test_gradients_are_looked_at_once(precision, stage, accumulation, offload, ours):
     """By us where DeepSpeed can be told not to."""
+    config = configuration(precision, stage, offload, "adamw", grad_accumulation_steps=accumulation)
+    assert checks_gradients(config, BatchSizes.of(config, 2)) is ours
     derived = derived_for(precision, stage, offload=offload, grad_accumulation_steps=accumulation)
     assert derived["gradient_clipping"] == (0 if ours else CLIP)
     assert derived["bf16"]["check_grad_overflow"] is not ours
@@ -242,7 +245,8 @@ def test_gradients_are_looked_at_once(precision, stage, accumulation, offload, o
 
 def test_the_type_in_which_gradients_travel():
     config = Config(engine=EngineConfig(communication_data_type="fp32"))
-    assert engine_config(config, BatchSizes(1, 1, 2), 10)["communication_data_type"] == "fp32"
+    derived = engine_config(config, BatchSizes(1, 1, 2), 10, several_hosts=False)
+    assert derived["communication_data_type"] == "fp32"
     assert derived_for("bf16", 1)["communication_data_type"] is None, "DeepSpeed's own choice"
 
 
@@ -251,7 +255,7 @@ def test_the_type_in_which_gradients_travel():
     [("none", set()), ("optimizer", {"offload_optimizer"}), ("parameters", {"offload_optimizer", "offload_param"})],
 )
 def test_what_is_offloaded(offload, parts):
-    derived = engine_config(configuration("bf16", 3, offload, "adamw"), BatchSizes(1, 1, 1), 10)
+    derived = derived_for("bf16", 3, 1, offload)
     assert {key for key in derived["zero_optimization"] if key.startswith("offload")} == parts
 
 
@@ -261,16 +265,18 @@ def test_what_is_offloaded(offload, parts):
 )
 def test_gradients_of_several_micro_batches_add_up_in_fp32(precision, stage, accumulation, dtype):
     """In bf16 the last of many would hardly count. DeepSpeed cannot at ZeRO-0."""
-    derived = engine_config(configuration(precision, stage, "none", "adamw"), BatchSizes(1, accumulation, 1), 10)
+    derived = derived_for(precision, stage, 1, grad_accumulation_steps=accumulation)
     assert derived["data_types"] == {"grad_accum_dtype": dtype}
     assert [derived[name]["enabled"] for name in ("bf16", "fp16")] == [precision == "bf16", False]
 
 
-def started(**options: object) -> Engine:
-    config = Config(engine=EngineConfig(precision="fp32", zero_stage=0, **options))
+def started(ranks: int = 1, **options: object) -> Engine:
+    """ranks: as many as the engine is told that there are."""
+    config = Config(engine=EngineConfig(**{"precision": "fp32", "zero_stage": 0, **options}))
     model = Model()
     model.visual.set_grad_checkpointing = lambda on: setattr(model.visual, "recomputes", on)
-    return Engine(model, config, BatchSizes(1, 1, 1))
+    sizes = SimpleNamespace(micro=1, accumulation=1, global_batch=1, world_size=ranks)  # DeepSpeed compares them
+    return Engine(model, config, sizes)
 
 
 def test_options_reach_the_tower_and_the_runtime():
@@ -278,6 +284,47 @@ def test_options_reach_the_tower_and_the_runtime():
     assert not plain.runtime.is_compiled and not hasattr(plain.model.visual, "recomputes")
     assert started(compile=True).runtime.is_compiled
     assert started(activation_checkpointing=True).model.visual.recomputes is True
+    assert plain.model.autocast is False and started(precision="amp").model.autocast is True
+
+
+def test_gradients_travel_between_ranks_and_between_hosts_early():
+    assert [started(ranks).runtime.enable_backward_allreduce for ranks in (1, 2)] == [False, True]
+    assert start("bf16", 1, "none", "adamw").runtime.zero_overlap_comm() is False, "this job has one host"
+
+
+@pytest.mark.parametrize(("stage", "shared"), [(0, False), (1, True), (2, True)])
+def test_the_norm_of_shares_is_that_of_all_ranks(monkeypatch, stage, shared):
+    """As if three other ranks had gradients like this one's."""
+    monkeypatch.setattr(gradients.distributed, "add_over_ranks", lambda square: square.mul_(4))
+    engine, plain = start("fp32", stage, "none", "adamw"), Plain()
+    take_step(engine, 1)
+    _, norm = plain.step(inputs(1))
+    assert engine.grad_norm() == pytest.approx(norm * (2 if shared else 1), rel=1e-5)
+
+
+@pytest.mark.parametrize(("precision", "stage", "shared"), [("fp32", 0, True), ("fp32", 1, False), ("bf16", 3, False)])
+def test_the_state_is_saved_whole_from_what_this_rank_has(tmp_path, precision, stage, shared):
+    """shared: whether all ranks have all of what trains."""
+    engine = start(precision, stage, "none", "adamw")
+    take_step(engine, 1)
+    assert distance(saved_by(engine, tmp_path)[0], state_of(engine)) == 0
+    shards = {(key, name): shard for key in (None, "exp_avg") for name, shard in engine.shards(key)}
+    assert {shard.start for shard in shards.values()} == {0}
+    on_all = {place: shard.on_all for place, shard in shards.items()}
+    assert on_all.pop((None, "offset")) is True
+    assert on_all.pop((None, "frozen.weight")) is on_all.pop((None, "frozen.bias")) is (stage < 3)
+    assert set(on_all.values()) == {shared}
+
+
+@pytest.mark.parametrize(("rank", "begin", "own"), [(0, 0, [0, 1, 2]), (2, 6, [0]), (3, 7, [])])
+def test_a_rank_may_have_the_end_of_a_parameter_or_nothing(monkeypatch, rank, begin, own):
+    engine = object.__new__(Engine)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+    cut = SimpleNamespace(requires_grad=False, ds_id=1, shape=(0,), ds_shape=(7, 1), ds_tensor=torch.arange(3.0))
+    shard = engine._shard(cut, None)
+    assert (shard.shape, shard.start, shard.values.tolist(), shard.on_all) == ((7, 1), begin, own, False)
+    shard = engine._shard(SimpleNamespace(shape=(4,), _hp_mapping=None), None)
+    assert (shard.shape, shard.values.numel(), shard.on_all) == ((4,), 0, False)
 
 
 def with_scaler(attribute: str) -> Engine:

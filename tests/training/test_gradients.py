@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from text4vis.training import logs
-from text4vis.training.gradients import FIRST_SCALE, STEPS_BETWEEN_GROWTHS, GradientCheck, read_later
+from text4vis.training.gradients import GradientCheck, read_later
 
 
 def parameters() -> list[torch.nn.Parameter]:
@@ -50,11 +50,13 @@ def test_updates_are_those_of_plain_torch_and_a_wrong_one_changes_nothing(larges
 
 
 def test_the_loss_scale_is_gradscalers():
-    scaler = torch.amp.GradScaler("cpu", init_scale=FIRST_SCALE, growth_interval=STEPS_BETWEEN_GROWTHS)
+    scaler = torch.amp.GradScaler("cpu")
+    first, interval = scaler.get_scale(), scaler.get_growth_interval()
     ours, theirs = parameters(), parameters()
     (optimizer, check), (plain, _) = built(ours, scales_loss=True), built(theirs)
-    check.restore({"scale": FIRST_SCALE, "steps_since_growth": STEPS_BETWEEN_GROWTHS - 2})
-    scaler.load_state_dict(scaler.state_dict() | {"_growth_tracker": STEPS_BETWEEN_GROWTHS - 2, "scale": FIRST_SCALE})
+    assert check.state() == {"scale": first, "steps_since_growth": 0}
+    check.restore({"scale": first, "steps_since_growth": interval - 2})
+    scaler.load_state_dict(scaler.state_dict() | {"_growth_tracker": interval - 2, "scale": first})
     scales = []
     for factor in (1.0, 1.0, 1.0, float("inf"), float("nan"), 1.0):
         optimizer.zero_grad()
@@ -68,7 +70,7 @@ def test_the_loss_scale_is_gradscalers():
         state = check.state()
         assert state == {"scale": scaler.get_scale(), "steps_since_growth": scaler._get_growth_tracker()}
         assert all(map(torch.allclose, ours, theirs))
-        scales.append(state["scale"] / FIRST_SCALE)
+        scales.append(state["scale"] / first)
     assert scales == [1, 2, 2, 1, 0.5, 0.5]
 
 
@@ -77,6 +79,43 @@ def test_a_loss_that_is_not_scaled_has_no_state():
     loss = torch.ones(())
     assert check.scaled(loss) is loss and check.state() == {}
     check.restore({})
+
+
+class Gpu:
+    """Copies to page-locked memory end when an event is waited for that was recorded after them."""
+
+    def __init__(self) -> None:
+        self.queue = []
+
+    def memory(self, *_, dtype, pin_memory) -> SimpleNamespace:
+        assert dtype == torch.bool and pin_memory, "a copy to other memory makes the host wait"
+        value = torch.zeros((), dtype=dtype)
+
+        def copy(source, *, non_blocking):
+            assert non_blocking
+            self.queue.append(lambda: value.copy_(source.value))
+
+        return SimpleNamespace(copy_=copy, numpy=value.numpy)
+
+    def event(self) -> SimpleNamespace:
+        recorded = []
+
+        def wait():
+            for work in recorded[0]:
+                work()
+
+        return SimpleNamespace(record=lambda: recorded.append(list(self.queue)), synchronize=wait)
+
+
+def test_an_answer_of_a_gpu_is_read_without_waiting_for_later_work(monkeypatch):
+    gpu = Gpu()
+    monkeypatch.setattr(torch, "empty", gpu.memory)
+    monkeypatch.setattr(torch.cuda, "Event", gpu.event)
+    for answer in (True, False):
+        read = read_later(SimpleNamespace(is_cuda=True, value=torch.tensor(answer)))
+        gpu.queue.append(lambda: pytest.fail("waited for later work"))
+        assert read() is answer
+        gpu.queue.clear()
 
 
 class Event:

@@ -8,7 +8,17 @@ from text4vis.cluster.distributed import Ranks
 from text4vis.config.loading import config_from_dict
 from text4vis.config.schema import Config, ConfigError, EngineConfig
 from text4vis.saved.checkpoint import CheckpointError, State
-from text4vis.training.joining import check_joins, check_same_classes, check_streams, check_world_size
+from text4vis.saved.inputs import TOKENIZER
+from text4vis.training import joining
+from text4vis.training.joining import (
+    check_joins,
+    check_same_classes,
+    check_streams,
+    check_world_size,
+    first_state,
+    settled,
+    with_tokenizer,
+)
 
 
 def test_splits_that_name_other_classes_are_refused():
@@ -32,6 +42,34 @@ def test_a_job_of_another_size_than_expected_is_refused():
 def loader(fingerprint: str = "f", few_shot: str = "x\ny\n", mixture: tuple = ()) -> SimpleNamespace:
     planner = SimpleNamespace(order=SimpleNamespace(mixture=list(mixture)), few_shot_list=lambda: few_shot)
     return SimpleNamespace(dataset=SimpleNamespace(fingerprint=fingerprint), planner=planner)
+
+
+def test_a_run_begins_with_nothing_seen_and_with_what_decides_it(tmp_path):
+    (tmp_path / "x.csv").write_text("a")
+    config = config_from_dict({"data": {"label_list": str(tmp_path / "x.csv")}}, "test")
+    state = first_state(config, loader(mixture=((5, 1.0),)), ["a"], 8)
+    digest = "ca978112ca1bbdcafac231b39a23dc4da786eff8147c4e72b9807785afee48bb"  # SHA-256 of "a"
+    inputs = {"data.label_list": digest}
+    assert state == State(0, 0, 8, "f", config.to_dict(), ["a"], inputs=inputs, mixture=[(5, 1.0)])
+
+
+def test_a_new_run_settles_what_its_model_needs_and_another_keeps_what_it_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(joining, "settle", lambda config: "as the model needs")
+    saved = SimpleNamespace(settle=lambda config, say: "as the run has")
+    monkeypatch.setattr(joining, "SavedRun", lambda folder: saved if folder == tmp_path else None)
+    assert settled(Config(), None) == "as the model needs" and settled(Config(), tmp_path) == "as the run has"
+
+
+def test_a_run_goes_on_with_the_tokenizer_that_it_began_with(tmp_path):
+    def model(fingerprint: str) -> SimpleNamespace:
+        return SimpleNamespace(
+            text=SimpleNamespace(tokenizer=SimpleNamespace(facts=lambda: {"fingerprint": fingerprint}))
+        )
+
+    begun = with_tokenizer(State(1, 8, 8, "f", {}, ["a"], inputs={"x": "y"}), model("t"), tmp_path)
+    assert begun.inputs == {"x": "y", TOKENIZER: "t"} and with_tokenizer(begun, model("t"), tmp_path) == begun
+    with pytest.raises(CheckpointError, match="makes other tokens"):
+        with_tokenizer(begun, model("u"), tmp_path)
 
 
 def test_a_run_goes_on_with_its_own_data_and_videos_only(tmp_path):

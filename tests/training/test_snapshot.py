@@ -3,6 +3,8 @@
 import hashlib
 import os
 import socket
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,6 +100,34 @@ def test_a_host_that_does_not_share_the_output_is_named(tmp_path):
         CheckpointError, match=rf"{tmp_path}/none: not seen on {socket.gethostname()}; give an --output"
     ):
         write_pieces(tmp_path / "none", [(0, memoryview(b"x"))])
+
+
+def test_each_save_uses_the_memory_again_and_a_gpus_copies_are_waited_for(monkeypatch):
+    memory, done = HostMemory(), []
+    assert memory.nbytes == 0
+    first, second = (
+        memory.hold({(None, "a"): Shard(torch.uint8, (2,), torch.tensor(values))})[None, "a"]
+        for values in ([1, 2], [3, 4])
+    )
+    memory.wait()
+    assert bytes(first) == bytes(second) == bytes([3, 4])
+    event = SimpleNamespace(record=lambda: done.append("queued"), synchronize=lambda: done.append("copied"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    memory.hold({})
+    assert done == ["queued"]
+    memory.wait()
+    assert done == ["queued", "copied"]
+
+
+def test_what_was_written_is_on_the_disk_and_the_file_closed(tmp_path, monkeypatch):
+    path, flushed = tmp_path / "file", []
+    path.write_bytes(bytes(4))
+    monkeypatch.setattr(os, "fsync", lambda _: flushed.append(path.read_bytes()))
+    assert write_pieces(path, []) == [], "a rank may have nothing of a file"
+    (part,) = write_pieces(path, [(0, memoryview(b"abcd"))])
+    assert flushed == [bytes(4), b"abcd"] and (part.start, part.stop) == (0, 4)
+    assert path not in {opened.resolve() for opened in Path("/proc/self/fd").iterdir()}
 
 
 def test_a_disk_that_takes_few_bytes_at_a_time_gets_them_all(tmp_path, monkeypatch):

@@ -1,8 +1,10 @@
 """The trainer at one rank in this process: what it decides step by step, what a run leaves, how it goes on."""
 
 import json
+import shutil
+import threading
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -10,18 +12,21 @@ import torch
 import yaml
 from project import NUM_VIDEOS, losses, records, weights
 
+from shards.plan import mix64
+from text4vis.cluster import distributed
 from text4vis.cluster.distributed import Ranks
 from text4vis.cluster.stop import NonFiniteError, Stopped
 from text4vis.config.batches import BatchSizes
 from text4vis.config.loading import load_config
-from text4vis.config.schema import Config, DataConfig, EngineConfig, LoggingConfig, SolverConfig
+from text4vis.config.schema import Config, ConfigError, DataConfig, EngineConfig, LoggingConfig, SolverConfig
 from text4vis.saved import checkpoint
 from text4vis.saved.checkpoint import CheckpointError, State
-from text4vis.saved.inputs import RunInputs
+from text4vis.saved.inputs import TOKENIZER, RunInputs
 from text4vis.training import trainer as module
 from text4vis.training.logs import Meter
 from text4vis.training.optim import learning_rate
-from text4vis.training.trainer import MicroBatchLoss, Requests, TakenStep, Trainer
+from text4vis.training.steps import MicroBatchLoss, TakenStep, why_skipped
+from text4vis.training.trainer import Requests, Trainer
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -33,11 +38,14 @@ SETTINGS = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_threads():
-    threads = torch.get_num_threads()
+@pytest.fixture(autouse=True)
+def own_arithmetic():
+    """What a run sets for its whole process; ZeRO-3 replaces `linear` for good."""
+    threads, linear, tf32 = torch.get_num_threads(), torch.nn.functional.linear, torch.backends.cudnn.allow_tf32
     yield
     torch.set_num_threads(threads)
+    torch.nn.functional.linear = linear
+    distributed.use_tf32(tf32)
 
 
 class Stop:
@@ -85,10 +93,11 @@ def equal(one: dict, other: dict) -> bool:
 @pytest.fixture(scope="module")
 def whole(project, tmp_path_factory):
     """An uninterrupted run: its folder, what `fit` returned, its trainer after it was closed."""
-    output = tmp_path_factory.mktemp("trainer") / "run"
+    output, before = tmp_path_factory.mktemp("trainer") / "run", set(threading.enumerate())
     with start(project, output) as trainer:
         assert trainer.stop.wall_minutes == [None] and trainer.num_steps == STEPS and trainer.agreement is None
         figures = trainer.fit()
+    assert not [thread for thread in set(threading.enumerate()) - before if thread.name.startswith("save")], "closed"
     return output, figures, trainer
 
 
@@ -159,6 +168,71 @@ def test_ranks_agree_on_what_was_asked_for_a_step_before(tmp_path):
     assert trainer.agree() == Requests(2, True)
 
 
+def test_a_run_of_steps_looks_after_its_saves_and_ends_them():
+    done = []
+
+    def step(batches, meter):
+        trainer.state = at_step(trainer.state.step + 1)
+        done.append((trainer.state.step, next(batches)))
+        return Requests()
+
+    saves = SimpleNamespace(check=lambda: done.append("checked"), finish=lambda: done.append("on disk"))
+    trainer = bare(train_loader=iter("ab"), num_steps=2, saves=saves, save_is_due=lambda requests: False)
+    trainer.open_logs, trainer.evaluation_is_due = lambda: done.append("logs"), lambda: False
+    trainer.train_step, trainer.log_step = step, lambda meter: done.append("line")
+    assert trainer.fit() == {} and trainer.log.drawn == [("end", 2)]
+    assert done == ["logs", (1, "a"), "checked", (2, "b"), "checked", "line", "on disk"]
+
+
+def test_a_save_counts_the_step_before_and_answers_what_was_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(module.time, "monotonic", lambda: 70.0)
+    (tmp_path / "save-now").touch()
+    done = []
+    trainer = bare(output=tmp_path, saved_at=0.0, agreement=lambda: done.append("agreed"))
+    trainer.saves = SimpleNamespace(start=lambda state, *, best: done.append((state.updates, best)))
+    trainer.taken = TakenStep(1, [MicroBatchLoss([0], torch.tensor(1.0))], Meter.new(trainer.device), lambda: True)
+    trainer.save()
+    assert done == [(1, False), "agreed"] and trainer.agreement is None, "a request is answered once"
+    assert trainer.saved_at == 70.0 and trainer.log.listed == [trainer.train_loader]
+    assert list(tmp_path.iterdir()) == []
+    trainer.save(best=True)
+    assert done[2:] == [(1, True)]
+
+
+def test_the_end_of_a_run_closes_all_that_it_opened():
+    done, trainer = [], bare(_opened=ExitStack())
+    trainer._opened.callback(done.append, "closed")
+    with trainer as entered:
+        assert entered is trainer and not done
+    assert done == ["closed"] and trainer.log.closed == 1
+
+
+START = SimpleNamespace(parent=SimpleNamespace(parent="run"))  # as the path of a checkpoint
+KEPT = SimpleNamespace(network=lambda _: "kept", load_text=lambda model: model.append("text"), classes=lambda _: "CD")
+
+
+@pytest.mark.parametrize(
+    ("start_from", "kept", "pretrain", "done", "classes"),
+    [
+        (None, None, None, ["adapters"], "anew"),
+        (None, KEPT, "x.pt", ["x.pt", "adapters"], "anew"),
+        (START, KEPT, "x.pt", ["kept", "text", "adapters", "checkpoint"], "CD"),
+        (START, None, "x.pt", ["adapters", "checkpoint"], "anew"),
+    ],
+)
+def test_a_model_gets_its_weights_in_order(monkeypatch, start_from, kept, pretrain, done, classes):
+    """Adapters come after other weights, and before those of a checkpoint, which has theirs. kept: of the run."""
+    config = Config(pretrain=pretrain)
+    monkeypatch.setattr(module, "build_model", lambda network, *_, **__: [network] if network == "kept" else [])
+    monkeypatch.setattr(module, "add_adapters", lambda model, network: model.append("adapters"))
+    monkeypatch.setattr(module, "load_pretrained", lambda model, path: model.append(str(path)))
+    monkeypatch.setattr(module.checkpoint, "load_to_train", lambda model, path: model.append("checkpoint"))
+    monkeypatch.setattr(module, "training_classes", lambda *_: "anew")
+    monkeypatch.setattr(module.RunInputs, "find", lambda run: kept)
+    trainer = bare(config=config, start_from=start_from, class_names=["a"])
+    assert trainer._model_and_classes() == (done, classes)
+
+
 class EngineStub:
     """An engine whose steps change the weights, or not."""
 
@@ -225,7 +299,7 @@ def test_every_step_and_rank_draws_its_own_numbers_and_a_resumed_step_the_same()
 
     places = [(step, rank) for step in range(6) for rank in range(3)]
     assert len({seed(*place) for place in places} | {seed(*place, run=1) for place in places}) == 2 * len(places)
-    assert seed(4, 2) == seed(4, 2)
+    assert seed(4, 2) == seed(4, 2) == mix64(mix64(4 * 3 + 2)), "also as runs of other versions"
 
 
 def test_clips_are_pictured_before_the_first_step_and_after_each_evaluation():
@@ -269,6 +343,8 @@ def test_a_gradient_that_is_not_finite_names_all_videos():
     with pytest.raises(NonFiniteError, match=r"step 5: the gradient is not finite; videos: v100; v101; v200; v201\. F"):
         explain([1.0, 2.0])
     explain([1.0, 2.0], precision="fp16")  # it looks for a loss scale
+    taken = TakenStep(5, [MicroBatchLoss([1], torch.tensor(1.0))], Meter.new(torch.device("cpu")), lambda: False)
+    assert why_skipped(taken, str, searches_loss_scale=True) == ""
 
 
 @pytest.mark.parametrize(("videos", "more"), [(32, r"v131\. "), (33, r"v131 and 1 more\. "), (40, "v131 and 8 more")])
@@ -362,6 +438,7 @@ def test_a_line_of_the_log_holds_means_over_steps_and_ranks(monkeypatch, ranks):
 def test_a_line_of_the_log_without_an_update_has_no_loss(monkeypatch):
     record = log_of(Meter(torch.tensor(0.0), started=100.0, steps=1), monkeypatch)
     assert record["loss"] is None and record["gpu_utilisation"] is None
+    assert log_of(Meter(torch.tensor(6.0), started=100.0, steps=2, updates=1), monkeypatch)["loss"] == 6
 
 
 def test_a_request_during_an_evaluation_saves_and_stops():
@@ -418,8 +495,9 @@ def test_other_ranks_learn_the_result_and_report_nothing(monkeypatch, tmp_path):
     trainer, done, _ = evaluated(monkeypatch, 40.0, 30.0)
     monkeypatch.setattr(module, "evaluate", lambda *_, **__: None)
     monkeypatch.setattr(module.distributed, "sum_over_ranks", lambda values: [value + 40.0 for value in values])
+    trainer.settle = lambda: done.append("settled")
     assert trainer.evaluate_and_save() == {} and trainer.state.best_top1 == 40.0
-    assert done == [("save", True, trainer.state)] and trainer.log.records == []
+    assert done == ["settled", ("save", True, trainer.state)] and trainer.log.records == []
 
 
 # Runs
@@ -442,7 +520,10 @@ def test_a_run_evaluates_logs_and_saves_when_it_should(project, whole):
     state = checkpoint.verify(folders["step-00000013"])
     assert (state.step, state.updates, state.consumed, state.evaluated_step) == (13, 13, 52, 13)
     assert state.figures == figures and state.best_top1 == max(r["top1"] for r in records(output) if r["kind"] == "val")
-    assert checkpoint.read_state(folders["step-00000010"]).evaluated_step == 7
+    middle = checkpoint.read_state(folders["step-00000010"])
+    assert (middle.evaluated_step, middle.updates) == (7, 10) and TOKENIZER in middle.inputs
+    best = max((r for r in records(output) if r["kind"] == "val"), key=lambda record: record["top1"])
+    assert checkpoint.verify(folders["best"]).step == best["step"]
     assert yaml.safe_load((output / "config.yaml").read_text()) == json.loads(json.dumps(trainer.config.to_dict()))
     assert state.class_names == trainer.class_names == ["class 0", "class 1", "class 2"]
     assert not (output / "few_shot.txt").exists()
@@ -492,11 +573,32 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(project, whole, tmp_path, cap
         assert losses(tmp_path) == pytest.approx(losses(whole[0]), rel=1e-5)
 
 
-def test_a_finished_run_stays_finished_and_another_is_never_mixed_in(project, whole):
+def test_what_a_job_cannot_train_with_is_refused_before_anything_is_opened(project, tmp_path):
+    for setting in ("engine.world_size=2", "data.streams=3"):
+        with pytest.raises(ConfigError, match=setting.partition("=")[0]):
+            start(project, tmp_path, setting)
+
+
+def test_a_zero_3_run_may_begin_with_an_evaluation_and_the_job_uses_what_it_is_told(project, tmp_path):
+    begun = time.monotonic()
+    with start(project, tmp_path, "engine.zero_stage=3", "engine.num_threads=2", "engine.tf32=true") as trainer:
+        assert torch.get_num_threads() == 2 and torch.backends.cuda.matmul.allow_tf32
+        assert begun < trainer.saved_at < time.monotonic()
+        assert trainer.evaluate_and_save()["videos"] == NUM_VIDEOS
+
+
+def test_a_finished_run_stays_finished_and_another_is_never_mixed_in(project, whole, monkeypatch, caplog):
     output, figures, _ = whole
     before = (output / "metrics.jsonl").read_text()
+    kept = []
+    monkeypatch.setattr(RunInputs, "keep", lambda run, *_: kept.append(run))
+    caplog.set_level("INFO", "text4vis")
     with start(project, output) as again:
-        assert again.fit() == figures
+        assert again.fit() == figures and kept == [], "it keeps the inputs that it began with"
+        assert f"all {STEPS} steps of this run are done" in caplog.text and "fewer frames" not in caplog.text
+        monkeypatch.setattr(RunInputs, "find", lambda run: None)
+        again.open_logs()
+        assert kept == [output], "a run of version 0.1 has none"
     assert (output / "metrics.jsonl").read_text() == before
     with pytest.raises(CheckpointError, match="holds a run already"):
         start(project, output, resume="never")
@@ -507,8 +609,10 @@ def test_a_finished_run_stays_finished_and_another_is_never_mixed_in(project, wh
 def test_the_loss_must_take_the_labels_of_both_splits(project, tmp_path, monkeypatch):
     checked = []
     monkeypatch.setattr(module, "check_labels", lambda config, split, dataset: checked.append((split, dataset)))
+    monkeypatch.setattr(module.joining, "check_same_classes", lambda config, *splits: checked.append(splits))
     with start(project, tmp_path) as trainer:
-        assert checked == [("train", trainer.train_loader.dataset), ("val", trainer.val_loader.dataset)]
+        train, val = trainer.train_loader.dataset, trainer.val_loader.dataset
+        assert checked == [(train.classes, val.classes), ("train", train), ("val", val)]
 
 
 def test_a_dry_run_warns_and_leaves_nothing(project, tmp_path, caplog):
@@ -522,12 +626,23 @@ def test_a_dry_run_warns_and_leaves_nothing(project, tmp_path, caplog):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_of_few_videos_lists_them_and_starts_from_other_weights(project, whole, tmp_path):
-    with start(project, tmp_path, "data.shot=2", f"pretrain={whole[0]}") as trainer:
+def test_a_run_of_few_videos_lists_them_and_starts_from_other_weights(project, whole, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "text4vis")
+    with start(project, tmp_path, "data.shot=2", "data.batch_size=7", f"pretrain={whole[0]}") as trainer:
+        assert 7 * (trainer.num_steps - 1) < EPOCHS * trainer.train_loader.epoch_samples < 7 * trainer.num_steps
         best = checkpoint.read_parts(whole[0] / "checkpoints" / "best").video
         assert equal({name: value for name, value in trainer.engine.named_weights() if name in best}, best)
+        with monkeypatch.context() as full, pytest.raises(CheckpointError, match="checkpoints need"):
+            full.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+            trainer.open_logs()
+        assert list(tmp_path.iterdir()) == []
         trainer.open_logs()
         assert (tmp_path / "few_shot.txt").read_text() == trainer.train_loader.planner.few_shot_list()
+        assert "fewer frames" in caplog.text and "steps of this run are done" not in caplog.text
+        inputs, kept = RunInputs.find(tmp_path), []
+        monkeypatch.setattr(RunInputs, "keep", lambda run, *_: kept.append(run))
+        trainer.open_logs()
+        assert inputs is not None and kept == [tmp_path], "those of a job that ended before its first checkpoint go"
 
 
 @pytest.mark.parametrize("step", ["first", "last"])

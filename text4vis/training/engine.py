@@ -145,7 +145,7 @@ class Engine:
             self._updates += applied
             decay = ((1 + self._updates) / (10 + self._updates)).clamp(max=self.ema_decay)
             weight = ((1 - decay) * applied).float()
-            weights = [weight.to(master.device, non_blocking=True) for master in masters]
+            weights = [weight.to(master.device) for master in masters]
             torch._foreach_lerp_([state[master][EMA] for master in masters], masters, weights)
 
     def set_rates(self, rate: Callable[[float], float]) -> None:

@@ -18,7 +18,6 @@ from text4vis.cluster import distributed
 FIRST_SCALE = 2.0**16  # these three are those of torch's GradScaler, which the original uses
 SCALE_FACTOR = 2.0
 STEPS_BETWEEN_GROWTHS = 2000
-_SMALL = 1e-6  # keeps the norm of zero gradients out of the denominator, as torch's clip_grad_norm_ does
 
 
 class GradientCheck:
@@ -61,7 +60,7 @@ class GradientCheck:
         found_inf = finite.logical_not().float()
         divisor = self._scale
         if self._largest_norm:
-            divisor = divisor * ((self.norm + _SMALL) / self._largest_norm).clamp(min=1.0)
+            divisor = divisor * (self.norm / self._largest_norm).clamp(min=1.0)
         vars(self._optimizer)["found_inf"] = found_inf
         if self._scales_loss or self._largest_norm:
             vars(self._optimizer)["grad_scale"] = divisor.clone()

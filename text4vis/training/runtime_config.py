@@ -48,9 +48,7 @@ def checks_gradients(config: Config, sizes: BatchSizes) -> bool:
     )
 
 
-def engine_config(
-    config: Config, sizes: BatchSizes, trainable_numel: int, *, several_hosts: bool = False
-) -> dict[str, Any]:
+def engine_config(config: Config, sizes: BatchSizes, trainable_numel: int, *, several_hosts: bool) -> dict[str, Any]:
     """DeepSpeed's dictionary, derived from ours and the model's trainable numbers. The only place that makes one.
 
     several_hosts: whether gradients travel between hosts.
