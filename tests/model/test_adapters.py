@@ -9,6 +9,7 @@ from published import KINDS, publish
 from tiny import OPENAI_RESNET, openai_state, random_clip, random_frames, tiny_network
 
 from text4vis.config.schema import ConfigError, NetworkConfig
+from text4vis.model import adapters
 from text4vis.model.adapters import add_adapters, merged
 from text4vis.model.blocks import depths
 from text4vis.model.video_clip import VideoClip, build_model
@@ -144,3 +145,14 @@ def test_the_first_blocks_freeze_with_the_stem(tmp_path, kind, blocks):
     assert kind != "resnet" or any(name.startswith("layer3") for name in moved)
     with pytest.raises(ConfigError, match=rf"freeze_blocks: {blocks + 1}, but .* {blocks} blocks; network.fix_video"):
         build_model(replace(network, freeze_blocks=blocks + 1), 2)
+
+
+def test_an_attention_takes_a_view_of_its_query_and_refuses_other_keys():
+    """ZeRO-3 gives a module views of its arguments."""
+    packed = torch.nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    ours, query_NLW = adapters.Attention(packed).eval(), torch.randn(2, 3, 8)
+    expected, _ = packed(query_NLW, query_NLW, query_NLW)
+    found, _ = ours(query_NLW.detach(), query_NLW.view_as(query_NLW), query_NLW)
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(AssertionError, match="no attention to others"):
+        ours(query_NLW, query_NLW.clone(), query_NLW)

@@ -115,13 +115,18 @@ class Attention(nn.Module):
         self, query_NLW: Tensor, *others: Tensor, need_weights: bool = False, attn_mask: Tensor | None = None
     ) -> tuple[Tensor, None]:
         """(N, L, W) -> (N, L, W); keys and values, the `others`, are the query itself. attn_mask: additive."""
-        assert not need_weights and all(other is query_NLW for other in others), "no attention to others"
+        assert not need_weights and all(_is_same(other, query_NLW) for other in others), "no attention to others"
         packed_NL3Hd = self.get_submodule(_PACKED)(query_NLW).unflatten(-1, (3, self.num_heads, -1))
         query_NHLd, key_NHLd, value_NHLd = packed_NL3Hd.permute(2, 0, 3, 1, 4)
         mixed_NHLd = nn.functional.scaled_dot_product_attention(
             query_NHLd, key_NHLd, value_NHLd, attn_mask, self.dropout if self.training else 0.0
         )
         return self.out_proj(mixed_NHLd.transpose(1, 2).flatten(2)), None
+
+
+def _is_same(tensor: Tensor, other: Tensor) -> bool:
+    """Whether two arguments of a call were one tensor: ZeRO-3's hooks give a module a view of each argument."""
+    return tensor is other or (tensor.shape == other.shape and tensor.data_ptr() == other.data_ptr())
 
 
 def _unpack_attention(tower: nn.Module) -> None:
