@@ -29,7 +29,6 @@ Need = Callable[[str], float]
 # A process that was stopped may hold a lock for ever; after this long the others read ranges instead.
 _LOCK_SECONDS = 900.0
 _POLL_SECONDS = 0.05
-_MAX_FETCHES = 3
 
 
 class CacheFullError(OSError):
@@ -133,15 +132,6 @@ class ShardCache:
         """
         entry = self.folder / f"{name}.tar"
         fetch_once(entry, size, download, lambda part: self._make_room(entry, part, size, need, spare), is_given_up)
-
-    def open(self, name: str, size: int, download: Callable[[int], None]) -> int:
-        """Descriptor of the entry, downloaded if needed; the caller closes it. Raises OSError, ShardError."""
-        for _ in range(_MAX_FETCHES):
-            self.fetch(name, size, download)
-            descriptor = self.find(name, size)
-            if descriptor is not None:
-                return descriptor
-        raise CacheFullError(f"{self.folder}: files are evicted faster than they are read; raise cache_bytes")
 
     def has(self, name: str, size: int) -> bool:
         """Whether the entry is there with this size. Does not count as a use."""
