@@ -169,7 +169,7 @@ def test_lasting_fault_is_named(server, status):
         assert server.requests["data/000000.tar"] - before == 3
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 410])
+@pytest.mark.parametrize("status", [300, 400, 401, 403, 404, 410])
 def test_refusals_fail_at_once(server, status):
     with open_served(server) as dataset:
         server.fault = lambda path, count: status_fault(status)
@@ -181,6 +181,75 @@ def test_refusals_fail_at_once(server, status):
 def test_no_data_set_there(server):
     with pytest.raises(ShardError, match=rf"{server.address}/nothing/manifest.json: HTTP status 404"):
         open_dataset(f"{server.address}/nothing")
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("shards-")]
+
+
+@pytest.mark.parametrize("is_announced", [True, False])
+def test_an_endless_manifest_is_not_read(server, tmp_path, is_announced):
+    (tmp_path / "served" / "data" / "manifest.json").write_bytes(b"1" * 5000)
+
+    def in_pieces(handler, body):
+        handler.send_response(200)
+        handler.end_headers()
+        handler.wfile.write(body)
+        handler.close_connection = True
+        return True
+
+    server.fault = lambda path, count: None if is_announced else in_pieces
+    transfers = Transfers()
+    files = RemoteFiles(f"{server.address}/data", transfers, retries=0, timeout_seconds=5, storage_options=None)
+    try:
+        assert files.read_whole("manifest.json", 5000) == b"1" * 5000
+        with pytest.raises(ShardError, match="received more than the 4999 bytes"):
+            files.read_whole("manifest.json", 4999)
+    finally:
+        transfers.close()
+
+
+class BusyStore:
+    """Fails `failures` times, then answers."""
+
+    def __init__(self, failures: int) -> None:
+        self.failures = failures
+
+    async def get(self, name, span, write=None):
+        self.failures -= 1
+        if self.failures >= 0:
+            raise ConnectionResetError("busy")
+        return b"x"
+
+
+@pytest.mark.parametrize("failures", [0, 3, 8, 9])
+def test_pauses_grow_up_to_a_bound(monkeypatch, failures):
+    """Half a second after the first failure, twice that after the second, and so on; a part of it is left to chance."""
+    monkeypatch.setattr(shards.remote, "_BACKOFF_SECONDS", 0.5)
+    pauses = []
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+
+    files = RemoteFiles("http://h", Transfers(), retries=8, timeout_seconds=1, storage_options=None)
+    store = BusyStore(failures)
+    monkeypatch.setattr(files, "_opened", lambda: store)
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    monkeypatch.setattr(random, "uniform", lambda low, high: low * 1000 + high)
+    if failures <= 8:
+        assert asyncio.run(files._fetch("x", shards.stores.Span(0, 1, 5))) == b"x"
+    else:
+        with pytest.raises(ShardError, match="busy; gave up after 9 attempts"):
+            asyncio.run(files._fetch("x", shards.stores.Span(0, 1, 5)))
+    assert pauses == [pause + 0.5 for pause in (0.5, 1, 2, 4, 8, 10, 10, 10)][: min(8, failures)]
+
+
+def test_local_and_remote_data_sets_joined(server, stored, tmp_path):
+    for cache_bytes in (None, 10**6):
+        sources = [str(tmp_path / "served" / "data"), f"{server.address}/data"]
+        with open_dataset(sources, cache_bytes=cache_bytes) as dataset:
+            assert dataset.is_remote
+            batches = [np.array([number, number + 7]) for number in range(7)]
+            for batch in dataset.ahead(iter(batches), lambda batch: batch):
+                frames = dataset.read_many([(int(sample), np.array([0])) for sample in batch])
+                assert frames == [stored[batch[0]][:1]] * 2
 
 
 def test_server_that_ignores_ranges(server, stored):

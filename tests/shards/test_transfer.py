@@ -94,7 +94,8 @@ def test_bytes_count_until_they_are_taken(make):
     requests.end("d", "e")
     assert three.result() + four.result() == ["D", "E"]
     requests.settle()
-    assert requests.transfers._running.held_bytes == requests.transfers._running.workers == 0
+    running = requests.transfers._running
+    assert running.held_bytes == running.workers == 0 and not running.tasks
 
 
 def test_what_is_larger_than_the_bound_comes_alone(make):
@@ -196,11 +197,30 @@ def test_the_end_of_the_loop(make):
         requests.transfers.submit([])
 
 
-def test_the_loop_ends_with_its_owner():
+def test_requests_of_which_only_the_loop_knows_are_kept(make):
+    """A loop refers to its tasks weakly."""
+
+    async def fetch() -> None:
+        await asyncio.get_running_loop().create_future()
+
+    requests = make()
+    transfer = requests.transfers.submit([Request(0, fetch)])
+    requests.settle()
+    gc.collect()
+    requests.settle()
+    assert requests.transfers._running.workers == 1 and not transfer.has_failed
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("where", ["main", "loop"])
+def test_the_loop_ends_with_its_owner(where):
     requests = Requests(Transfers())
     requests.submit()
-    thread = requests.transfers._running.thread
-    del requests
+    running = requests.transfers._running
+    thread = running.thread
+    if where == "loop":  # which cannot wait for its own end
+        running.loop.call_soon_threadsafe([requests.transfers].clear)
+    del requests, running
     gc.collect()
     thread.join(10)
     assert not thread.is_alive()
