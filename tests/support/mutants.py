@@ -64,13 +64,20 @@ MODULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "shards/packets.py",
             "shards/stored.py",
         ),
-        ("shards/test_reader.py", "shards/test_rows.py", "shards/test_stored.py", "shards/test_remote.py"),
+        (
+            "shards/test_packets.py",
+            "shards/test_reader.py",
+            "shards/test_rows.py",
+            "shards/test_stored.py",
+            "shards/test_many_labels.py",
+            "shards/test_remote.py",
+        ),
     ),
     "index": (("shards/index.py",), ("shards/test_index.py",)),
     "format": (("shards/format.py",), ("shards/test_format.py",)),
     "cache": (
         ("shards/cache.py", "shards/cached.py", "shards/ahead.py"),
-        ("shards/test_ahead.py", "shards/test_cache.py", "shards/test_rows.py", "shards/test_weave.py"),
+        ("shards/test_ahead.py", "shards/test_cached.py", "shards/test_cache.py", "shards/test_rows.py"),
     ),
     "remote": (
         ("shards/remote.py", "shards/transfer.py", "shards/stores.py"),
