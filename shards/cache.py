@@ -87,7 +87,7 @@ def fetch_once(
     part = entry.with_name(entry.name + ".part")
     entry.parent.mkdir(parents=True, exist_ok=True)
     while not _has_size(entry, size):
-        descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _lock(descriptor, _LOCK_SECONDS, is_given_up)
             if not is_at(descriptor, part):
@@ -140,7 +140,7 @@ class ShardCache:
     def find(self, name: str, size: int) -> int | None:
         """Descriptor of the entry if it is there with this size; the caller closes it. Counts as a use."""
         try:
-            descriptor = os.open(self.folder / f"{name}.tar", os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(self.folder / f"{name}.tar", os.O_RDONLY)
         except FileNotFoundError:
             return None
         if os.fstat(descriptor).st_size != size:
@@ -160,7 +160,7 @@ class ShardCache:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _lock(descriptor, _LOCK_SECONDS)
             yield
@@ -196,7 +196,7 @@ class ShardCache:
 
 def _remove_if_abandoned(part: Path) -> bool:
     """Removes the leftover of a killed download, known by its free lock. Returns whether it was one."""
-    descriptor = os.open(part, os.O_RDWR | os.O_CLOEXEC)
+    descriptor = os.open(part, os.O_RDWR)
     try:
         abandoned = try_lock(descriptor)
         if abandoned and is_at(descriptor, part):

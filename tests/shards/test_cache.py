@@ -417,6 +417,15 @@ def test_downloads_under_way_count_and_leftovers_do_not(held):
     assert sorted(path.name for path in part.parent.iterdir()) == ["lock", "more.tar", "own.tar"]
 
 
+def test_all_users_that_the_umask_allows_may_add_to_a_cache(tmp_path):
+    before = os.umask(0)
+    try:
+        ShardCache(tmp_path, 1000).fetch("a", 100, filled(b"a", 100))
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {"a.tar": 0o666, "lock": 0o666}
+
+
 def test_an_entry_of_another_size_is_not_used_and_gone_ones_are_dropped_silently(tmp_path):
     cache = ShardCache(tmp_path, 1000)
     cache.fetch("a", 100, filled(b"a", 100))
