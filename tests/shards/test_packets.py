@@ -110,6 +110,7 @@ def test_packets_that_can_be_those_of_a_file():
         ([(15, 20, True), (20, 95, False)], 100, (20, 95)),
         ([(20, 95, False)], 100, (20, 95)),  # a quarter is not too much
         ([(20, 94, False)], 100, None),
+        ([(0, 95, False)], 100, (0, 95)),
     ],
 )
 def test_what_opening_a_file_reads(pieces, size, expected):

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gzip
 import itertools
 import os
 import random
@@ -182,6 +183,31 @@ def test_no_data_set_there(server):
     with pytest.raises(ShardError, match=rf"{server.address}/nothing/manifest.json: HTTP status 404"):
         open_dataset(f"{server.address}/nothing")
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("shards-")]
+
+
+def test_a_body_that_was_compressed_against_our_wish_is_not_taken_for_the_bytes(server, stored):
+    """It is as long as announced, and what it unpacks to is not."""
+
+    def compress(handler, body):
+        packed = gzip.compress(bytes(len(body) - 23), 0)
+        assert len(packed) == len(body)
+        range_ = handler.headers["Range"].replace("bytes=", "bytes ")
+        handler.answer(206, packed, {"Content-Encoding": "gzip", "Content-Range": f"{range_}/*"})
+        return True
+
+    with open_served(server, retries=1) as dataset:
+        server.fault = lambda path, count: compress if count == 1 else None
+        assert dataset.read(0, np.array([0])) == stored[0][:1]
+        server.fault = lambda path, count: compress
+        with pytest.raises(ShardError, match=r"BadBodyError: received \d+ of the \d+ bytes at .* after 2 attempts"):
+            dataset.read(3, np.array([0]))
+
+
+def test_short_writes_are_completed(server, stored, monkeypatch):
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, data, offset: pwrite(file, bytes(data[:100]), offset))
+    with open_served(server, cache_bytes=10**6) as dataset:
+        assert read_everything(dataset) == stored
 
 
 @pytest.mark.parametrize("is_announced", [True, False])
