@@ -255,7 +255,7 @@ class CachedShards:
         self._meanwhile_bytes.pop(download.shard, None)
         download.file = None
         over = [download]
-        if not isinstance(error, CacheFullError):
+        if self._closed or not isinstance(error, CacheFullError):
             self._waiting += self._no_room
             self._no_room = []
             if isinstance(error, OSError):

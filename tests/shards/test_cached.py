@@ -10,7 +10,7 @@ import pytest
 
 import shards.cached
 from shards.ahead import UpcomingShards
-from shards.cache import ShardCache
+from shards.cache import CacheFullError, ShardCache
 from shards.cached import CachedShards
 from shards.format import ShardError, ShardInfo
 from shards.local import Extent
@@ -282,3 +282,24 @@ def test_closing_ends_those_that_wait(make):
     with pytest.raises(ValueError, match="is closed"):
         source.start([Extent(10, [(0, 5)])])
     source.close()
+
+
+def test_nobody_waits_for_room_after_the_end(make, monkeypatch):
+    _, source = make([100] * 2, 1000)
+    full = threading.Event()
+
+    def fetch(*_: object, **__: object) -> None:
+        assert full.wait(10)
+        raise CacheFullError("full")
+
+    monkeypatch.setattr(source._cache, "fetch", fetch)
+    source.start([Extent(shard, [(0, 5)]) for shard in (0, 1)])
+    until(lambda: len(source._under_way) == 2)
+    downloads = list(source._under_way.values())
+    downloads[0].spare = 5.0  # as one that was begun ahead
+    closing = threading.Thread(target=source.close)
+    closing.start()
+    until(lambda: source._closed)
+    full.set()
+    assert [str(download.written.exception(10)) for download in downloads] == ["full"] * 2
+    closing.join(10)

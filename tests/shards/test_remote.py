@@ -4,8 +4,10 @@ import asyncio
 import contextlib
 import gzip
 import itertools
+import json
 import os
 import random
+import shutil
 import signal
 import socket
 import threading
@@ -208,6 +210,26 @@ def test_short_writes_are_completed(server, stored, monkeypatch):
     monkeypatch.setattr(os, "pwrite", lambda file, data, offset: pwrite(file, bytes(data[:100]), offset))
     with open_served(server, cache_bytes=10**6) as dataset:
         assert read_everything(dataset) == stored
+
+
+def test_tars_in_another_place_than_the_index(server, stored, tmp_path):
+    """As data sets have them that other programs wrote."""
+    local, served = tmp_path / "index alone", tmp_path / "served" / "data"
+    shutil.copytree(served / "index", local / "index")
+    manifest = json.loads((served / "manifest.json").read_text())
+    for place in (str(served), f"file://{served}", f"{server.address}/data"):
+        (local / "manifest.json").write_text(json.dumps({**manifest, "tars": place}))
+        for cache_bytes in (None, 10**6):
+            with open_dataset(str(local), cache_bytes=cache_bytes) as dataset:
+                assert read_everything(dataset) == stored
+                assert dataset.is_remote == place.startswith("http")
+    (served / "manifest.json").write_text(json.dumps({**manifest, "tars": "."}))
+    for address in (str(served), f"{server.address}/data"):
+        with open_dataset(address) as dataset:
+            assert read_everything(dataset) == stored
+    (served / "manifest.json").write_text(json.dumps({**manifest, "tars": "/elsewhere"}))
+    with pytest.raises(ShardError, match=r"manifest.json: names tars in another place, .* copy the index"):
+        open_dataset(f"{server.address}/data")
 
 
 @pytest.mark.parametrize("is_announced", [True, False])
