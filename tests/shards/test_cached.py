@@ -176,7 +176,7 @@ def test_only_what_is_near_may_displace_what_is_needed_later(make):
     source.follow(plan_of(*([shard] for shard in range(8))))
     settle(source)
     assert here(source) == [0, 1, 4, 5]  # two fill half of the cache
-    assert files.downloads[4:] == [0, 1]
+    assert sorted(files.downloads[4:]) == [0, 1]
 
 
 def test_what_is_fetched_ahead_keeps_the_order_and_looks_again_later(make):
