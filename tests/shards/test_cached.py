@@ -303,3 +303,23 @@ def test_nobody_waits_for_room_after_the_end(make, monkeypatch):
     full.set()
     assert [str(download.written.exception(10)) for download in downloads] == ["full"] * 2
     closing.join(10)
+
+
+def test_what_finds_no_room_ahead_is_tried_with_more_right_for_a_reader(make, monkeypatch):
+    files, source = make([100], 1000)
+    fetch, spares, full = source._cache.fetch, [], threading.Event()
+
+    def full_at_first(*arguments: object, spare: float, **options: object) -> None:
+        spares.append(spare)
+        if len(spares) == 1:
+            assert full.wait(10)
+            raise CacheFullError("full")
+        fetch(*arguments, spare=spare, **options)
+
+    monkeypatch.setattr(source._cache, "fetch", full_at_first)
+    source.follow(plan_of([0]))
+    until(lambda: spares)
+    reading = source.start([Extent(0, [(0, 5)])])
+    full.set()
+    assert reading.read(0, lambda _: None) == [b"\1" * 5]
+    assert spares == [0, -float("inf")] and files.ranges == []
