@@ -73,8 +73,20 @@ MODULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "shards/test_remote.py",
         ),
     ),
-    "index": (("shards/index.py",), ("shards/test_index.py",)),
-    "format": (("shards/format.py",), ("shards/test_format.py",)),
+    "index": (
+        ("shards/index.py",),
+        ("shards/test_index.py", "shards/test_reader.py", "shards/test_many_labels.py", "shards/test_stored.py"),
+    ),
+    "format": (
+        ("shards/format.py",),
+        (
+            "shards/test_format.py",
+            "shards/test_index.py",
+            "shards/test_reader.py",
+            "shards/test_many_labels.py",
+            "shards/test_stored.py",
+        ),
+    ),
     "cache": (
         ("shards/cache.py", "shards/cached.py", "shards/ahead.py"),
         ("shards/test_ahead.py", "shards/test_cached.py", "shards/test_cache.py", "shards/test_rows.py"),
