@@ -186,7 +186,7 @@ def exchanged(labels: np.ndarray) -> np.ndarray:
         (lambda labels: labels[:-1], "labels in the index for"),
         (lambda labels: np.where(labels == 2, 3, labels), "for 3 classes"),
         (lambda labels: np.sort(labels)[::-1], "not in ascending order"),
-        (lambda labels: exchanged(labels), "not in ascending order"),
+        (exchanged, "not in ascending order"),
         (lambda labels: labels.astype(np.int64), "not the table of labels"),
     ],
 )

@@ -11,7 +11,7 @@ from shard_data import hang_up_fault, make_dataset, read_everything, serve, slow
 import shards.opening
 import shards.reader
 import shards.remote
-from shards.format import MEMBER_DTYPE, SampleError, ShardError
+from shards.format import MEMBER_DTYPE, PACKET_DTYPE, SampleError, ShardError
 from shards.index import LargeTable
 from shards.rows import prepare_rows
 
@@ -178,20 +178,21 @@ def test_rows_pass_ranges_of_shards_on_their_way(server, stored, tmp_path, monke
             assert reading.result() == [[stored[sample][frame] for frame in (0, 8, 16)]]
 
 
-def test_the_local_file_is_open_to_all_and_has_the_size_of_the_far_one(tmp_path):
+@pytest.mark.parametrize("dtype", [MEMBER_DTYPE, PACKET_DTYPE], ids=["members", "packets"])
+def test_the_local_file_is_open_to_all_and_has_the_size_of_the_far_one(tmp_path, dtype):
     path = tmp_path / "new" / "folder" / "members.rows"
-    np.save(tmp_path / "far.npy", np.zeros(1000, MEMBER_DTYPE))
+    np.save(tmp_path / "far.npy", np.zeros(1000, dtype))
     far = (tmp_path / "far.npy").read_bytes()
     before = os.umask(0)
     try:
         for _ in range(2):
-            prepare_rows("far", len(far), MEMBER_DTYPE, path)
+            prepare_rows("far", len(far), dtype, path)
     finally:
         os.umask(before)
     assert path.read_bytes() == far and path.stat().st_mode & 0o777 == 0o666
     for size in (10, len(far) - 1, len(far) + 8):
         with pytest.raises(ShardError, match=f"far: no index table has {size} bytes"):
-            prepare_rows("far", size, MEMBER_DTYPE, path)
+            prepare_rows("far", size, dtype, path)
     assert not open_below(tmp_path)
 
 
