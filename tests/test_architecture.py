@@ -145,6 +145,7 @@ LEAN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", LEAN)
 def test_a_face_loads_only_what_it_needs(code):
     command = f"{code}\nimport sys\nprint(*sorted(set(sys.modules) & {LEAN[code]!r}))"

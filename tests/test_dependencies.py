@@ -15,7 +15,12 @@ OURS = {"shards", "text4vis", "benchmarks", "drawings", *(path.stem for path in 
 # Installed by a declared package of another name, and by no release of its own that one would declare.
 WITHIN = {"onnx_ir": "onnxscript"}
 # Distributions that install the module under a name of their own; pip may install one or the other.
-KNOWN = {"cv2": "opencv-python-headless", "nvidia": "nvidia-dali-cuda130", "open_clip": "open_clip_torch"}
+KNOWN = {
+    "cv2": "opencv-python-headless",
+    "decord": "decord2",
+    "nvidia": "nvidia-dali-cuda130",
+    "open_clip": "open_clip_torch",
+}
 
 
 def normalised(name: str) -> str:

@@ -8,7 +8,8 @@ Trains a shortened configs/demo.yaml (4 frames, 3 epochs) with each classifier, 
 weights on the training classes and on unseen classes. The same kind of classifier embeds the unseen classes: text uses
 their names; random and orthogonal draw new embeddings, so they can only guess; lda would need their videos and is left
 out. Finished runs are skipped the next time. OUTPUT holds a run with its log for each classifier, head and seed, and
-ablation.json. Standard deviations are those of the population of seeds. Exit codes: 0 done, 1 failed, 2 wrong usage.
+ablation.json. Standard deviations are those of the population of seeds. Exit codes: 0 done, 1 failed, 2 wrong
+usage, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shards.text import shown
+from text4vis.common.programs import run_program
 from text4vis.common.progress import Progress
 from text4vis.common.stages import Stage, StageError, perform, with_set
 from text4vis.config.schema import ConfigError
@@ -152,4 +154,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -8,7 +8,7 @@ Examples:
     python tools/benchmark.py loader --clips videos --videos 60 --runs 3
     python tools/benchmark.py step --model configs/models/demo-clip.json --step-videos 8
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,8 +25,8 @@ import benchmarks
 
 from shards.files import require_file
 from shards.format import ShardError
-from shards.text import shown
 from text4vis.common.console import console, table
+from text4vis.common.programs import run_program
 from text4vis.config.schema import ConfigError
 
 if TYPE_CHECKING:
@@ -171,11 +170,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ShardError, ConfigError, OSError, subprocess.CalledProcessError) as error:
-        print(f"benchmark: error: {shown(error)}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("benchmark: stopped", file=sys.stderr)
-        sys.exit(130)
+    run_program(main, ShardError, ConfigError, OSError, subprocess.CalledProcessError)

@@ -24,6 +24,7 @@ from shards.format import ShardError
 from shards.text import shown
 from text4vis import classifier, data, model  # faces: they load torch where it is first needed
 from text4vis.common.console import console, table
+from text4vis.common.programs import run_program
 from text4vis.config.loading import Origins, resolve_config
 from text4vis.config.schema import Config, ConfigError
 from text4vis.config.templates import prompts
@@ -104,4 +105,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

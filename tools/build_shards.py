@@ -6,21 +6,20 @@ Examples:
         --short-side 256 --max-frames 64 --on-error skip
     python tools/build_shards.py --annotations more.txt --root videos --labels labels.csv --output shards/train --append
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
-import sys
 import time
 from pathlib import Path
 
 from shards.annotations import parse_annotations, parse_labels
 from shards.format import MANIFEST, ShardError
-from shards.text import shown
 from shards.writer import build_shards
+from text4vis.common.programs import run_program
 from text4vis.common.progress import Progress
 
 _UNITS = {"": 1, "B": 1, **{f"{letter}B": 1000**power for power, letter in enumerate("KMGT", start=1)}}
@@ -116,11 +115,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ShardError, OSError, ValueError) as error:
-        print(f"build_shards: error: {shown(error)}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("build_shards: stopped; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
+    run_program(main, ShardError, OSError, ValueError, stopped="stopped; run the same command again to go on")

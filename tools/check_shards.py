@@ -5,7 +5,7 @@ Examples:
     python tools/check_shards.py shards/val --deep --labels labels.csv --json report.json
     python tools/check_shards.py shards/train shards/val --similar      # also warn of look-alikes in both
 
-Exit codes: 0 sound, 1 unsound, 2 wrong usage.
+Exit codes: 0 sound, 1 unsound, 2 wrong usage, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from shards.files import require_file
 from shards.format import ShardError
 from shards.text import shown
 from text4vis.common.console import console, table
+from text4vis.common.programs import run_program
 from text4vis.common.progress import Progress
 
 _SHOWN_LINES = 20
@@ -106,8 +107,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except OSError as error:
-        print(f"check_shards: error: {shown(error)}", file=sys.stderr)
-        sys.exit(1)
+    run_program(main, OSError)

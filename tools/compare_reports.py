@@ -27,6 +27,7 @@ from rich.table import Table
 
 from shards.text import shown
 from text4vis.common.console import console, table
+from text4vis.common.programs import run_program
 from text4vis.config.schema import ConfigError
 from text4vis.evaluation.comparison import ClassFigure, Comparison, Confusion, Setting, compare, read_report, summarise
 
@@ -131,4 +132,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

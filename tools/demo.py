@@ -18,6 +18,7 @@ from rich.table import Table
 
 from shards.text import shown
 from text4vis.common.console import console, table
+from text4vis.common.programs import run_program
 from text4vis.common.stages import Stage, StageError, perform, with_set
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,4 +125,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -2,7 +2,7 @@
 
 Opens the data sets and makes a batch, builds the model, checks the space on the disk, logs in to every host of a
 hostfile and compares versions and files. Trains nothing and writes nothing; `train.py --dry-run` then tries a step.
-Exit codes: 0 no problems (warnings are allowed), 1 problems, 2 wrong usage.
+Exit codes: 0 no problems (warnings are allowed), 1 problems, 2 wrong usage, 130 stopped by Ctrl-C.
 
 Examples:
   python tools/doctor.py
@@ -13,11 +13,11 @@ Examples:
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from shards.text import shown
 from text4vis.common.console import console
+from text4vis.common.programs import run_program
 from text4vis.doctor.checks import FINE, PROBLEM, WARNING, diagnose
 
 _STYLES = {FINE: "green", WARNING: "yellow", PROBLEM: "bold red"}
@@ -48,4 +48,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -11,7 +11,8 @@ run's last evaluation, or the report of text4vis/evaluate.py that --report names
 one; tools/interpolate.py measures mixtures.
 
 CHECKPOINT is a run's folder (its best weights are exported), one of its checkpoints, an export, or a .pt file of the
-original project, which needs --config and --labels. Exit codes: 0 done, 1 failed, 2 wrong usage.
+original project, which needs --config and --labels. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by
+Ctrl-C.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from shards.annotations import parse_labels
 from shards.format import ShardError
 from shards.text import shown
 from text4vis import classifier, saved, serving  # faces: they load torch where it is first needed
+from text4vis.common.programs import run_program
 from text4vis.config.loading import load_config
 from text4vis.config.schema import ConfigError
 
@@ -108,4 +110,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

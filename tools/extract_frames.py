@@ -4,20 +4,19 @@ Examples:
     python tools/extract_frames.py --videos train.txt --root videos --output frames
     python tools/extract_frames.py --videos train.txt --root videos --output frames --fps 10 --short-side 0
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
 from shards.annotations import parse_annotations
 from shards.extraction import ANNOTATIONS, extract_frames
 from shards.format import ShardError
-from shards.text import shown
+from text4vis.common.programs import run_program
 from text4vis.common.progress import Progress
 
 
@@ -64,11 +63,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ShardError, OSError, ValueError) as error:
-        print(f"extract_frames: error: {shown(error)}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("extract_frames: stopped; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
+    run_program(main, ShardError, OSError, ValueError, stopped="stopped; run the same command again to go on")

@@ -8,7 +8,7 @@ Examples:
 A sample is `key.mp4`, or `key.000.jpg key.001.jpg ...`, with its label in `key.cls`, `key.json` or `key.txt`. Name the
 output folder in `data.train` or `data.val`. Every tar is read once; after an interruption, run it again to continue.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from shards.annotations import parse_labels
 from shards.foreign import index_tars
 from shards.format import ShardError
 from shards.text import shown
+from text4vis.common.programs import run_program
 from text4vis.common.progress import Progress
 
 
@@ -64,4 +65,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main, stopped="stopped; run the same command again to go on")

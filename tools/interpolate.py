@@ -9,7 +9,7 @@ classes that the model was not trained on. Each video is decoded once and embedd
 pre-trained, 1 trained. Choose an alpha on data that the model is not judged by later, then export the mixture:
 tools/export.py runs/own --interpolate 0.5 --output exported
 
-Exit codes: 0 done, 1 failed, 2 wrong usage.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from shards.files import require_file
 from shards.format import ShardError
 from shards.text import shown
 from text4vis.common.console import console, table
+from text4vis.common.programs import run_program
 from text4vis.config.loading import load_config
 from text4vis.config.schema import ConfigError
 
@@ -103,4 +104,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -28,6 +28,7 @@ import numpy as np
 from drawings.people import ACTIONS, UNSEEN_ACTIONS, Action
 from drawings.scene import render_video
 
+from text4vis.common.programs import run_program
 from text4vis.common.progress import track
 
 SPLITS = {"train": ACTIONS, "val": ACTIONS, "unseen": UNSEEN_ACTIONS}
@@ -113,4 +114,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

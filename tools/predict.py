@@ -43,6 +43,7 @@ from shards.text import redact, shown
 from shards.walk import describe, is_hidden
 from text4vis import cluster, saved, serving  # faces: they load torch where it is first needed
 from text4vis.common.console import console, table
+from text4vis.common.programs import run_program
 from text4vis.common.progress import Progress
 from text4vis.common.threads import sleep_while_waiting
 from text4vis.config.schema import ConfigError
@@ -347,10 +348,7 @@ def main() -> int:
     ) as error:
         print(f"predict: error: {shown(error)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("predict: stopped", file=sys.stderr)
-        return 130
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -9,7 +9,7 @@ Examples:
 Writes labels.csv, train.txt, val.txt (test.txt), the names of missing videos (missing_train.txt …), and shards in
 train, val (test). Videos may lie in any sub-folders and have any ending. After an interruption, run it again.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from shards.format import MANIFEST, ShardError
 from shards.matching import VideoFiles, match_videos
 from shards.official import DATASETS, read_official
 from shards.preparing import format_labels, pack_split
-from shards.text import shown
 from shards.walk import describe
+from text4vis.common.programs import run_program
 from text4vis.common.progress import Progress
 
 CLASSES = Path(__file__).resolve().parent.parent / "configs" / "classes"
@@ -119,11 +119,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ShardError, OSError, ValueError) as error:
-        print(f"prepare_dataset: error: {shown(error)}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("prepare_dataset: stopped; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
+    run_program(main, ShardError, OSError, ValueError, stopped="stopped; run the same command again to go on")

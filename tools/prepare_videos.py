@@ -19,7 +19,7 @@ from pathlib import Path
 
 from shards.format import ShardError
 from shards.preparing import LABELS, list_file, pack_split, prepare_lists, shards_folder
-from shards.text import shown
+from text4vis.common.programs import run_program
 from text4vis.common.progress import Progress
 
 SETTINGS = ("short_side", "fps", "store", "seed", "workers", "on_error")
@@ -84,11 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ShardError, OSError, ValueError) as error:
-        print(f"prepare_videos: error: {shown(error)}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("prepare_videos: stopped; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
+    run_program(main, ShardError, OSError, ValueError, stopped="stopped; run the same command again to go on")

@@ -20,8 +20,9 @@ of action.
 """
 
 import argparse
-import sys
 from pathlib import Path
+
+from text4vis.common.programs import run_program
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "models" / "demo-clip.json"
 
@@ -51,4 +52,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -24,6 +24,7 @@ from typing import Any
 
 from shards.text import shown
 from text4vis.common.console import console, table
+from text4vis.common.programs import run_program
 from text4vis.common.stages import Stage, StageError, perform, with_set
 from text4vis.config.loading import load_config
 from text4vis.config.schema import ConfigError
@@ -116,4 +117,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

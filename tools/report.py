@@ -10,7 +10,7 @@ most confident right and wrong predictions with the frames that the model saw, t
 settings that differ. Start it in the folder in which the runs were trained: it reads those frames from their shards,
 whose paths in the configurations are relative to that folder.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 
 from shards.files import require_file
 from shards.text import printable
+from text4vis.common.programs import run_program
 from text4vis.common.progress import track
 from text4vis.config.schema import ConfigError
 
@@ -60,4 +61,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

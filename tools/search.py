@@ -32,6 +32,7 @@ from shards.text import printable, shown
 from shards.walk import describe
 from text4vis import saved, serving  # faces: they load torch where it is first needed
 from text4vis.common.console import console, table
+from text4vis.common.programs import run_program
 from text4vis.common.progress import Progress
 from text4vis.common.threads import sleep_while_waiting
 from text4vis.config.schema import ConfigError
@@ -205,10 +206,7 @@ def main() -> int:
     ) as error:  # fmt: skip
         print(f"search: error: {shown(error)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("search: stopped", file=sys.stderr)
-        return 130
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -33,6 +33,7 @@ def verdict(coordinator, later: float = 0) -> str | None:
     return coordinator.first_cause(time.monotonic() + later)
 
 
+@pytest.mark.slow
 def test_a_rank_that_leaves_is_missed_unless_it_said_goodbye(coordinator):
     first, second = join(coordinator, 1), join(coordinator, 2)
     assert verdict(coordinator) is None
@@ -43,6 +44,7 @@ def test_a_rank_that_leaves_is_missed_unless_it_said_goodbye(coordinator):
     assert verdict(coordinator) == "rank 2 on host n2 (process 7) ended without a word: killed, or out of memory"
 
 
+@pytest.mark.slow
 def test_silence_ends_the_job_and_a_beat_prevents_it(coordinator):
     link = join(coordinator, 1)
     assert verdict(coordinator) is None
@@ -52,6 +54,7 @@ def test_silence_ends_the_job_and_a_beat_prevents_it(coordinator):
     assert verdict(coordinator, later=61) == silent
 
 
+@pytest.mark.slow
 def test_a_failed_collective_waits_for_its_cause(coordinator):
     first, second = join(coordinator, 1), join(coordinator, 2)
     say(first, {"fail": "rank 1: Connection closed by peer", "sure": False})
@@ -60,6 +63,7 @@ def test_a_failed_collective_waits_for_its_cause(coordinator):
     assert "rank 2 on host n2" in (verdict(coordinator) or "")
 
 
+@pytest.mark.slow
 def test_a_failed_collective_is_the_cause_when_no_other_shows(coordinator):
     link = join(coordinator, 1)
     say(link, {"fail": "rank 1: Timed out", "sure": False})
@@ -67,6 +71,7 @@ def test_a_failed_collective_is_the_cause_when_no_other_shows(coordinator):
     assert verdict(coordinator, later=CONSEQUENCE_SECONDS + 1) == "rank 1: Timed out"
 
 
+@pytest.mark.slow
 def test_the_first_cause_stays(coordinator):
     first, second = join(coordinator, 1), join(coordinator, 2)
     say(first, {"fail": "rank 1: no space", "sure": True})

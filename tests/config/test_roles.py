@@ -117,6 +117,7 @@ def plans(config, split, dataset) -> str:
     return repr(list(itertools.islice(videos, 240 if split == "train" else 16)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("split", "roles"),
     [("train", {Role.DATA, Role.FRAMES, Role.AUGMENTATION}), ("val", {Role.DATA, Role.FRAMES, Role.VIEWS})],

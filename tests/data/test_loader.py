@@ -20,6 +20,7 @@ from text4vis.data.loader import build_loader
 NUM_VIDEOS = 23
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shuffle", ["global", "shards:2"])
 def test_the_global_batches_are_the_same_at_every_world_size(shards, shuffle):
     """24 videos a step by 1, 2, 3, 4 or 8 ranks: same videos, same labels, same pixels, each once an epoch."""

@@ -165,6 +165,7 @@ def test_what_is_wrong_with_a_job_is_found(project, tmp_path, monkeypatch):
     assert "did you mean data.batch_size?" in "".join(of_level(typo, PROBLEM))
 
 
+@pytest.mark.slow
 def test_weights_that_cannot_be_fetched_are_one_finding_without_the_downloads_chatter(
     project, tmp_path, monkeypatch, caplog
 ):
@@ -205,6 +206,7 @@ def test_the_probe_outlives_a_library_that_hangs(monkeypatch):
     assert probe._broken({"numpy": "2.0"}) == {"numpy": "hangs, or ends the process"}
 
 
+@pytest.mark.slow
 def test_the_probe_is_json(monkeypatch):
     from text4vis.doctor import probe
 

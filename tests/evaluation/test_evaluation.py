@@ -420,6 +420,7 @@ def test_mean_and_deviation_over_reports(reports):
     assert "top1_mean, half_classes" not in comparison.summarise([*reports, without])
 
 
+@pytest.mark.slow
 def test_the_command_compares_and_its_exit_code_tells(reports, tmp_path):
     paths = [tmp_path / f"{letter}.json" for letter in "abc"]
     for path, report in zip(paths, reports, strict=True):

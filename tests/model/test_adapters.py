@@ -123,6 +123,7 @@ def test_the_error_names_the_extra_that_brings_peft(tmp_path, monkeypatch):
         add_adapters(model, network)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "blocks"), [("openai", 2), ("siglip", 6), ("convnext", 9), ("resnet", 4)])
 def test_the_first_blocks_freeze_with_the_stem(tmp_path, kind, blocks):
     if kind == "resnet":

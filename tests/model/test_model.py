@@ -64,6 +64,7 @@ def test_logits_are_the_scaled_cosine(network):
     torch.testing.assert_close(model(frames, 3 * classes()), logits, **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [OPENAI_VIT, OPENAI_RESNET], ids=["vit", "resnet"])
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_a_file_in_openais_layout_gives_open_clips_embeddings(tmp_path, config, suffix):

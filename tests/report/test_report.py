@@ -83,6 +83,7 @@ def report_of(run: Path) -> dict:
     return json.loads((run / "report.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_page_shows_the_numbers_of_the_files(browser, page, runs):
     browser.get(page.as_uri())
     reports = [report_of(run) for run in runs]
@@ -306,6 +307,7 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(program, check=False, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_command(runs, tmp_path):
     page = tmp_path / "out" / "compared.html"
     done = command(*runs, "--examples", 0, "--output", page)
@@ -340,6 +342,7 @@ def tick_labels(chart: Chart, kind: str) -> list[float]:
     return [float((text.text or "").replace("\u2212", "-")) for text in texts]
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(
     st.lists(st.one_of(st.none(), st.floats(allow_nan=True, allow_infinity=True, width=64)), min_size=1, max_size=3),

@@ -87,6 +87,7 @@ def softmax(logits_BC: np.ndarray) -> np.ndarray:
     return torch.from_numpy(logits_BC).softmax(dim=-1).numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("videos", "views"), [(1, 1), (2, 1), (5, 3)])
 def test_the_graph_gives_an_evaluations_scores(exported, videos, views):
     trained, folder = exported
@@ -226,6 +227,7 @@ def command(monkeypatch, *words) -> int:
     return program.main()
 
 
+@pytest.mark.slow
 def test_a_graph_and_an_evaluation_are_added_to_an_export(exported, tmp_path, monkeypatch, capsys):
     """Its weights stay untouched; what is not asked for stays, in the folder and in a copy."""
     trained, complete = exported
@@ -301,6 +303,7 @@ def test_another_file_of_class_embeddings_is_noticed(tmp_path):
     check_same_classes(replace(state, inputs={}), config, tmp_path)  # a checkpoint of before
 
 
+@pytest.mark.slow
 def test_large_weights_lie_in_a_file_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_graph, "INLINE_BYTES", 1000)
     trained = trained_model(tmp_path / "clip", sim_header="None", joint_st=True)
@@ -310,6 +313,7 @@ def test_large_weights_lie_in_a_file_of_their_own(tmp_path, monkeypatch):
     assert data.stat().st_size > sum(p.numel() for p in trained.model.parameters() if p.numel() > 1000) * 4 * 0.9
 
 
+@pytest.mark.slow
 def test_a_graph_that_computes_something_else_does_not_stay(exported, tmp_path, monkeypatch):
     trained, _ = exported
     export(tmp_path, trained)

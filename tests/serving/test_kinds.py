@@ -55,6 +55,7 @@ def shares(prediction) -> dict[str, float]:
     return dict(prediction.top)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", each_kind("openai", "siglip2", "siglip", "xlm-roberta"))
 def test_an_export_opens_without_the_folder_it_came_from(tmp_path, kind, monkeypatch):
     folder = publish(tmp_path / "published", kind)

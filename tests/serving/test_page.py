@@ -101,6 +101,7 @@ def per_cent(top: list[tuple[str, float]]) -> list[str]:
     return [f"{100 * share:.1f} %" for _, share in top]
 
 
+@pytest.mark.slow
 def test_the_page_answers_as_the_model_does(browser, address, export, video):
     recogniser = text4vis.load(export)
     browser.get(address)
@@ -170,6 +171,7 @@ def test_a_sentence_finds_the_moments_of_the_index(browser, address, index, vide
     assert "question: " in texts(browser, ".error")[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (390, "dark")])
 def test_the_page_fits(browser, address, video, width, scheme):
     media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}

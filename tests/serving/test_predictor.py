@@ -93,6 +93,7 @@ def test_probabilities_are_calibrated_and_unsure_answers_say_so(export, videos, 
         text4vis.load(export).predict(path, accuracy=80)
 
 
+@pytest.mark.slow
 def test_a_prediction_loads_neither_dali_nor_deepspeed(export, videos):
     """Both take seconds to import, and neither is needed where models only serve."""
     code = (
@@ -224,6 +225,7 @@ def predict(*arguments):
     return program("tools/predict.py", *arguments)
 
 
+@pytest.mark.slow
 def test_the_command_finds_videos_and_writes_files(export, videos, tmp_path):
     """A folder, a pattern that repeats a video, frames, and one that is missing: all but that are recognised."""
     result = predict(
@@ -248,6 +250,7 @@ def test_the_command_finds_videos_and_writes_files(export, videos, tmp_path):
     assert len(list(tmp_path.glob("p-*.png"))) == 4 and f"{tmp_path / 'p-1.png'} to p-4.png" in result.stdout
 
 
+@pytest.mark.slow
 def test_the_command_keeps_what_was_done_when_it_is_stopped(export, videos, tmp_path):
     """Ctrl-C at the second of a folder's videos. A picture beside them does not make the folder a video."""
     folder = tmp_path / "mine"
@@ -264,6 +267,7 @@ def test_the_command_keeps_what_was_done_when_it_is_stopped(export, videos, tmp_
     assert [Path(row["video"]).name for row in json.loads(output.read_text())] == ["video0.mp4"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("option", "place", "message"), [
     ("--json", "file/all.json", "--json: the folder .*file cannot be written"),
     ("--csv", "", "--csv: .* is a folder; name a file in it"),
@@ -276,6 +280,7 @@ def test_the_command_tries_its_outputs_first(tmp_path, option, place, message):
     assert re.search(message, result.stderr), result.stderr
 
 
+@pytest.mark.slow
 def test_the_command_scans_an_address_and_hides_its_secret(export, videos):
     with serve(videos) as server:
         address = server.address.replace("://", "://user:secret@") + "/deep/video1.mp4?token=secret"
@@ -302,6 +307,7 @@ def lines_of(path: Path) -> list[dict]:
     return [json.loads(record) for record in records]
 
 
+@pytest.mark.slow
 def test_processes_share_a_list_and_the_same_command_goes_on(export, tmp_path):
     """Two ranks; then one, of a list with more videos; then with settings that would change the answers."""
     paths, answers = listed(tmp_path / "videos", 9), tmp_path / "answers.jsonl"
@@ -329,6 +335,7 @@ def test_processes_share_a_list_and_the_same_command_goes_on(export, tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "code", "message"), [
     (["--jsonl", "a.jsonl", "--json", "b.json"], 2, "--jsonl: leave --json, --csv and --picture out"),
     ([], 2, "no videos: give VIDEO or --list FILE"),

@@ -166,6 +166,7 @@ def run(*arguments: object, code: int = 0) -> tuple[str, str]:
     return stdout.getvalue(), stderr.getvalue()
 
 
+@pytest.mark.slow
 def test_windows_are_embedded_as_the_model_embeds_their_frames(index, model, videos):
     recogniser = text4vis.load(model)
     catalogue = read_catalogue(index)

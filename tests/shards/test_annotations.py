@@ -147,6 +147,7 @@ def test_real_lists_parse_in_full(name, classes, num_classes, num_videos):
     assert [f"{item.name} {item.num_frames} {item.label}" for item in annotations] == lines
 
 
+@pytest.mark.slow
 @IN_FILE
 @given(
     st.lists(
@@ -165,6 +166,7 @@ def test_any_name_round_trips(tmp_path, rows):
     assert [(item.name, item.num_frames, item.label) for item in parsed] == [(f"dir/{n}", f, c) for n, f, c in rows]
 
 
+@pytest.mark.slow
 @IN_FILE
 @given(st.one_of(st.binary(), st.text(alphabet="ab#/. \t\r\n-+0123456789,\"mp4'").map(str.encode)))
 def test_only_shard_errors_come_out(tmp_path, content):
@@ -182,6 +184,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=500, deadline=None)
 @given(st.data())
 def test_manifest_parser_raises_only_shard_errors(data):

@@ -239,6 +239,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_command_line(data, frame_folders, tmp_path):
     good = run(data, "--deep", "--labels", frame_folders.labels, "--json", tmp_path / "report.json")
     assert (good.returncode, good.stderr) == (0, "")

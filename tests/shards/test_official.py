@@ -319,6 +319,7 @@ def test_of_several_files_that_of_the_split_is_taken_and_a_replacement_before_it
     assert files.find(("z",), "val") is None
 
 
+@pytest.mark.slow
 def test_the_command_makes_lists_and_shards_and_goes_on(tmp_path):
     write(tmp_path / "a", {
         "train.csv": "label,youtube_id,time_start,time_end\nyoga,a,0,10\nzumba,b,0,10\nyoga,gone,0,10\n",

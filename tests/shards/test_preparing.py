@@ -172,6 +172,7 @@ def prepare(*arguments):
     return program("tools/prepare_videos.py", *arguments)
 
 
+@pytest.mark.slow
 def test_the_command_makes_lists_and_shards_and_respects_edits(tmp_path):
     for number in range(6):
         write_video(tmp_path / "v" / ("IceSkating", "yoga")[number % 2] / f"{number}.mp4", 40 * number)

@@ -138,6 +138,7 @@ def other_range_fault(handler, body):
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault",
     [
@@ -596,6 +597,7 @@ def num_tasks(dataset) -> int:
     return len(asyncio.all_tasks(dataset._transfers._running.loop))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "timeout_seconds"),
     [
@@ -671,6 +673,7 @@ def test_latency_costs_memory_and_not_time(far):
     assert all_asked.is_set() and not in_vain
 
 
+@pytest.mark.slow
 def test_the_bounds_hold(far):
     """Never more requests or bytes in flight than allowed, and all comes although a batch is larger than the bound."""
     server, frames = far
@@ -694,6 +697,7 @@ def test_the_bounds_hold(far):
     assert most[0] > 20  # without narrow bounds much more is in flight
 
 
+@pytest.mark.slow
 def test_readings_that_nobody_takes_block_nobody(far):
     server, frames = far
     batches = epoch_requests(0)
@@ -705,6 +709,7 @@ def test_readings_that_nobody_takes_block_nobody(far):
         assert kept.result()
 
 
+@pytest.mark.slow
 def test_closing_ends_what_is_in_flight(far):
     server, _ = far
     sockets = num_sockets()

@@ -88,6 +88,7 @@ def looks(rng: np.random.Generator, count: int) -> VideoHashes:
     return VideoHashes(hashes, np.ones(hashes.shape, bool))
 
 
+@pytest.mark.slow
 def test_many_videos_with_a_common_title_take_seconds():
     rng = np.random.default_rng(0)
     train, val = looks(rng, 45_000), looks(rng, 5_000)

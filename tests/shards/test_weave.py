@@ -236,6 +236,7 @@ def test_the_order_of_a_large_data_set_is_quick():
     assert time.process_time() - started < 0.6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_hosts", [1, 2, 4])
 def test_hosts_with_caches_download_the_data_set_once_together(tmp_path, num_hosts):
     """Through the reader, from a server that counts: each host has a cache of its own, with room for all."""

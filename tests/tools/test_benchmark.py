@@ -113,6 +113,7 @@ def test_bad_data_is_named(tmp_path, monkeypatch, capsys):
     assert f"benchmark: error: {tmp_path}/manifest.json: not found" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("contender", "shape", "dtype"),
     [
@@ -226,6 +227,7 @@ def test_the_bare_loop_computes_what_the_trainer_does(workload, small_vit, proce
     meter = Meter.new(trainer.device)
     bare = engine.BareLoop(trainer.config, next(iter(trainer.train_loader)), trainer.objective.classes)
     trainer.train_step(iter(trainer.train_loader), meter)
+    trainer.settle()
     assert float(meter.loss) == pytest.approx(float(bare()), rel=1e-5)
     trainer.close()
 

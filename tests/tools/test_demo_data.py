@@ -50,6 +50,7 @@ def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.mark.slow
 def test_same_bytes_with_one_and_two_workers(demo_data: Path, tmp_path: Path) -> None:
     assert make_data(tmp_path / "again", workers=1).returncode == 0
     assert contents(tmp_path / "again") == contents(demo_data)
@@ -114,6 +115,7 @@ def test_unseen_names_are_new_combinations_of_known_words() -> None:
     assert {word for name in unseen for word in name.split()} <= {word for name in names for word in name.split()}
 
 
+@pytest.mark.slow
 def test_captions_name_training_actions_but_no_unseen_one() -> None:
     rng = np.random.default_rng(1)
     examples = [example for scene in range(240) for example in render_examples(np.random.default_rng((2, scene)))]

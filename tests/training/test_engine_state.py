@@ -75,6 +75,7 @@ def test_every_kind_of_engine_trains_as_torch_does(stage, offload, optim):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "stage", "offload"), PRECISIONS)
 def test_a_restored_engine_goes_on_to_the_bit(stage, offload, precision):
     engine = start(precision, stage, offload, "adamw")
@@ -88,6 +89,7 @@ def test_a_restored_engine_goes_on_to_the_bit(stage, offload, precision):
     assert take_step(again, 3)[0] == loss and distance(state_of(again), last) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "stage", "offload"), [each for each in PRECISIONS if each[2] == "none"])
 def test_a_step_that_is_not_finite_changes_nothing_and_leaves_no_trace(stage, offload, precision):
     """The steps that follow are those of an engine that never met it."""
@@ -103,6 +105,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_leaves_no_trace(stage, of
     assert distance(state_of(engine), state_of(other)) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [None, 0, 1])
 @pytest.mark.parametrize(("stage", "offload"), PLACES)
 def test_a_step_is_the_mean_of_its_micro_batches(stage, offload, wrong):
@@ -134,6 +137,7 @@ def test_each_group_has_its_rate():
     assert distance(state_of(engine), plain.state()) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "offload"), PLACES)
 def test_what_is_used_is_the_weight_rounded(stage, offload):
     engine = start("bf16", stage, offload, "adamw")
@@ -146,6 +150,7 @@ def test_what_is_used_is_the_weight_rounded(stage, offload):
         assert engine.used(parameter).equal(weights[name].to(parameter.dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("optim", "moments"), [("adamw", 2), ("sgd", 1)])
 @pytest.mark.parametrize("stage", [0, 3])
 def test_the_size_of_the_state_is_that_of_its_tensors(stage, optim, moments):

@@ -40,6 +40,7 @@ def test_ranks_share_what_the_stage_cuts(stage, weights, gradients, optimizer):
     assert (memory.weights, memory.gradients, memory.optimizer) == (100 * weights, 100 * gradients, 100 * optimizer)
 
 
+@pytest.mark.slow
 def test_an_adapter_needs_the_state_of_its_own_numbers_alone(tmp_path):
     network = tiny_network(tmp_path, adapter="lora", adapter_rank=2, sim_header="None")
     model = build_model(network, 4)

@@ -459,6 +459,7 @@ def test_micro_batches_give_the_same_training(project, whole, tmp_path):
     assert losses(tmp_path) == pytest.approx(losses(whole[0]), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_run_that_was_stopped_goes_on_to_the_bit(project, whole, tmp_path, caplog, stage):
     """It stops in the middle of the second epoch, after a checkpoint that was asked for by a file."""

@@ -135,6 +135,7 @@ def test_a_run_is_never_overwritten_or_mixed_by_accident(project, finished, tmp_
     assert "neither an export nor a checkpoint nor a run" in refusal(*project.arguments(output), "--resume", tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,0 +1,63 @@
+"""Every program ends with a code and at most one line, never with a traceback."""
+
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+from launch import ROOT
+
+from text4vis.common.programs import run_program
+
+# The page's server ends by itself; the page of keys is written in no time.
+OTHERS = {"app.py", "document_config.py"}
+
+
+def raises(error: BaseException):
+    def main():
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("main", "code", "line"),
+    [
+        (lambda: None, None, ""),
+        (lambda: 3, 3, ""),
+        (raises(OSError("no \x1b[31mdisk")), 1, "tool: error: no \\x1b[31mdisk\n"),
+        (raises(KeyboardInterrupt()), 130, "tool: stopped; go on\n"),
+    ],
+)
+def test_a_program_ends_with_its_code_and_a_line(main, code, line, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/tool.py"])
+    with pytest.raises(SystemExit) as ended:
+        run_program(main, OSError, stopped="stopped; go on")
+    assert ended.value.code == code
+    assert capsys.readouterr().err == line
+
+
+def test_other_errors_are_mistakes_of_ours_and_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run_program(raises(ZeroDivisionError()), OSError)
+
+
+def test_ctrl_c_in_a_real_process():
+    program = (
+        "import time\nfrom text4vis.common.programs import run_program\n"
+        "def main():\n    print('ready', flush=True)\n    time.sleep(60)\nrun_program(main)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[1] == "-c: stopped\n"
+    assert process.returncode == 130
+
+
+@pytest.mark.parametrize("name", sorted({path.name for path in (ROOT / "tools").glob("*.py")} - OTHERS))
+def test_every_tool_ends_so(name):
+    text = (ROOT / "tools" / name).read_text(encoding="utf-8")
+    assert re.search(r'\nif __name__ == "__main__":\n    run_program\(main\b[^\n]*\)\n\Z', text)
