@@ -268,6 +268,7 @@ class BusyStore:
         return b"x"
 
 
+@pytest.mark.timeout(20)
 @pytest.mark.parametrize("failures", [0, 3, 8, 9])
 def test_pauses_grow_up_to_a_bound(monkeypatch, failures):
     """Half a second after the first failure, twice that after the second, and so on; a part of it is left to chance."""

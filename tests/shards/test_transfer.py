@@ -10,6 +10,8 @@ import pytest
 import shards.transfer
 from shards.transfer import Request, Transfers
 
+pytestmark = pytest.mark.timeout(20)  # what never ends is a failure
+
 
 class Requests:
     """Makes requests that say when they are begun, and end when they are told to."""
