@@ -213,6 +213,30 @@ def test_short_writes_are_completed(server, stored, monkeypatch):
         assert read_everything(dataset) == stored
 
 
+def test_nothing_is_written_after_a_download_has_failed(tmp_path, monkeypatch):
+    """The descriptor may be that of another file by then."""
+    monkeypatch.setattr(shards.remote, "PART_BYTES", 5)
+    ended = []
+
+    class HalfStore:
+        async def get(self, name, span, write):
+            if span.start == 0:
+                raise FileNotFoundError("no such part")
+            await asyncio.sleep(0.1)
+            write(b"12345")
+            ended.append(span.start)
+
+    transfers = Transfers()
+    files = RemoteFiles("http://h", transfers, retries=0, timeout_seconds=1, storage_options=None)
+    monkeypatch.setattr(files, "_opened", HalfStore)
+    try:
+        with (tmp_path / "x").open("wb") as file, pytest.raises(ShardError, match="no such part"):
+            files.download("x", 10, file.fileno())
+        assert ended == [5]
+    finally:
+        transfers.close()
+
+
 def test_tars_in_another_place_than_the_index(server, stored, tmp_path):
     """As data sets have them that other programs wrote."""
     local, served = tmp_path / "index alone", tmp_path / "served" / "data"
