@@ -797,10 +797,19 @@ def test_an_s3_object_is_signed_once_for_many_ranges(bucket, s3_endpoint, stored
         signed.append(name)
         return await sign(self, name)
 
+    by_botocore = []
+    read = shards.stores._S3Store._read_by_botocore
+
+    async def noted(self, name, *span):
+        by_botocore.append(name)
+        return await read(self, name, *span)
+
     monkeypatch.setattr(shards.stores._S3Store, "_sign", counted)
+    monkeypatch.setattr(shards.stores._S3Store, "_read_by_botocore", noted)
     with open_dataset(f"s3://{bucket}/part0", storage_options=s3_options(s3_endpoint)) as dataset:
         for _ in range(3):
             assert read_everything(dataset) == stored
+        assert by_botocore == ["manifest.json"]  # by then the bucket's region is known
         tars = [name for name in signed if name.endswith(".tar")]
         assert sorted(tars) == [f"{number:06d}.tar" for number in range(3)]
         monkeypatch.setattr(shards.stores, "_SIGNATURE_SECONDS", -1)
