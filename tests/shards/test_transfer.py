@@ -71,7 +71,9 @@ def test_requests_are_begun_in_order_and_so_many_at_a_time(make):
     requests.end("a", "c", "d")
     assert one.result() == ["A", "B", "C"] and two.result() == ["D"]
     one.wait()
-    assert requests.submit().result() == []
+    empty = requests.submit()
+    empty.wait()
+    assert empty.result() == []
 
 
 def test_bytes_count_until_they_are_taken(make):
