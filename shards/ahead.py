@@ -35,11 +35,6 @@ class UpcomingShards:
         self._added = 0
         self._given = 0
 
-    @property
-    def num_shards(self) -> int:
-        """Number of shards with a known use."""
-        return len(self._uses)
-
     def add(self, shards: Iterable[int]) -> None:
         """Adds the shards of the next batch that becomes known."""
         with self._lock:

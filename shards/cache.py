@@ -29,7 +29,6 @@ Need = Callable[[str], float]
 # A process that was stopped may hold a lock for ever; after this long the others read ranges instead.
 _LOCK_SECONDS = 900.0
 _POLL_SECONDS = 0.05
-_MAX_FETCHES = 3
 
 
 class CacheFullError(OSError):
@@ -88,7 +87,7 @@ def fetch_once(
     part = entry.with_name(entry.name + ".part")
     entry.parent.mkdir(parents=True, exist_ok=True)
     while not _has_size(entry, size):
-        descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _lock(descriptor, _LOCK_SECONDS, is_given_up)
             if not is_at(descriptor, part):
@@ -134,15 +133,6 @@ class ShardCache:
         entry = self.folder / f"{name}.tar"
         fetch_once(entry, size, download, lambda part: self._make_room(entry, part, size, need, spare), is_given_up)
 
-    def open(self, name: str, size: int, download: Callable[[int], None]) -> int:
-        """Descriptor of the entry, downloaded if needed; the caller closes it. Raises OSError, ShardError."""
-        for _ in range(_MAX_FETCHES):
-            self.fetch(name, size, download)
-            descriptor = self.find(name, size)
-            if descriptor is not None:
-                return descriptor
-        raise CacheFullError(f"{self.folder}: files are evicted faster than they are read; raise cache_bytes")
-
     def has(self, name: str, size: int) -> bool:
         """Whether the entry is there with this size. Does not count as a use."""
         return _has_size(self.folder / f"{name}.tar", size)
@@ -150,7 +140,7 @@ class ShardCache:
     def find(self, name: str, size: int) -> int | None:
         """Descriptor of the entry if it is there with this size; the caller closes it. Counts as a use."""
         try:
-            descriptor = os.open(self.folder / f"{name}.tar", os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(self.folder / f"{name}.tar", os.O_RDONLY)
         except FileNotFoundError:
             return None
         if os.fstat(descriptor).st_size != size:
@@ -170,7 +160,7 @@ class ShardCache:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _lock(descriptor, _LOCK_SECONDS)
             yield
@@ -206,7 +196,7 @@ class ShardCache:
 
 def _remove_if_abandoned(part: Path) -> bool:
     """Removes the leftover of a killed download, known by its free lock. Returns whether it was one."""
-    descriptor = os.open(part, os.O_RDWR | os.O_CLOEXEC)
+    descriptor = os.open(part, os.O_RDWR)
     try:
         abandoned = try_lock(descriptor)
         if abandoned and is_at(descriptor, part):

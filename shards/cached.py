@@ -99,7 +99,7 @@ class CachedShards:
         """Ends the downloads; the loop that serves them has ended before."""
         with self._lock:
             self._closed = True
-            waiting = self._waiting + self._no_room
+            waiting, self._waiting, self._no_room = self._waiting + self._no_room, [], []
             threads = list(self._threads)
         for download in waiting:
             download.written.set_exception(ValueError("the data set was closed while it was being read"))
@@ -255,7 +255,7 @@ class CachedShards:
         self._meanwhile_bytes.pop(download.shard, None)
         download.file = None
         over = [download]
-        if not isinstance(error, CacheFullError):
+        if self._closed or not isinstance(error, CacheFullError):
             self._waiting += self._no_room
             self._no_room = []
             if isinstance(error, OSError):

@@ -33,7 +33,7 @@ def prepare_rows(where: str, size: int, dtype: np.dtype, path: Path) -> None:
     where: the far table, as it may be shown. Raises ShardError if no table of this dtype is so large, OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         os.ftruncate(descriptor, size)
         os.pwrite(descriptor, _header(where, size, dtype), 0)
@@ -84,7 +84,7 @@ class FarRows:
         self._remote, self._table, self._shards, self._shard_ends = remote, table, shards, shard_ends
         self._name, self._bytes = str(entry["file"]), int(entry["bytes"])
         self._checked = np.zeros(len(shards), bool)  # here, and as they should be
-        self._folder, self._descriptor = path.parent, os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self._folder, self._descriptor = path.parent, os.open(path, os.O_RDWR)
         self.renew()
 
     def renew(self) -> None:
@@ -129,7 +129,7 @@ class FarRows:
         with self._lock:
             missing = spans - self._coming.keys()
             if missing:
-                joined = join_ranges(sorted(missing), _MAX_GAP_ROWS)
+                joined = join_ranges(list(missing), _MAX_GAP_ROWS)
                 transfer = self._remote.submit([self._request(first, stop) for first, stop in joined], first=True)
                 self._coming |= dict.fromkeys(missing, transfer)
 

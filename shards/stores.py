@@ -196,7 +196,7 @@ class _HttpStore:
                 await self._refuse(response)
             if not span.is_whole:
                 span.check_range(redact(str(url)), response.status, response.headers.get("Content-Range", ""))
-            if write is None and response.content_length == span.size:
+            if write is None and span.size is not None and response.content_length == span.size:
                 body = await response.read()  # not longer than announced
                 span.check_length(len(body))
                 return body

@@ -117,7 +117,6 @@ class _Loop:
     closers: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
 
     def run(self) -> None:
-        asyncio.set_event_loop(self.loop)
         try:
             self.loop.run_forever()
             self.loop.run_until_complete(self._end())
@@ -143,7 +142,8 @@ class _Loop:
     def stop(self) -> None:
         if self.thread is not None and self.thread.is_alive():
             self.loop.call_soon_threadsafe(self.loop.stop)
-            self.thread.join()
+            if self.thread is not threading.current_thread():  # there the owner's last reference may have gone
+                self.thread.join()
 
 
 # Loops of the parent in a forked child. Sockets and selectors there are the parent's too: nothing may ever be closed.

@@ -9,8 +9,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,8 @@ from shard_data import FlakyServer, make_dataset, read_everything, read_in_proce
 import shards.cache
 import shards.cached
 import shards.remote
-from shards.ahead import UpcomingShards
-from shards.cache import CacheFullError, ShardCache, entry_name, fetch_once
+from shards.cache import CacheFullError, GivenUpError, ShardCache, entry_name, fetch_once
+from shards.files import try_lock
 from shards.format import ShardError
 from shards.plan import Stream
 from shards.reader import open_dataset
@@ -63,6 +64,13 @@ def settle(dataset) -> None:
 
 def tar_requests(server: FlakyServer) -> dict[str, int]:
     return {path: count for path, count in server.requests.items() if path.endswith(".tar")}
+
+
+def fetched(cache: ShardCache, name: str, size: int, download: Callable[[int], None]) -> int:
+    """Descriptor of an entry, downloaded if it is not there; others may evict it in between."""
+    while (descriptor := cache.find(name, size)) is None:
+        cache.fetch(name, size, download)
+    return descriptor
 
 
 def test_each_shard_is_downloaded_once(server, stored, tmp_path):
@@ -155,7 +163,7 @@ def test_least_recently_used_goes_first_and_the_limit_holds(tmp_path):
             assert sum(path.stat().st_size for path in cache.folder.iterdir()) <= 1000
             os.pwrite(descriptor, name[0].encode() * size, 0)
 
-        descriptor = cache.open(name, size, download)
+        descriptor = fetched(cache, name, size, download)
         assert os.pread(descriptor, 2000, 0) == name[0].encode() * size
         os.close(descriptor)
         time.sleep(0.002)
@@ -189,7 +197,7 @@ def _churn(folder, seed, results):
             os.pwrite(descriptor, data[50:], 50)
 
         try:
-            descriptor = cache.open(name, 100, download)
+            descriptor = fetched(cache, name, 100, download)
         except CacheFullError:
             continue
         wrong += os.pread(descriptor, 200, 0) != data
@@ -238,13 +246,19 @@ def test_full_or_read_only_disk_falls_back_to_ranges(server, stored, tmp_path, m
     with open_cached(server, tmp_path) as dataset:
         assert dataset.read(6, np.array([0])) == stored[6][:1]
 
+        writes = []
+
         def pwrite(*arguments):
+            writes.append(arguments)
             raise error
 
         monkeypatch.setattr(os, "pwrite", pwrite)
         with caplog.at_level(logging.WARNING):
-            for _ in range(2):
-                assert read_everything(dataset) == stored
+            assert read_everything(dataset) == stored
+            settle(dataset)
+            writes.clear()
+            assert read_everything(dataset) == stored
+            assert not writes  # for a while nothing is downloaded
         warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
         assert len(warnings) == 1 and error.strerror in warnings[0] and "reading ranges" in warnings[0]
         # What is in the cache is used still; the rest is not downloaded over and over again.
@@ -339,34 +353,99 @@ def test_stopped_holder_of_a_lock_is_not_waited_for_for_ever(server, stored, tmp
     assert "another process has held a lock" in caplog.text
 
 
+def filled(byte: bytes, size: int) -> Callable[[int], None]:
+    """A download of `size` equal bytes, which finds nothing of an earlier one that is longer than the file."""
+
+    def download(descriptor: int) -> None:
+        assert os.fstat(descriptor).st_size in (0, size)
+        os.pwrite(descriptor, byte * size, 0)
+
+    return download
+
+
+@pytest.fixture
+def held(tmp_path):
+    """A download of 600 bytes that another process has under way, and what ends it."""
+    part = tmp_path / "shards" / "other.tar.part"
+    part.parent.mkdir()
+    part.write_bytes(bytes(600))
+    descriptor = os.open(part, os.O_RDWR)
+    assert try_lock(descriptor)
+    with ExitStack() as stack:
+        stack.callback(os.close, descriptor)
+        yield part, stack.close
+
+
+def test_leftover_of_a_longer_download_leaves_no_trace(tmp_path):
+    for size in (100, 0):
+        (tmp_path / f"{size}.part").write_bytes(b"x" * 500)
+        fetch_once(tmp_path / str(size), size, filled(b"a", size))
+        assert (tmp_path / str(size)).read_bytes() == b"a" * size
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_download_that_another_has_finished_meanwhile_is_used(tmp_path, held):
+    part, end = held
+    entry = part.with_suffix("")
+
+    def finish() -> bool:
+        entry.write_bytes(b"a" * 600)
+        end()
+        return False
+
+    fetch_once(entry, 600, pytest.fail, is_given_up=finish)
+    assert [path.name for path in entry.parent.iterdir()] == [entry.name]
+    assert entry.read_bytes() == b"a" * 600
+
+
+def test_waiting_for_another_download_ends_when_given_up(held):
+    part, _ = held
+    with pytest.raises(GivenUpError):
+        fetch_once(part.with_suffix(""), 600, pytest.fail, is_given_up=lambda: True)
+    assert part.exists()
+
+
+def test_downloads_under_way_count_and_leftovers_do_not(held):
+    part, end = held
+    cache = ShardCache(part.parent, 1000)
+    with pytest.raises(CacheFullError, match="401 bytes do not fit beside 600 bytes"):
+        cache.fetch("own", 401, pytest.fail)
+    cache.fetch("own", 400, filled(b"a", 400))
+    assert part.exists()
+    end()
+    cache.fetch("more", 600, filled(b"b", 600))
+    assert sorted(path.name for path in part.parent.iterdir()) == ["lock", "more.tar", "own.tar"]
+
+
+def test_all_users_that_the_umask_allows_may_add_to_a_cache(tmp_path):
+    before = os.umask(0)
+    try:
+        ShardCache(tmp_path, 1000).fetch("a", 100, filled(b"a", 100))
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {"a.tar": 0o666, "lock": 0o666}
+
+
+def test_an_entry_of_another_size_is_not_used_and_gone_ones_are_dropped_silently(tmp_path):
+    cache = ShardCache(tmp_path, 1000)
+    cache.fetch("a", 100, filled(b"a", 100))
+    assert cache.find("a", 101) is None and cache.find("b", 100) is None and not cache.has("a", 101)
+    assert not [file for file in Path("/proc/self/fd").iterdir() if os.path.realpath(file).startswith(str(tmp_path))]
+    cache.drop("a")
+    cache.drop("a")
+    assert not cache.has("a", 100)
+    descriptor = fetched(cache, "c", 10, filled(b"c", 10))
+    assert cache.is_current("c", descriptor)
+    cache.drop("c")
+    assert not cache.is_current("c", descriptor)
+    os.close(descriptor)
+
+
 def test_names():
     assert len({entry_name("a", 1), entry_name("a", 2), entry_name("b", 1), entry_name("a\n1")}) == 3
 
 
 # Ahead of the plan
-
-
-def test_a_plan_knows_what_is_needed_next():
-    plan = UpcomingShards()
-    for shards_of_batch in ([0, 1], [1, 2], *[[3]] * 300, [0]):
-        plan.add(shards_of_batch)
-    assert plan.in_order() == [0, 1, 2, 3]
-    assert [plan.next_use(shard) for shard in (0, 1, 2, 3, 9)] == [0, 0, 1, 2, math.inf]
-    for _ in range(60):
-        plan.advance()
-    # 0 is needed again in the last batch, 1 and 2 never are; 3 is in use.
-    assert plan.in_order() == [3, 0] and plan.next_use(0) == 302 and plan.next_use(1) == math.inf
-
-
-def test_uses_of_a_plan_are_kept_apart_where_an_epoch_is_short():
-    """On many ranks an epoch is a few batches for each."""
-    plan = UpcomingShards()
-    for number in range(40):
-        plan.add([number % 8])
-    for _ in range(10):
-        plan.advance()
-    assert plan.in_order() == [0, 1, 2, 3, 4, 5, 6, 7]
-    assert [plan.next_use(shard) for shard in range(8)] == [8, 9, 10, 11, 12, 13, 14, 15]
 
 
 def test_what_is_needed_latest_leaves_first_and_what_is_needed_sooner_stays(tmp_path):

@@ -14,6 +14,7 @@ from shards.format import (
     MAX_FRAMES,
     MAX_MEMBER_BYTES,
     MEMBER_DTYPE,
+    MULTI_LABEL_VIDEO_DTYPE,
     VIDEO_DTYPE,
     Manifest,
     ShardError,
@@ -95,6 +96,12 @@ def test_a_fingerprint_is_of_content_and_order_and_never_changes():
         other[column][1] += 1
         of_content = column in {"name_size", "num_frames", "crc32", "label"}
         assert (fingerprint(other, names, ["x", "é"], "frames") != first) == of_content, column
+
+
+def test_a_fingerprint_is_of_the_labels_where_a_video_has_several():
+    videos, names = np.ones(2, MULTI_LABEL_VIDEO_DTYPE), np.frombuffer(b"ab", np.uint8)
+    prints = [fingerprint(videos, names, ["x", "y"], "frames", np.array(labels, "<i4")) for labels in ([0, 1], [1, 0])]
+    assert prints[0] != prints[1]
 
 
 @pytest.mark.parametrize("tars", [None, ".", "s3://bucket/tars"])

@@ -174,12 +174,19 @@ def test_the_checker_proves_it_sound_and_counts(built):
     assert report.datasets[0].statistics["labels_per_video"] == {"min": 0, "median": 1, "max": 3}
 
 
+def exchanged(labels: np.ndarray) -> np.ndarray:
+    """The labels of the video that has all three, as 1 0 2."""
+    place = labels.tobytes().index(np.arange(3, dtype=labels.dtype).tobytes()) // labels.itemsize
+    return np.concatenate([labels[:place], labels[[place + 1, place]], labels[place + 2 :]])
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (lambda labels: labels[:-1], "labels in the index for"),
         (lambda labels: np.where(labels == 2, 3, labels), "for 3 classes"),
         (lambda labels: np.sort(labels)[::-1], "not in ascending order"),
+        (exchanged, "not in ascending order"),
         (lambda labels: labels.astype(np.int64), "not the table of labels"),
     ],
 )
@@ -196,6 +203,13 @@ def test_a_wrong_table_of_labels_is_named(folders, tmp_path, change, words):
     manifest = read_local_manifest(output)
     with pytest.raises(ShardError, match=words):
         open_index(str(output), manifest, {role: output / entry["file"] for role, entry in manifest.index.items()})
+
+
+def test_one_label_may_be_that_of_all_videos(tmp_path):
+    build(write(tmp_path, ["1", "-", "1"]), tmp_path / "shards")
+    with open_dataset(str(tmp_path / "shards")) as dataset:
+        assert sorted(map(dataset.label_of, range(3))) == [(), (1,), (1,)]
+        assert dataset.class_counts(3).tolist() == [0, 2, 0]
 
 
 def test_labels_that_were_exchanged_change_the_fingerprint(folders, tmp_path, built):

@@ -152,6 +152,12 @@ def test_joined_data_sets(tmp_path):
         assert dataset.content(9) == "video"
         assert dataset.name(8) == "some dir/vidéo 2 1.x"
         assert dataset.describe(8).endswith(f"(sample 8, 000001.tar of {tmp_path}/part1)")
+        assert [dataset.place(sample) for sample in (0, 6, 7, 8, 9)] == [
+            dataset.places[number] for number in (0, 0, 1, 1, 2)
+        ]
+        assert dataset.part_sizes == [7, 2, 1] and dataset.skipped == [] and not dataset.is_remote
+        assert [dataset.label_of(sample) for sample in range(10)] == dataset.labels.tolist()
+        assert dataset.class_counts().tolist() == [5, 3, 2] and dataset.class_counts(5).tolist() == [5, 3, 2, 0, 0]
         joined = dataset.fingerprint
     with open_dataset([str(tmp_path / "part1"), str(tmp_path / "part0")]) as other:
         assert other.fingerprint != joined
@@ -173,20 +179,21 @@ def test_threads_and_more_shards_than_open_files(tmp_path, monkeypatch):
     monkeypatch.setattr(shards.local, "_MAX_OPEN_FILES", 3)
     stored = make_dataset(tmp_path / "d", [4] * 40, videos_per_shard=1)
     with open_dataset(str(tmp_path / "d")) as dataset:
-        descriptors = num_descriptors()
         for _ in range(5):
             assert read_everything(dataset) == stored
         with ThreadPoolExecutor(8) as pool:
             for result in pool.map(lambda _: read_everything(dataset), range(16)):
                 assert result == stored
-        assert descriptors < num_descriptors() <= descriptors + 3
-    assert num_descriptors() == descriptors
+        assert 0 < num_open(tmp_path, ".tar") <= 3
+    assert num_open(tmp_path, ".tar") == 0
     with pytest.raises(ValueError, match="closed"):
         dataset.read(0, np.array([0]))
 
 
-def num_descriptors() -> int:
-    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+def num_open(folder: Path, suffix: str) -> int:
+    """Files of a folder that this process has open."""
+    names = map(os.path.realpath, Path("/proc/self/fd").iterdir())
+    return sum(name.startswith(str(folder)) and name.endswith(suffix) for name in names)
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
@@ -522,7 +529,87 @@ def test_damaged_member_table_is_told_from_a_damaged_shard(folder):
             dataset.read(1, np.array([0]))
 
 
+def test_short_reads_are_completed(folder, monkeypatch):
+    """A network mount may give fewer bytes than there are."""
+    with open_dataset(str(folder)) as dataset:
+        stored = read_everything(dataset)
+        pread = os.pread
+        monkeypatch.setattr(os, "pread", lambda descriptor, size, start: pread(descriptor, min(size, 400), start))
+        assert read_everything(dataset) == stored
+        tables, _ = tables_of(folder)
+        end = int(tables["members"]["block"][1]) * 512 + 10
+        monkeypatch.setattr(
+            os, "pread", lambda descriptor, size, start: pread(descriptor, max(0, min(size, end - start)), start)
+        )
+        with pytest.raises(ShardError, match=rf"000000.tar: ends at byte {end} while \d+ are needed"):
+            read_everything(dataset)
+
+
+def test_the_kernel_is_asked_for_all_ranges_at_once(folder, monkeypatch):
+    asked, reads = [], []
+    advise, pread = os.posix_fadvise, os.pread
+
+    def note(descriptor, start, size, advice):
+        if advice == os.POSIX_FADV_WILLNEED:
+            asked.append((start, size))
+        advise(descriptor, start, size, advice)
+
+    monkeypatch.setattr(os, "posix_fadvise", note)
+    with open_dataset(str(folder)) as dataset:
+        reading = dataset.start([(3, np.array([1, 6])), (0, np.array([2]))])
+        monkeypatch.setattr(
+            os, "pread", lambda file, size, start: (reads.append((start, size)), pread(file, size, start))[1]
+        )
+        reading.result()
+    assert len(asked) == 3 and asked == reads
+
+
+def test_files_in_use_stay_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards.local, "_MAX_OPEN_FILES", 2)
+    make_dataset(tmp_path / "d", [1] * 3, videos_per_shard=1)
+    opened = []
+    open_file = shards.local.OpenFile
+    monkeypatch.setattr(shards.local, "OpenFile", lambda path: (opened.append(path.name[5]), open_file(path))[1])
+    with open_dataset(str(tmp_path / "d")) as dataset:
+        for sample in (0, 1, 0, 2, 0, 2, 1):
+            dataset.read(sample, np.array([0]))
+    assert opened == ["0", "1", "2", "1"]
+
+
+def test_a_mount_is_tried_again_once_at_least_and_other_errors_are_not(folder, monkeypatch):
+    monkeypatch.setattr(shards.local, "_BACKOFF_SECONDS", 0.001)
+    pread, failures, tries = os.pread, [], []
+
+    def failing(*arguments):
+        tries.append(1)
+        if failures:
+            raise OSError(failures.pop(0), "failed")
+        return pread(*arguments)
+
+    monkeypatch.setattr(os, "pread", failing)
+    for retries, codes, expected in [
+        (0, [errno.EIO], None),
+        (0, [errno.EIO] * 2, 2),
+        (1, [errno.EIO] * 2, 2),
+        (2, [errno.EIO] * 2, None),
+        (5, [errno.EACCES], 1),
+        (5, [errno.EIO, errno.EACCES], 2),
+    ]:
+        with open_dataset(str(folder), retries=retries) as dataset:
+            failures[:] = codes
+            tries.clear()
+            if expected is None:
+                assert len(dataset.read(0, np.array([0]))) == 1
+            else:
+                with pytest.raises(ShardError, match="cannot be read: failed"):
+                    dataset.read(0, np.array([0]))
+                assert len(tries) == expected
+
+
 def test_bad_options(folder):
+    open_dataset(
+        str(folder), retries=0, timeout_seconds=0.5, requests_in_flight=1, bytes_in_flight=1, cache_bytes=1
+    ).close()
     counts = ("requests_in_flight", "bytes_in_flight", "timeout_seconds", "cache_bytes")
     for options in [{"retries": -1}, *({count: 0} for count in counts)]:
         with pytest.raises(ValueError, match="expected"):

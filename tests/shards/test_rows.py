@@ -11,7 +11,9 @@ from shard_data import hang_up_fault, make_dataset, read_everything, serve, slow
 import shards.opening
 import shards.reader
 import shards.remote
-from shards.format import SampleError, ShardError
+from shards.format import MEMBER_DTYPE, PACKET_DTYPE, SampleError, ShardError
+from shards.index import LargeTable
+from shards.rows import prepare_rows
 
 COUNTS = [40, 300, 25, 130, 60, 90]
 
@@ -174,3 +176,42 @@ def test_rows_pass_ranges_of_shards_on_their_way(server, stored, tmp_path, monke
         readings = [dataset.start([(sample, np.arange(3) * 8)]) for sample in (0, 3, 1, 4, 2, 5)]
         for sample, reading in zip((0, 3, 1, 4, 2, 5), readings, strict=True):
             assert reading.result() == [[stored[sample][frame] for frame in (0, 8, 16)]]
+
+
+@pytest.mark.parametrize("dtype", [MEMBER_DTYPE, PACKET_DTYPE], ids=["members", "packets"])
+def test_the_local_file_is_open_to_all_and_has_the_size_of_the_far_one(tmp_path, dtype):
+    path = tmp_path / "new" / "folder" / "members.rows"
+    np.save(tmp_path / "far.npy", np.zeros(1000, dtype))
+    far = (tmp_path / "far.npy").read_bytes()
+    before = os.umask(0)
+    try:
+        for _ in range(2):
+            prepare_rows("far", len(far), dtype, path)
+    finally:
+        os.umask(before)
+    assert path.read_bytes() == far and path.stat().st_mode & 0o777 == 0o666
+    for size in (10, len(far) - 1, len(far) + 8):
+        with pytest.raises(ShardError, match=f"far: no index table has {size} bytes"):
+            prepare_rows("far", size, dtype, path)
+    assert not open_below(tmp_path)
+
+
+def open_below(folder: Path) -> list[str]:
+    """Files in a folder that this process has open."""
+    return [
+        name for file in Path("/proc/self/fd").iterdir() if (name := os.path.realpath(file)).startswith(str(folder))
+    ]
+
+
+def test_rows_are_checked_once_and_their_file_is_closed(server, stored, tmp_path, monkeypatch):
+    checked = []
+    is_sound = LargeTable.is_sound
+    monkeypatch.setattr(LargeTable, "is_sound", lambda table, video: (checked.append(video), is_sound(table, video))[1])
+    with open_served(server, tmp_path) as dataset:
+        for _ in range(3):
+            assert dataset.read(1, np.array([3])) == [stored[1][3]]
+        (rows,) = dataset._parts[0].index.far
+        num_open = len(open_below(tmp_path / "cache"))
+    assert checked == [1] and len(open_below(tmp_path / "cache")) == num_open - 1
+    rows.close()
+    os.fstat(1)  # closing it twice closes nothing else

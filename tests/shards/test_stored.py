@@ -20,7 +20,7 @@ from shards.packets import NO_PACKETS, SparseVideo
 from shards.reader import open_dataset
 from shards.sources import SourceOptions
 from shards.stored import decode_stored
-from shards.video import probe_video
+from shards.video import VideoError, probe_video
 from shards.writer import build_shards
 
 COUNT = 120
@@ -203,6 +203,33 @@ def test_a_video_whose_packets_lie_is_not_listed(videos, monkeypatch):
 
     monkeypatch.setattr(shards.stored, "_listed", late)
     assert shards.stored.probe_stored(data)[1] is NO_PACKETS
+
+
+@pytest.mark.parametrize(
+    "fault", [np.zeros((64, 96, 3), np.uint8), VideoError("cannot be decoded")], ids=["black", "error"]
+)
+def test_a_video_whose_parts_show_something_else_is_not_listed(videos, monkeypatch, fault):
+    """Its first frame, its last and one between them are decoded from their parts too."""
+    data, decode, compared = (videos / "bframes.mp4").read_bytes(), shards.stored.decode_stored, []
+
+    def decode_but(number: int):
+        def decoded(sparse: bytes, numbers: list[int], *, num_frames: int) -> list[np.ndarray]:
+            compared.append(*numbers)
+            if numbers != [number]:
+                return decode(sparse, numbers, num_frames=num_frames)
+            if isinstance(fault, VideoError):
+                raise fault
+            return [fault]
+
+        return decoded
+
+    monkeypatch.setattr(shards.stored, "decode_stored", decode_but(-1))
+    assert shards.stored.probe_stored(data)[1] is not NO_PACKETS
+    assert len(compared) == 3 and compared[0] == 0 < compared[1] < compared[2] == COUNT - 1
+    for number in compared[:]:
+        monkeypatch.setattr(shards.stored, "decode_stored", decode_but(number))
+        info, packets = shards.stored.probe_stored(data)
+        assert packets is NO_PACKETS and info.num_frames == COUNT
 
 
 def test_gop_encodes_anew_what_shows_the_same(videos, tmp_path):

@@ -56,18 +56,44 @@ MODULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "augmentation": (("text4vis/data/augmentation.py",), ("data/test_augmentation.py", "data/test_plan.py")),
     "plan": (("text4vis/data/plan.py",), ("data/test_plan.py",)),
     "reader": (
-        ("shards/reader.py", "shards/opening.py", "shards/local.py"),
-        ("shards/test_reader.py", "shards/test_remote.py"),
+        (
+            "shards/reader.py",
+            "shards/opening.py",
+            "shards/local.py",
+            "shards/rows.py",
+            "shards/packets.py",
+            "shards/stored.py",
+        ),
+        (
+            "shards/test_packets.py",
+            "shards/test_reader.py",
+            "shards/test_rows.py",
+            "shards/test_stored.py",
+            "shards/test_many_labels.py",
+            "shards/test_remote.py",
+        ),
     ),
-    "index": (("shards/index.py",), ("shards/test_index.py",)),
-    "format": (("shards/format.py",), ("shards/test_format.py",)),
+    "index": (
+        ("shards/index.py",),
+        ("shards/test_index.py", "shards/test_reader.py", "shards/test_many_labels.py", "shards/test_stored.py"),
+    ),
+    "format": (
+        ("shards/format.py",),
+        (
+            "shards/test_format.py",
+            "shards/test_index.py",
+            "shards/test_reader.py",
+            "shards/test_many_labels.py",
+            "shards/test_stored.py",
+        ),
+    ),
     "cache": (
         ("shards/cache.py", "shards/cached.py", "shards/ahead.py"),
-        ("shards/test_cache.py", "shards/test_weave.py"),
+        ("shards/test_ahead.py", "shards/test_cached.py", "shards/test_cache.py", "shards/test_rows.py"),
     ),
     "remote": (
         ("shards/remote.py", "shards/transfer.py", "shards/stores.py"),
-        ("shards/test_remote.py", "shards/test_cache.py"),
+        ("shards/test_stores.py", "shards/test_transfer.py", "shards/test_remote.py", "shards/test_cache.py"),
     ),
     "checkpoint": (
         (
