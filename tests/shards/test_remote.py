@@ -815,3 +815,24 @@ def test_an_s3_object_is_signed_once_for_many_ranges(bucket, s3_endpoint, stored
         monkeypatch.setattr(shards.stores, "_SIGNATURE_SECONDS", -1)
         dataset._parts[0].source.files._store._signed.clear()
         assert read_everything(dataset) == stored and len(signed) > len(tars) + 3
+
+
+@pytest.mark.parametrize(("start", "asked_again_from"), [(10, 14), (0, 0)])
+def test_a_part_that_breaks_off_is_asked_for_from_there_and_a_whole_file_again(tmp_path, start, asked_again_from):
+    """A server without ranges can only send a whole file from its beginning."""
+    asked, total = [], 20
+
+    class Breaking:
+        async def get(self, name, span, write):
+            asked.append(span.start)
+            breaks_off = len(asked) == 1
+            write(bytes(range(span.start, span.start + 4 if breaks_off else span.stop)))
+            if breaks_off:
+                raise ConnectionResetError
+
+    files = RemoteFiles("http://h", Transfers(), retries=1, timeout_seconds=1, storage_options=None)
+    files._store = Breaking()
+    with (tmp_path / "part").open("w+b") as file:
+        asyncio.run(files._store_part("x.tar", start, total, total, file.fileno()))
+        assert os.pread(file.fileno(), total, 0)[start:] == bytes(range(start, total))
+    assert asked == [start, asked_again_from]

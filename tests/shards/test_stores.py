@@ -255,6 +255,23 @@ def test_s3_signs_once_for_two_minutes_and_again_after_a_failure(monkeypatch):
     asyncio.run(ask())
 
 
+def test_an_s3_store_closes_botocores_client_if_it_has_one():
+    closed = []
+
+    async def leave(*_: object) -> None:
+        closed.append(True)
+
+    async def close(client: object) -> None:
+        store = shards.stores._S3Store("s3://b/d", 5.0, {})
+        store._client = client
+        await store.close()
+
+    asyncio.run(close(None))
+    assert closed == []
+    asyncio.run(close(type("Client", (), {"__aexit__": leave})()))
+    assert closed == [True]
+
+
 # Other stores
 
 

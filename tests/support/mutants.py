@@ -214,7 +214,7 @@ def _children(node: ast.AST) -> Iterator[ast.AST]:
             continue
         for child in value if isinstance(value, list) else [value]:
             typing = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
-            logs = isinstance(child, ast.Expr) and ast.unparse(child.value).startswith("logger.")
+            logs = isinstance(child, ast.Expr) and ast.unparse(child.value).startswith(("logger.", "_log."))
             strict = isinstance(child, ast.keyword) and child.arg in {"strict", "dtype"}
             if isinstance(child, ast.AST) and not (typing or logs or strict):
                 yield child
