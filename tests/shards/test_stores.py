@@ -275,6 +275,12 @@ def test_an_s3_store_closes_botocores_client_if_it_has_one():
 # Other stores
 
 
+def test_each_store_has_a_driver_of_its_own():
+    """fsspec would give the same one to all, with the connections of a loop that has ended."""
+    first, second = (shards.stores._asynchronous("memory", {}) for _ in range(2))
+    assert first is not second
+
+
 def test_an_asynchronous_driver_has_time_for_the_bytes(monkeypatch):
     limits, closed = [], []
     wait_for = asyncio.wait_for
