@@ -21,6 +21,7 @@ import av.error
 import numpy as np
 from av.container import InputContainer
 
+from shards.packets import SparseVideo
 from shards.video import (
     RgbConverter,
     Source,
@@ -188,6 +189,8 @@ class FrameReader:
     """
 
     def __init__(self, source: Source, *, num_frames: int | None = None, threads: int = 1) -> None:
+        if isinstance(source, SparseVideo):
+            raise TypeError("only parts of this video were read: use shards.stored.decode_stored")
         self._source, self._num_frames, self._threads = source, num_frames, threads
         self._table: PacketTable | None = None
         self._looked = False

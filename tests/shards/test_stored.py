@@ -114,6 +114,15 @@ def test_frames_from_parts_are_those_of_the_file(videos, stored):
     assert sparse == {path.name for path in videos.glob("*.mp4")}
 
 
+def test_a_video_read_in_parts_is_not_taken_for_a_whole_file(stored):
+    """The bytes that were not read are zeros: a decoder that does not know may show wrong frames."""
+    with open_dataset(str(stored)) as dataset:
+        videos = (in_parts(dataset, sample, np.array([0])) for sample in range(len(dataset)))
+        data = next(video for video in videos if isinstance(video, SparseVideo))
+        with pytest.raises(TypeError, match="decode_stored"):
+            decode_frames(data, [0], num_frames=COUNT)
+
+
 def test_over_http_eight_frames_of_ten_seconds_cost_half_of_the_file(tmp_path, monkeypatch):
     """Rows of the index included, fetched as those of a large data set are."""
     monkeypatch.setattr(shards.opening, "WHOLE_TABLE_BYTES", 0)
