@@ -4,7 +4,7 @@
 
 The shards are copied, frames of some videos are damaged (`data.on_error: skip`), and a store serves them that sometimes
 answers with an error, half a body, nothing or late. Jobs of one, two and four ranks in turn train from it; at a random
-moment a rank of the job is killed, or the job is asked to stop. When a run is done, one with the next seed follows.
+step a rank of the job is killed, or the job is asked to stop. When a run is done, one with the next seed follows.
 
 Prints at the end, with exit code 1 if any of the first three is not as promised:
 
@@ -28,7 +28,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,20 +59,23 @@ class Process:
 
 @dataclass
 class Soak:
-    """train, val: folders of shards. ranks: numbers of ranks to draw from. seconds: a job's life, from and to."""
+    """train, val: folders of shards. ranks: numbers of ranks to draw from. steps: a job ends after this many of its own,
+    drawn from this range. slow: seconds that each micro batch takes longer, so that a job ends near that step."""
 
     config: Path
     train: Path
     val: Path
     work: Path
     ranks: Sequence[int]
-    seconds: tuple[float, float]
+    steps: tuple[int, int]
     seed: int = 0
     settings: Sequence[str] = ()
     damaged_share: float = 0.01
+    slow: float = 0
 
     def __post_init__(self) -> None:
         self.draw = random.Random(self.seed)
+        self.draw_fault = random.Random(self.seed)  # the store's threads draw at any time
         self.processes: list[Process] = []
         self.counts = {"jobs": 0, "killed": 0, "asked to stop": 0, "faults of the store": 0}
         shutil.copytree(self.train, self.work / "store")
@@ -118,22 +121,24 @@ class Soak:
         return done
 
     def _fault(self, path: str, count: int):
-        if self.draw.random() > 0.02:
+        if self.draw_fault.random() > 0.02:
             return None
         self.counts["faults of the store"] += 1
-        return self.draw.choice(
+        return self.draw_fault.choice(
             [status_fault(500), status_fault(503), status_fault(429), truncated_fault, hang_up_fault, slow_fault(1)]
         )
 
     def _job(self, run: int, store: FlakyServer) -> bool:
         """One job; True when the run is done."""
         ranks = self.draw.choice(self.ranks)
-        options = ["--ledger", self.ledger_folder(run)]
+        options = ["--ledger", self.ledger_folder(run), "--slow", self.slow]
         job = start("tests/support/train_with.py", *options, "--", *self.arguments(run, store.address), ranks=ranks)
         self.counts["jobs"] += 1
         watched = [Process() for _ in job]
         self.processes += watched
-        killed = self._watch(job, watched, self._steps_of(run), self.draw.uniform(*self.seconds))
+        ledger = self.ledger_folder(run) / "0.jsonl"
+        begins_at = ledger.stat().st_size if ledger.exists() else 0
+        killed = self._watch(job, watched, lambda: steps_since(ledger, begins_at), self.draw.randint(*self.steps))
         results = finish(job)
         codes = {code for code, _ in results}
         if codes == {0}:
@@ -142,31 +147,29 @@ class Soak:
         assert codes <= expected, "\n".join([f"exit codes {codes}", *(output for _, output in results)])
         return False
 
-    def _steps_of(self, run: int):
-        before = sum(path.stat().st_size for path in self.ledger_folder(run).glob("*.jsonl"))
-        return lambda: sum(path.stat().st_size for path in self.ledger_folder(run).glob("*.jsonl")) > before
-
-    def _watch(self, job: list[Rank], watched: list[Process], has_begun, seconds: float) -> bool:
-        """Samples memory and open files until it is time to end the job. True if a rank was killed."""
-        while not has_begun():
-            if job[0].poll() is not None:
-                return False
-            time.sleep(0.2)
-        began = time.monotonic()
-        while time.monotonic() < began + seconds:
+    def _watch(self, job: list[Rank], watched: list[Process], steps_taken: Callable[[], int], steps: int) -> bool:
+        """Samples memory and open files until the job has taken its steps, then ends it. True if a rank was killed."""
+        began = sampled = 0.0
+        while (taken := steps_taken()) < steps:
             if all(process.poll() is not None for process in job):
                 return False
-            for process, figures in zip(job, watched, strict=True):
-                with suppress(psutil.NoSuchProcess):
-                    lives, since = psutil.Process(process.pid), time.monotonic() - began
-                    figures.resident.append((since, lives.memory_info().rss / 1e6))
-                    figures.files.append((since, lives.num_fds()))
-            time.sleep(1)
+            if taken and time.monotonic() > sampled + 1:
+                sampled = time.monotonic()
+                began = began or sampled
+                self._sample(job, watched, sampled - began)
+            time.sleep(0.05)
         victim, kills = self.draw.choice(job), self.draw.random() < 0.7
         with suppress(ProcessLookupError):
             os.kill(victim.pid, signal.SIGKILL if kills else signal.SIGTERM)
             self.counts["killed" if kills else "asked to stop"] += 1
         return kills
+
+    def _sample(self, job: list[Rank], watched: list[Process], since: float) -> None:
+        for process, figures in zip(job, watched, strict=True):
+            with suppress(psutil.NoSuchProcess):
+                lives = psutil.Process(process.pid)
+                figures.resident.append((since, lives.memory_info().rss / 1e6))
+                figures.files.append((since, lives.num_fds()))
 
     def samples_as_planned(self, run: int) -> tuple[int, bool, bool]:
         """Steps taken, whether each one's global batch is that of an undisturbed single process, and whether the videos
@@ -207,6 +210,15 @@ class Soak:
         return slopes
 
 
+def steps_since(ledger: Path, offset: int) -> int:
+    """Steps that a rank has begun, by the lines of its ledger from this byte on."""
+    if not ledger.exists():
+        return 0
+    with ledger.open() as file:
+        file.seek(offset)
+        return len({line.split('"step": ', 1)[1].split(",", 1)[0] for line in file if '"step": ' in line})
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True)
@@ -214,13 +226,13 @@ def main() -> int:
     parser.add_argument("--val", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 2, 4])
-    parser.add_argument("--seconds", type=float, nargs=2, default=(60, 600), help="a job's life")
+    parser.add_argument("--steps", type=int, nargs=2, default=(20, 400), help="a job's life")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         soak = Soak(
-            arguments.config, arguments.train, arguments.val, Path(folder), arguments.ranks, tuple(arguments.seconds),
+            arguments.config, arguments.train, arguments.val, Path(folder), arguments.ranks, tuple(arguments.steps),
             arguments.seed, arguments.set,
         )  # fmt: skip
         runs = range(soak.run(arguments.minutes))
