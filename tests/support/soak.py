@@ -59,8 +59,8 @@ class Process:
 
 @dataclass
 class Soak:
-    """train, val: folders of shards. ranks: numbers of ranks to draw from. steps: a job ends after this many of its own,
-    drawn from this range. slow: seconds that each micro batch takes longer, so that a job ends near that step."""
+    """train, val: folders of shards. ranks: numbers of ranks to draw from. steps: a job is ended after this many of its
+    own, drawn from this range. slow: seconds that each micro batch takes longer, so that a job ends near that step."""
 
     config: Path
     train: Path
