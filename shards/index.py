@@ -6,7 +6,7 @@ rows are checked when they are used and not here. Of a far data set only the row
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -148,8 +148,11 @@ class Index:
         assert self.packet_table is not None
         return self.packet_table.of(video)
 
-    def ranges(self, video: int, rows: np.ndarray) -> list[tuple[int, int]]:
-        """Byte ranges of these member rows in the video's shard. Raises SampleError if one lies outside it."""
+    def ranges(self, video: int, rows: np.ndarray | Mapping[str, np.ndarray]) -> list[tuple[int, int]]:
+        """Byte ranges of these member rows in the video's shard: `block` and `size` of each.
+
+        Raises SampleError if one lies outside the shard.
+        """
         shard = self.manifest.shards[int(self.videos["shard"][video])]
         ranges = []
         for block, size in zip(rows["block"].tolist(), rows["size"].tolist(), strict=True):
@@ -162,6 +165,13 @@ class Index:
                 )
             ranges.append((start, stop))
         return ranges
+
+    def json_ranges(self, video: int) -> list[tuple[int, int]]:
+        """Where the video's JSON lies in its shard; none in tars that others wrote. Raises SampleError as `ranges`."""
+        if self.manifest.tars is not None:
+            return []
+        row = self.videos[video : video + 1]
+        return self.ranges(video, {"block": row["json_block"], "size": row["json_size"]})
 
 
 def read_local_manifest(folder: Path) -> Manifest:

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from shards.address import local_path, scheme_of
+from shards.address import join_address, local_path, scheme_of
 from shards.cache import ShardCache, entry_name, fetch_once
 from shards.cached import CachedShards
-from shards.format import MANIFEST, PACKETS_ROLE, Manifest, ShardError
+from shards.format import MANIFEST, PACKETS_ROLE, Manifest, ShardError, video_key
 from shards.index import MAX_MANIFEST_BYTES, Index, check_crc32, open_index, read_local_manifest
 from shards.local import LocalShards, ShardSource
 from shards.remote import RemoteFiles, RemoteShards
 from shards.rows import WHOLE_TABLE_BYTES, FarRows, cannot_keep, prepare_rows
-from shards.text import printable
+from shards.text import printable, redact
 from shards.transfer import Transfers
 
 _ROWS_SUFFIX = ".rows"  # of a table that is not here whole
@@ -45,12 +45,29 @@ class Options:
         return Path(self.cache_dir).expanduser().absolute()
 
 
+class TarSample(NamedTuple):
+    """Where a video is, in webdataset's words: its key, and the address of its tar as it may be shown."""
+
+    key: str
+    url: str
+
+
 @dataclass(frozen=True)
 class Part:
-    """One of the data sets that are joined."""
+    """One of the data sets that are joined. place: the folder or address of its tars."""
 
     index: Index
     source: ShardSource
+    place: str
+
+    def tar_sample(self, video: int) -> TarSample:
+        """Where a video is."""
+        index = self.index
+        shard = index.manifest.shards[int(index.videos["shard"][video])]
+        url = redact(join_address(self.place, shard.name))
+        if index.manifest.tars is not None:
+            return TarSample(index.name(video).removeprefix(f"{shard.name.removesuffix('.tar')}/"), url)
+        return TarSample(video_key(video), url)
 
     def renew(self) -> None:
         """Drops what does not survive a fork. Called in the child."""
@@ -75,10 +92,10 @@ def open_part(address: str, options: Options, transfers: Transfers) -> Part:
     index = open_index(printable(str(folder)), manifest, files)
     place = manifest.tars
     if place is None or place == ".":
-        return Part(index, LocalShards(folder, manifest.shards, options.retries))
+        return Part(index, LocalShards(folder, manifest.shards, options.retries), str(folder))
     if scheme_of(place) is None:
-        return Part(index, LocalShards(local_path(place), manifest.shards, options.retries))
-    return Part(index, _remote_source(_remote_files(place, options, transfers), manifest, options))
+        return Part(index, LocalShards(local_path(place), manifest.shards, options.retries), str(local_path(place)))
+    return Part(index, _remote_source(_remote_files(place, options, transfers), manifest, options), place)
 
 
 def _open_remote(address: str, options: Options, transfers: Transfers) -> Part:
@@ -91,7 +108,7 @@ def _open_remote(address: str, options: Options, transfers: Transfers) -> Part:
         )
     folder = options.cache_path(remote.where) / "index"
     index = _open_fetched_index(remote, manifest, folder, by_shard=options.cache_bytes is not None)
-    return Part(index, _remote_source(remote, manifest, options))
+    return Part(index, _remote_source(remote, manifest, options), address)
 
 
 def _remote_files(address: str, options: Options, transfers: Transfers) -> RemoteFiles:

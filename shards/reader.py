@@ -27,7 +27,7 @@ from shards.annotations import Label
 from shards.cached import CachedShards
 from shards.format import SampleError, ShardError, video_crc32
 from shards.local import Check, Extent, LocalShards
-from shards.opening import Options, Part, open_part
+from shards.opening import Options, Part, TarSample, open_part
 from shards.packets import Packets, VideoParts
 from shards.text import printable
 from shards.transfer import BYTES_IN_FLIGHT, REQUESTS_IN_FLIGHT, Transfers
@@ -42,7 +42,7 @@ class _Wanted(NamedTuple):
     """What one request reads: the distinct members `numbers`, their checksums and byte ranges, in one shard.
 
     positions: for each frame of the request its place among the distinct ones. parts: of a stored video of which not
-    all is read; `ranges` are then those of its parts.
+    all is read; `ranges` are then those of its parts. num_json: 1 if the first of `ranges` is the video's JSON.
     """
 
     part: Part
@@ -53,6 +53,7 @@ class _Wanted(NamedTuple):
     ranges: list[tuple[int, int]]
     positions: list[int]
     parts: VideoParts | None = None
+    num_json: int = 0
 
     @property
     def extent(self) -> Extent:
@@ -137,8 +138,7 @@ os.register_at_fork(after_in_child=_renew_after_fork)
 class ShardDataset:
     """Videos of one or several data sets as samples 0 ... N-1. Made by `open_dataset`.
 
-    Any number of threads may use it. It survives a fork, and pickling opens it again. Close it, or use it as a context
-    manager.
+    Threads may share it. It survives a fork, and pickling opens it again. Close it, or use it as a context manager.
     """
 
     def __init__(self, addresses: list[str], options: Options, parts: list[Part], transfers: Transfers) -> None:
@@ -246,6 +246,11 @@ class ShardDataset:
         shard = part.index.manifest.shards[int(part.index.videos["shard"][video])]
         return f"{printable(part.index.name(video))} (sample {sample}, {shard.name} of {part.index.where})"
 
+    def tar_sample(self, sample: int) -> TarSample:
+        """Where the sample is, in webdataset's words."""
+        part, video = self._locate(sample)
+        return part.tar_sample(video)
+
     def frame_sizes(self, sample: int, frames: np.ndarray) -> list[tuple[int, int]]:
         """(height, width) in pixels of each of the (k,) frames, zeros where unknown."""
         part, video = self._locate(sample)
@@ -284,22 +289,25 @@ class ShardDataset:
         """
         return self.start(requests).result()
 
-    def start(self, requests: Sequence[tuple[int, np.ndarray]], *, in_parts: bool = False) -> Reading:
+    def start(
+        self, requests: Sequence[tuple[int, np.ndarray]], *, in_parts: bool = False, with_json: bool = False
+    ) -> Reading:
         """`read_many` in two steps: begins to fetch, `result()` of what it returns waits. With remote data sets many
         such readings may be under way at the same time. This waits for index rows only, which `ahead` has fetched.
 
         in_parts: of stored videos whose packets the index lists, read what the frames need; the result then holds a
-        `shards.packets.SparseVideo` in place of the file, for `shards.stored.decode_stored`.
+        `shards.packets.SparseVideo` in place of the file, for `shards.stored.decode_stored`. with_json: each list
+        begins with the video's JSON, which has no checksum; of tars that others wrote there is none.
         """
         self._want_rows(np.array([sample for sample, _ in requests], np.int64))
         wanted = []
         for sample, frames in requests:
             if self.content(sample) == "frames":
-                wanted.append(self._wanted(sample, frames))
+                wanted.append(self._wanted(sample, frames, with_json=with_json))
             elif in_parts and (parts := self._wanted_parts(sample, frames)) is not None:
                 wanted.append(parts)
             else:
-                wanted.append(self._wanted(sample, np.zeros(1, np.int64)))
+                wanted.append(self._wanted(sample, np.zeros(1, np.int64), with_json=with_json))
         return Reading(self, wanted)
 
     def ahead(self, batches: Iterable[Batch], ids_of: Callable[[Batch], np.ndarray]) -> Iterator[Batch]:
@@ -331,7 +339,7 @@ class ShardDataset:
                 rows.want(samples[(start <= samples) & (samples < stop)] - start)
         return len(samples)
 
-    def _wanted(self, sample: int, frames: np.ndarray) -> _Wanted:
+    def _wanted(self, sample: int, frames: np.ndarray, *, with_json: bool = False) -> _Wanted:
         if self._closed:
             raise ValueError("the data set is closed")
         part, video = self._locate(sample)
@@ -340,7 +348,8 @@ class ShardDataset:
         distinct, positions = list(place), [place[number] for number in wanted]
         rows = part.index.member_rows(video, np.array(distinct, np.int64))
         ranges, shard = part.index.ranges(video, rows), int(part.index.videos["shard"][video])
-        return _Wanted(part, sample, shard, distinct, rows["crc32"].tolist(), ranges, positions)
+        json, crc32s = part.index.json_ranges(video) if with_json else [], rows["crc32"].tolist()
+        return _Wanted(part, sample, shard, distinct, crc32s, json + ranges, positions, num_json=len(json))
 
     def _wanted_parts(self, sample: int, frames: np.ndarray) -> _Wanted | None:
         """What the frames of a stored video need; None if the index does not list its packets."""
@@ -369,7 +378,7 @@ class ShardDataset:
             if wanted.parts is not None:
                 complaint = wanted.parts.damage(chunks)
                 return complaint and f"{self.describe(wanted.sample)}: {complaint}; {_DAMAGED_SHARD}"
-            for number, expected, chunk in zip(wanted.numbers, wanted.crc32s, chunks, strict=True):
+            for number, expected, chunk in zip(wanted.numbers, wanted.crc32s, chunks[wanted.num_json :], strict=True):
                 if isal_zlib.crc32(chunk) != expected:
                     return self._describe_damage(wanted.part, wanted.sample, number, isal_zlib.crc32(chunk), expected)
             return None
@@ -428,7 +437,8 @@ class Reading:
             chunks = fetch.read(number, self._dataset._check(one)) if one.ranges else []
             if one.parts is not None:
                 chunks = [one.parts.file(chunks)]
-            files.append([chunks[position] for position in one.positions])
+            json, members = chunks[: one.num_json], chunks[one.num_json :]
+            files.append([*json, *(members[position] for position in one.positions)])
         return files
 
 

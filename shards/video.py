@@ -316,6 +316,17 @@ def _continuous(stamps: Sequence[float | None], usual: float, longest_step: floa
     return times_N - times_N[0]
 
 
+def container_extension(data: bytes) -> str:
+    """What to call a file after its container: mp4 (also of MOV), avi, mkv or webm, else FFmpeg's name for it.
+
+    Raises VideoError.
+    """
+    if data[4:8] == b"ftyp":  # most files need not be opened
+        return "mp4"
+    with opened_video(data) as (container, _):
+        return _extension(container.format.name, data) or str(container.format.name.split(",")[0])
+
+
 def _extension(format_name: str, source: Source) -> str | None:
     kind = next((kind for kind in ("mp4", "avi", "matroska") if kind in format_name.split(",")), None)
     if kind != "matroska":

@@ -31,6 +31,19 @@ def test_the_shard_format_page_reads_real_shards(tmp_path, monkeypatch):
     assert names["jpeg"] == stored[name][7]
 
 
+def test_the_samples_of_the_data_page_are_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folders = make_frame_folders(tmp_path, [9] * 5)
+    labels = parse_labels(folders.labels)
+    build_shards(parse_annotations(folders.annotations), root=folders.root, labels=labels, output="shards/train")
+    (example,) = code_blocks("docs/data-sets.md", "python")
+    names: dict = {}
+    exec(example, names)
+    assert capsys.readouterr().out.count("000000.tar") == 5
+    decoded = list(names["loader"])
+    assert len(decoded) == 5 and all(sample["json"]["num_frames"] == 9 for sample in decoded)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", page.read_text(encoding="utf-8"))

@@ -77,7 +77,11 @@ class TrainOrder:
 
         A pass goes once over all videos, over the few that were chosen, or over those of a source of a mixture.
         """
-        places, passes = self._stream.at(share_positions(start, global_batch, rank, world_size, self._num_streams))
+        return self.at(share_positions(start, global_batch, rank, world_size, self._num_streams))
+
+    def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and passes, both (n,) int64, at these (n,) positions of the endless stream."""
+        places, passes = self._stream.at(positions)
         return self._videos[places], passes
 
     def source_of(self, ids: np.ndarray) -> np.ndarray:

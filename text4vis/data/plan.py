@@ -256,16 +256,27 @@ class Planner:
         Raises SampleError if its rows of the index cannot be right, or if its frames, stored or scaled, are larger than
         shards.images.MAX_FRAME_PIXELS.
         """
-        data = self.config.data
-        num_frames, label = int(self.dataset.num_frames[sample]), self.dataset.label_of(sample)
-        if self.augments:
-            drawn = augmentation.draw(data, num_frames, augmentation.generator(self.config.seed, epoch, sample))
-            if drawn.flip:
-                label = self._mirror(label)
-            geometry = partial(augmentation.train_geometry, drawn, side=data.input_size)
-            return VideoPlan(sample, epoch, label, self._plan_frames(sample, drawn.indices, geometry))
-        indices = sampling.test_indices(num_frames, data.num_segments, self.num_clips, data.dense)
-        return VideoPlan(sample, epoch, label, self._plan_frames(sample, indices, self._eval_geometry))
+        label = self.dataset.label_of(sample)
+        if not self.augments:
+            frames = self._plan_frames(sample, self._test_indices(sample), self._eval_geometry)
+            return VideoPlan(sample, epoch, label, frames)
+        drawn = self._draw(sample, epoch)
+        if drawn.flip:
+            label = self._mirror(label)
+        geometry = partial(augmentation.train_geometry, drawn, side=self.config.data.input_size)
+        return VideoPlan(sample, epoch, label, self._plan_frames(sample, drawn.indices, geometry))
+
+    def frame_numbers(self, sample: int, epoch: int) -> np.ndarray:
+        """The frames that `plan_video` chooses, (clips * T,) int64, clip after clip; one may occur several times."""
+        return self._draw(sample, epoch).indices if self.augments else self._test_indices(sample)
+
+    def _draw(self, sample: int, epoch: int) -> augmentation.Draw:
+        rng = augmentation.generator(self.config.seed, epoch, sample)
+        return augmentation.draw(self.config.data, int(self.dataset.num_frames[sample]), rng)
+
+    def _test_indices(self, sample: int) -> np.ndarray:
+        data, num_frames = self.config.data, int(self.dataset.num_frames[sample])
+        return sampling.test_indices(num_frames, data.num_segments, self.num_clips, data.dense)
 
     def substitutes(self, sample: int, epoch: int) -> Iterator[int]:
         """Videos to try one after another where `sample` cannot be used in `epoch`; none in evaluation.

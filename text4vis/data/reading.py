@@ -8,6 +8,7 @@ from typing import NamedTuple
 from shards.format import SampleError
 from shards.images import ImageProbe, plain_image
 from shards.reader import Reading, ShardDataset
+from text4vis.config.schema import DataConfig
 from text4vis.data.plan import BatchPlan, FramePlan, Picked, Planner, VideoPlan
 
 
@@ -42,11 +43,13 @@ class PlanReader:
     @property
     def batches_ahead(self) -> int:
         """Batches to begin ahead of the started one: with a far store, enough for twice its limit of requests."""
-        if not self._dataset.is_remote:
-            return 1
-        stored_videos = self._dataset.content(0) == "video"
-        requests = self._planner.batch_size if stored_videos else self._planner.max_frames
-        return 1 + -(-2 * self._planner.config.data.requests_in_flight // requests)
+        planner = self._planner
+        return batches_ahead(
+            self._dataset,
+            planner.config.data,
+            videos=planner.batch_size,
+            frames=planner.max_frames // planner.batch_size,
+        )
 
     def begin(self, picked: Picked) -> PendingBatch:
         """Starts planning and fetching a batch, and returns at once."""
@@ -99,6 +102,14 @@ class PlanReader:
             f"{frame.size[1]}x{frame.size[0]}; the index is damaged or of other data: check both with "
             "tools/check_shards.py, then copy the data set again or rebuild it"
         )
+
+
+def batches_ahead(dataset: ShardDataset, data: DataConfig, *, videos: int, frames: int) -> int:
+    """Batches of so many videos, with so many frames of each, to begin ahead of the one that is taken."""
+    if not dataset.is_remote:
+        return 1
+    requests = videos if dataset.content(0) == "video" else videos * frames
+    return 1 + -(-2 * data.requests_in_flight // requests)
 
 
 def undecodable(dataset: ShardDataset, sample: int, reason: object, frame: int | None = None) -> str:
