@@ -24,6 +24,7 @@ import torch
 from shards.format import SampleError
 from shards.reader import ShardDataset
 from text4vis.cluster import distributed
+from text4vis.common.allocator import map_large_blocks
 from text4vis.config.batches import BatchSizes
 from text4vis.config.schema import Config, ConfigError
 from text4vis.data.augmentation import num_operations
@@ -104,6 +105,7 @@ class Loader:
     ) -> None:
         if not len(dataset):
             raise ConfigError(f"data.{split}: the data set {', '.join(dataset.places)} holds no videos")
+        map_large_blocks()
         self.config, self.split, self.dataset = config, split, dataset
         self.world_size = world_size
         self.planner = Planner(config, split, dataset, rank, world_size, ids, sizes)
@@ -200,7 +202,7 @@ class Loader:
         regions = self._decoded(
             reader, lambda: CpuDecoder(self.dataset, decodes, num_threads=self._num_threads, max_frames=num_frames)
         )
-        for videos, frames_BVTSS3 in pipelined(regions, finisher.start, Finishing.result, 2):
+        for videos, frames_BVTSS3 in pipelined(regions, finisher.start, Finishing.result, 1):
             yield videos, partial(frames_BVTSS3.to, non_blocking=True), frames_BVTSS3
 
     def _made_on_gpu(self, reader: PlanReader, decodes: ThreadPoolExecutor) -> Iterator[Made]:

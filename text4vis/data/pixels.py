@@ -6,22 +6,21 @@ its recipes decode on the CPU; blur and solarisation are in the GPU's graph too 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from PIL import Image, ImageFilter
-from torchvision.transforms.v2 import functional as F
 
 from text4vis.data.augmentation import Crop, Operation
 
-CUTOUT_COLOUR = (125, 123, 114)
 SOLARIZE_THRESHOLD = 128
 
 
 def operate(picture: Image.Image, operations: Iterable[Operation]) -> Image.Image:
     """Applies RandAugment's operations (Cubuk et al., 2020) in order. Pixels from outside the frame become black."""
+    from text4vis.data.randaugment import OPERATIONS  # loads torchvision: 90 MB that other recipes do without
+
     for operation in operations:
-        picture = _OPERATIONS[operation.name](picture, operation)
+        picture = OPERATIONS[operation.name](picture, operation)
     return picture
 
 
@@ -41,44 +40,3 @@ def solarize(picture: Image.Image, threshold: float = SOLARIZE_THRESHOLD, addend
     table = [min(int(value + addend), 255) for value in range(256)]
     table = [value if value < threshold else 255 - value for value in table]
     return picture.point(table * 3)
-
-
-def _affine(
-    picture: Image.Image, *, shear: tuple[float, float] = (0, 0), translate: tuple[float, float] = (0, 0)
-) -> Image.Image:
-    """Takes pixel (x, y) from (x + shear_x * y + translate_x, y + shear_y * x + translate_y), nearest neighbour."""
-    degrees = [math.degrees(math.atan(tangent)) for tangent in shear]
-    return F.affine(
-        picture, angle=0, translate=[-offset for offset in translate], scale=1, shear=degrees, center=[0, 0]
-    )
-
-
-def _cutout(picture: Image.Image, operation: Operation) -> Image.Image:
-    """Draws a grey square around (x, y), clipped to the frame; it includes both its borders, as Pillow's does."""
-    width, height = picture.size
-    centre_y, centre_x, side = operation.y * height, operation.x * width, operation.value
-    top, left = int(max(0, centre_y - side / 2)), int(max(0, centre_x - side / 2))
-    bottom, right = int(min(height - 1, top + side)) + 1, int(min(width - 1, left + side)) + 1
-    picture = picture.copy()
-    picture.paste(CUTOUT_COLOUR, (left, top, right, bottom))
-    return picture
-
-
-_OPERATIONS: dict[str, Callable] = {
-    "autocontrast": lambda picture, _: F.autocontrast(picture),
-    "equalize": lambda picture, _: F.equalize(picture),
-    "invert": lambda picture, _: F.invert(picture),
-    "rotate": lambda picture, operation: F.rotate(picture, operation.value),
-    "posterize": lambda picture, operation: F.posterize(picture, max(1, int(operation.value))),  # 0 bits: black
-    "solarize": lambda picture, operation: solarize(picture, operation.value),
-    "solarize_add": lambda picture, operation: solarize(picture, addend=operation.value),
-    "color": lambda picture, operation: F.adjust_saturation(picture, operation.value),
-    "contrast": lambda picture, operation: F.adjust_contrast(picture, operation.value),
-    "brightness": lambda picture, operation: F.adjust_brightness(picture, operation.value),
-    "sharpness": lambda picture, operation: F.adjust_sharpness(picture, operation.value),
-    "shear_x": lambda picture, operation: _affine(picture, shear=(operation.value, 0)),
-    "shear_y": lambda picture, operation: _affine(picture, shear=(0, operation.value)),
-    "cutout": _cutout,
-    "translate_x": lambda picture, operation: _affine(picture, translate=(operation.value, 0)),
-    "translate_y": lambda picture, operation: _affine(picture, translate=(0, operation.value)),
-}

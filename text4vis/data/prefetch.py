@@ -74,7 +74,7 @@ class _End:
 
 
 class Prefetcher(Iterator[Item], Generic[Item]):
-    """Runs a generator in a thread of its own, up to `depth` items ahead. Its errors are raised by `next`.
+    """Runs a generator in a thread of its own, up to `depth` items ahead, at least two. Its errors are raised by `next`.
 
     receive: called with each item in the consumer's thread, before the consumer gets it.
     """
@@ -87,7 +87,7 @@ class Prefetcher(Iterator[Item], Generic[Item]):
         receive: Callable[[Item], object] = lambda item: None,
     ) -> None:
         self._items, self._receive = items, receive
-        self._queue: queue.Queue[Item | _End] = queue.Queue(maxsize=depth)
+        self._queue: queue.Queue[Item | _End] = queue.Queue(maxsize=max(1, depth - 1))  # one more is in the thread
         self._stopped = threading.Event()
         self._end: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
