@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -217,3 +219,10 @@ def test_batches_of_the_cpu_are_pinned_and_copied_to_the_gpu_by_the_loaders_thre
         "MainThread: wait",
         "MainThread: record the stream",
     ] * 3
+
+
+def test_only_randaugment_loads_torchvision():
+    """It takes 90 MB."""
+    code = "import sys, text4vis.data.loader as _; print('torchvision' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]

@@ -1,6 +1,7 @@
 """What keeps a loop from waiting: overlapping steps, a thread that works ahead, no garbage collection."""
 
 import gc
+import sys
 import threading
 import weakref
 
@@ -9,7 +10,7 @@ import pytest
 from text4vis import train
 from text4vis.cluster.stop import StopRequest
 from text4vis.config.schema import Config
-from text4vis.data.prefetch import Prefetcher, pipelined, settled
+from text4vis.data.prefetch import SWITCH_SECONDS, Prefetcher, pipelined, settled
 
 
 class Knot:
@@ -39,9 +40,39 @@ def test_what_comes_into_being_inside_is_collected_as_ever():
 
 
 def test_an_error_ends_it():
+    before = sys.getswitchinterval()
     with pytest.raises(ValueError), settled():
         raise ValueError
-    assert gc.get_freeze_count() == 0
+    assert gc.get_freeze_count() == 0 and sys.getswitchinterval() == before
+
+
+@pytest.mark.parametrize(("before", "inside"), [(0.005, SWITCH_SECONDS), (0.0001, 0.0001)])
+def test_threads_take_short_turns(before, inside):
+    usual = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(before)
+        with settled():
+            assert sys.getswitchinterval() == pytest.approx(inside, abs=2e-6)
+        assert sys.getswitchinterval() == pytest.approx(before, abs=2e-6)
+    finally:
+        sys.setswitchinterval(usual)
+
+
+@pytest.mark.parametrize(("depth", "ahead"), [(1, 2), (2, 2), (3, 3), (5, 5)])
+def test_a_prefetcher_works_so_far_ahead_and_no_farther(depth, ahead):
+    made = threading.Semaphore(0)
+
+    def items():
+        for number in range(100):
+            made.release()
+            yield number
+
+    running = Prefetcher(items(), depth, "test")
+    for _ in range(ahead):
+        assert made.acquire(timeout=30)
+    assert not made.acquire(timeout=0.3)
+    assert next(running) == 0 and made.acquire(timeout=30)
+    running.close()
 
 
 @pytest.mark.parametrize("dry_run", [False, True])

@@ -147,7 +147,7 @@ def test_in_evaluation_every_rank_has_its_share_once(shards):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("workers", "start"), [(0, None), (2, "fork"), (2, "spawn")])
+@pytest.mark.parametrize(("workers", "start"), [(0, None), (2, "fork"), (3, "fork")])
 def test_a_dataloader_gives_each_sample_once_and_in_order(shards, workers, start):
     config = settings(shards)
     expected = take(config, epochs=2)

@@ -18,7 +18,8 @@ from benchmarks import NAMES, contenders, engine, gpu, store
 from benchmarks.contenders import Setup
 from benchmarks.data import make_workload, multiplied, open_workload
 from benchmarks.engine import EngineSetup
-from benchmarks.figures import Figure, against, compared, interleaved, machine, run_fresh
+from benchmarks.figures import Figure, against, compared, interleaved, machine, pss_of_tree, run_fresh
+from benchmarks.lock_time import lock_time, preloaded
 from benchmarks.scale import scale
 from benchmarks.suites import SUITES
 
@@ -35,6 +36,7 @@ TINY = (
 )
 FIGURES = {"loader": 5, "views": 2, "read": 4, "build": 3, "open": 2, "order": 2, "position": 2}
 FIGURES |= {"remote": 27, "step": 4, "memory": 16, "resume": 7, "scale": 14, "predict": 6, "stored": 6, "search": 2}
+FIGURES |= {"lock": 9}
 # Two blocks at 224 px, the size of the recipe that the benchmarks train.
 SMALL_VIT = {
     "embed_dim": 64,
@@ -58,6 +60,56 @@ def small_vit(work):
     path = work / "small.json"
     path.write_text(json.dumps(SMALL_VIT))
     return str(path)
+
+
+LOCK_PROGRAM = """
+import hashlib, json, sys, threading, time
+sys.path.insert(0, sys.argv[1])
+from benchmarks.lock_time import lock_time
+
+def compute(used):
+    begun = time.thread_time()
+    while time.thread_time() - begun < 0.3:
+        sum(range(1000))
+    used.append(time.thread_time() - begun)
+
+def hash_without_lock(used):
+    begun = time.thread_time()
+    while time.thread_time() - begun < 0.3:
+        hashlib.sha256(bytes(8_000_000)).digest()
+
+for work in (compute, hash_without_lock):
+    used = []
+    thread = threading.Thread(target=work, args=(used,))
+    with lock_time() as held:
+        thread.start()
+        thread.join()
+    print(json.dumps([held.seconds, held.takes, sum(used)]))
+"""
+
+
+def test_time_under_the_lock_is_that_of_python_alone(tmp_path):
+    """A thread that computes in Python holds the lock all the time that it runs; one that hashes gives it back."""
+    command = [sys.executable, "-c", LOCK_PROGRAM, str(TOOL.parent)]
+    done = subprocess.run(command, env=preloaded(tmp_path), capture_output=True, text=True, check=True)
+    (computing, _, used), (hashing, takes, _) = (json.loads(line) for line in done.stdout.splitlines())
+    assert 0.9 * used < computing < 1.1 * used
+    assert hashing < 0.15 and takes > 10  # the 8 MB are made under the lock
+
+
+def test_time_under_the_lock_needs_the_library():
+    with pytest.raises(OSError, match="was not started with the library"), lock_time():
+        pass
+
+
+def test_memory_of_a_process_counts_what_it_has_started():
+    code = "import sys; block = bytearray(b'x' * 50_000_000); print('ready', flush=True); sys.stdin.read()"
+    before = pss_of_tree(os.getpid())
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout.readline()
+        assert 50e6 < pss_of_tree(child.pid) < 90e6
+        assert pss_of_tree(os.getpid()) > before + 40e6
+        child.stdin.close()
 
 
 def test_every_benchmark_has_a_name_for_the_command_line():

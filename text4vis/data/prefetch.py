@@ -1,4 +1,4 @@
-"""Keeps a loop from waiting: steps that overlap, a thread that works ahead, and no long garbage collections.
+"""Keeps a loop from waiting: steps that overlap, a thread that works ahead, short turns, no long garbage collections.
 
 Nothing here knows about videos.
 """
@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import gc
 import queue
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
+
+SWITCH_SECONDS = 0.0005
 
 Item = TypeVar("Item")
 Started = TypeVar("Started")
@@ -21,16 +24,23 @@ Done = TypeVar("Done")
 
 @contextmanager
 def settled() -> Iterator[None]:
-    """A context in which the garbage collector ignores all objects that existed before; it still collects newer ones.
+    """A context for a long loop: the threads of the loader need not wait long until they may run Python.
 
-    Otherwise a full collection now and then visits the half a million objects of all libraries. No thread can run
-    Python during it: the next batch is not started, and the other ranks wait for this one.
+    The garbage collector ignores all objects that existed before; it still collects newer ones. Otherwise a full
+    collection now and then visits the half a million objects of all libraries, and no thread can run Python meanwhile:
+    the next batch is not started, and the other ranks wait for this one.
+
+    A thread that computes in Python gives way to others after SWITCH_SECONDS, a tenth of Python's own limit. A batch
+    takes some fifty turns of the loader's threads, and each would wait that long.
     """
+    before = sys.getswitchinterval()
     gc.collect()
     gc.freeze()
+    sys.setswitchinterval(min(before, SWITCH_SECONDS))
     try:
         yield
     finally:
+        sys.setswitchinterval(before)
         gc.unfreeze()
 
 
@@ -74,7 +84,7 @@ class _End:
 
 
 class Prefetcher(Iterator[Item], Generic[Item]):
-    """Runs a generator in a thread of its own, up to `depth` items ahead, at least two. Its errors are raised by `next`.
+    """Runs a generator in a thread of its own, up to `depth` items ahead, at least two. `next` raises its errors.
 
     receive: called with each item in the consumer's thread, before the consumer gets it.
     """

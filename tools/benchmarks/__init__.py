@@ -2,5 +2,5 @@
 
 NAMES = (
     *("loader", "views", "read", "build", "open", "order", "position"),
-    *("remote", "step", "memory", "resume", "scale", "predict", "stored", "gpu", "search"),
+    *("remote", "step", "memory", "resume", "scale", "predict", "stored", "gpu", "search", "lock"),
 )

@@ -8,11 +8,14 @@ import platform
 import statistics
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
+
+import psutil
 
 from text4vis.common.progress import Progress
 
@@ -149,6 +152,16 @@ def bytes_read_by_process() -> int:
     """Bytes that this process has read with system calls so far, counted by the kernel. Mapped files do not count."""
     counters = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return int(counters["rchar"])
+
+
+def pss_of_tree(pid: int) -> int:
+    """Bytes of memory of a process and all that it has started; what n processes share counts as an n-th of each."""
+    total = 0
+    process = psutil.Process(pid)
+    for each in (process, *process.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            total += each.memory_full_info().pss
+    return total
 
 
 def forget_peak_memory() -> None:

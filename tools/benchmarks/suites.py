@@ -30,6 +30,7 @@ from benchmarks.figures import (
     run_fresh,
 )
 from benchmarks.gpu import gpu
+from benchmarks.lock import lock
 from benchmarks.prediction import predict
 from benchmarks.remote import remote
 from benchmarks.scale import scale
@@ -337,4 +338,5 @@ SUITES: dict[str, Callable[[Task], list[Figure]]] = {
     "stored": lambda task: stored(task.work, task.clips, task.processes, threads=task.workers, rounds=task.rounds),
     "gpu": lambda task: gpu(lambda: task.setup, task.work, task.rounds, task.seconds),
     "search": lambda task: search(task.work, task.search_windows, task.processes, task.rounds),
+    "lock": lambda task: lock(task.setup, task.work, rounds=task.rounds, seconds=task.seconds),
 }
