@@ -34,6 +34,8 @@ def shown(text: object) -> str:
 
 def printable(text: str) -> str:
     """Text with control characters, terminal escapes and lone surrogates written as escapes."""
+    if text.isprintable():
+        return text
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape", "surrogatepass").decode()
         for character in text

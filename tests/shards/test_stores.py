@@ -116,10 +116,10 @@ def test_spans():
 )
 def test_only_the_range_that_was_asked_for_is_taken(status, content_range, error):
     if error is None:
-        Span(3, 10, 20).check_range("x", status, content_range)
+        Span(3, 10, 20).check_range(URL("http://x/y"), status, content_range)
         return
     with pytest.raises(error) as info:
-        Span(3, 10, 20).check_range("x", status, content_range)
+        Span(3, 10, 20).check_range(URL("http://x/y"), status, content_range)
     assert type(info.value) is error
 
 
