@@ -24,7 +24,6 @@ import torch
 from shards.format import SampleError
 from shards.reader import ShardDataset
 from text4vis.cluster import distributed
-from text4vis.common.allocator import map_large_blocks
 from text4vis.config.batches import BatchSizes
 from text4vis.config.schema import Config, ConfigError
 from text4vis.data.augmentation import num_operations
@@ -105,7 +104,6 @@ class Loader:
     ) -> None:
         if not len(dataset):
             raise ConfigError(f"data.{split}: the data set {', '.join(dataset.places)} holds no videos")
-        map_large_blocks()
         self.config, self.split, self.dataset = config, split, dataset
         self.world_size = world_size
         self.planner = Planner(config, split, dataset, rank, world_size, ids, sizes)
