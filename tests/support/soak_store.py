@@ -3,7 +3,7 @@
     python tests/support/soak_store.py --minutes 30
 
 A store in a process of its own answers after 30 ms. It cuts connections, sends half a body, a body of a wrong length or
-of another range, and for a second or two answers everything with 503 or 429. Four loaders read from it side by side:
+of another range, and refuses hundreds of requests in a row with 503 or 429. Four loaders read from it side by side:
 stored frames by ranges, whole shards in windows through a cache that holds a part of them, stored videos in parts, and
 a loader that is opened anew all the time with nothing kept, so that it fetches the index and its rows again. A loader
 of the same local files says what each batch must be, bit for bit.
@@ -41,7 +41,7 @@ import psutil
 import torch
 from batches import build, settings
 from frame_folders import make_frame_folders
-from shard_data import Fault, hang_up_fault, serve, slow_fault, status_fault, truncated_fault
+from shard_data import Fault, hang_up_fault, serve, status_fault, truncated_fault
 from videos import encode, pictures
 
 import shards.ahead
@@ -91,19 +91,27 @@ FAULTS: dict[str, Fault] = {
 class Weather:
     """Which requests of a store fail, and how. share: of the requests that fail by themselves.
 
-    burst_requests, calm_requests: so many requests in a row are refused, so many in a row are not.
+    burst_requests, calm_requests: so many requests in a row are refused, so many in a row are not. most_in_a_row: the
+    same bytes are refused at most so often, one time after another, so that a reader's attempts suffice.
     """
 
     share: float
     burst_requests: int
     calm_requests: int
+    most_in_a_row: int
     pause_seconds: float
     draw: random.Random = field(default_factory=lambda: random.Random(0))
     counts: Counter[str] = field(default_factory=Counter)
+    in_a_row: Counter[str] = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def fault(self, path: str, count: int) -> Fault | None:
-        """The fault of the next request."""
+    def answer(self, handler: BaseHTTPRequestHandler, body: bytes) -> bool:
+        """Pauses, and sends something else if this request is to fail. Implements Fault."""
+        time.sleep(self.pause_seconds)
+        name = self._fault(f"{handler.path} {handler.headers.get('Range', '').rpartition('-')[2]}")
+        return name is not None and FAULTS[name](handler, body)
+
+    def _fault(self, wanted: str) -> str | None:
         with self.lock:
             self.counts["requests"] += 1
             cycle, place = divmod(self.counts["requests"], self.burst_requests + self.calm_requests)
@@ -112,18 +120,18 @@ class Weather:
                 name = ("503", "429")[cycle % 2]
             elif self.draw.random() < self.share:
                 name = self.draw.choice(list(FAULTS))
-            if name is not None:
-                self.counts[name] += 1
-        if name is None:
-            return slow_fault(self.pause_seconds)
-        time.sleep(self.pause_seconds)
-        return FAULTS[name]
+            if name is None or self.in_a_row[wanted] == self.most_in_a_row:
+                self.in_a_row.pop(wanted, None)
+                return None
+            self.in_a_row[wanted] += 1
+            self.counts[name] += 1
+            return name
 
 
 def serve_until_told(folder: Path, weather: Weather) -> None:
     """The store's process: prints its address, and when its input is closed what it did."""
     with serve(folder) as server:
-        server.fault = weather.fault
+        server.fault = lambda path, count: weather.answer
         print(server.address, flush=True)
         sys.stdin.read()
         print(json.dumps(weather.counts), flush=True)
@@ -328,7 +336,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name, small_limits():
         folder = Path(name)
         make_data(folder)
-        weather = {"share": arguments.share, "burst_requests": 40, "calm_requests": 1500}
+        weather = {"share": arguments.share, "burst_requests": 200, "calm_requests": 3000, "most_in_a_row": 4}
         with store(folder / "served", **weather, pause_seconds=arguments.pause) as (address, faults):
             soak = Soak(folder, address)
             began = time.monotonic()
