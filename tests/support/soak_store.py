@@ -65,8 +65,9 @@ _CACHE_SHARE = 0.6
 
 def _wrong_length(handler: BaseHTTPRequestHandler, body: bytes) -> bool:
     """A complete answer, but of fewer bytes than were asked for."""
-    asked = handler.headers.get("Range", "bytes=0-0").removeprefix("bytes=")
-    handler.answer(206, body[: len(body) // 3], {"Content-Range": f"bytes {asked}/*"})  # type: ignore[attr-defined]
+    asked = handler.headers.get("Range")
+    headers = {"Content-Range": f"{asked.replace('=', ' ')}/*"} if asked else {}
+    handler.answer(206 if asked else 200, body[: len(body) // 3], headers)  # type: ignore[attr-defined]
     return True
 
 
