@@ -162,7 +162,8 @@ def _fetch_index(remote: RemoteFiles, manifest: Manifest, role: str, folder: Pat
         copy = Path(f"/proc/self/fd/{descriptor}")
         remote.download(name, size, descriptor)
         with suppress(ShardError):
-            return check_crc32(copy, crc32)
+            check_crc32(copy, crc32)
+            return
         remote.download(name, size, descriptor)  # damage on the way is gone now
         try:
             check_crc32(copy, crc32)

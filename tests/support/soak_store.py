@@ -259,13 +259,19 @@ def difference(got: Batch, expected: Batch) -> str | None:
 # What must not grow
 
 
-def counted(readers: list[Reader]) -> dict[str, float]:
-    """What this process holds."""
+def open_files() -> list[str]:
+    """What this process's descriptors lead to, sorted; of sockets only that they are some."""
     links = []
     for path in Path("/proc/self/fd").iterdir():
         with suppress(OSError):  # closed meanwhile
-            links.append(str(path.readlink()))
-    sockets = sum(link.startswith("socket:") for link in links)
+            links.append(str(path.readlink()).partition(":[")[0])
+    return sorted(links)
+
+
+def counted(readers: list[Reader]) -> dict[str, float]:
+    """What this process holds."""
+    links = open_files()
+    sockets = sum(link == "socket" for link in links)
     return {
         "sockets": sockets,
         "tasks": sum(reader.tasks for reader in readers),
@@ -288,10 +294,9 @@ def wait_until_quiet(readers: list[Reader]) -> None:
 class Soak:
     """Readers of all scenes. wrong: the batches that were not as they should be."""
 
-    def __init__(self, folder: Path, address: str) -> None:
-        served = folder / "served"
+    def __init__(self, served: Path, address: str, caches: Path) -> None:
         self.readers = [
-            Reader(scene, served, address, folder / f"cache-{number}") for number, scene in enumerate(scenes(served))
+            Reader(scene, served, address, caches / f"cache-{number}") for number, scene in enumerate(scenes(served))
         ]
         self.batches = 0
         self.wrong: list[str] = []
@@ -339,7 +344,7 @@ def main() -> int:
         make_data(folder)
         weather = {"share": arguments.share, "burst_requests": 200, "calm_requests": 3000, "most_in_a_row": 4}
         with store(folder / "served", **weather, pause_seconds=arguments.pause) as (address, faults):
-            soak = Soak(folder, address)
+            soak = Soak(folder / "served", address, folder)
             began = time.monotonic()
             while (seconds := time.monotonic() - began) < 60 * arguments.minutes:
                 for _ in range(ROUNDS_BETWEEN_LOOKS):
