@@ -15,7 +15,9 @@ from batches import settings, take
 from read_stream import identify
 
 from text4vis.config.schema import Config, ConfigError
+from text4vis.data.decoding import CpuDecoder
 from text4vis.data.loader import build_loader
+from text4vis.data.reading import PlanReader
 
 NUM_VIDEOS = 23
 
@@ -217,3 +219,13 @@ def test_batches_of_the_cpu_are_pinned_and_copied_to_the_gpu_by_the_loaders_thre
         "MainThread: wait",
         "MainThread: record the stream",
     ] * 3
+
+
+def test_the_first_batch_is_read_and_decoded_alone(shards, monkeypatch):
+    events = []
+    begin, finish = PlanReader.begin, CpuDecoder.finish
+    monkeypatch.setattr(PlanReader, "begin", lambda self, picked: events.append("begun") or begin(self, picked))
+    monkeypatch.setattr(CpuDecoder, "finish", lambda self, run: events.append("decoded") or finish(self, run))
+    with build_loader(settings(shards), "train") as loader:
+        next(iter(loader))
+    assert events[:2] == ["begun", "decoded"]

@@ -85,7 +85,7 @@ def test_steps_finish_in_order_with_so_many_started_ahead(depth):
 
 def test_a_gradual_pipeline_starts_with_one_item_alone():
     events = []
-    results = pipelined(range(7), lambda item: events.append(item), lambda item: events.append("end"), 2, gradual=True)
+    results = pipelined(range(7), events.append, lambda item: events.append("end"), 2, gradual=True)
     list(results)
     assert events == [0, "end", 1, 2, "end", 3, 4, "end", 5, "end", 6, *["end"] * 3]
 

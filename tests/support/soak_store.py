@@ -216,7 +216,8 @@ class Reader:
         local = dict(scene.options)
         local.pop("cache_bytes", None)
         self._local = settings(served / scene.data, **local)
-        far = {"train": [f"{address}/{scene.data}"], "cache_dir": str(cache)}
+        # The query tells the store who asks: it counts what it refuses for each reader.
+        far = {"train": [f"{address}/{scene.data}?reader={cache.name}"], "cache_dir": str(cache)}
         self._far = settings(served / scene.data, **scene.options, **far)
         self._taken = 0
         self._expected = build_loader(self._local, "train")
@@ -342,7 +343,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name, small_limits():
         folder = Path(name)
         make_data(folder)
-        weather = {"share": arguments.share, "burst_requests": 200, "calm_requests": 3000, "most_in_a_row": 4}
+        weather = {"share": arguments.share, "burst_requests": 200, "calm_requests": 3000, "most_in_a_row": 2}
         with store(folder / "served", **weather, pause_seconds=arguments.pause) as (address, faults):
             soak = Soak(folder / "served", address, folder)
             began = time.monotonic()
