@@ -195,6 +195,8 @@ class _HttpStore:
         async with self._connected().get(url, headers=headers, timeout=self._limits(span), **self._options) as response:
             if response.status >= 300:
                 await self._refuse(response)
+            if span.total is None and response.status == 206:
+                raise BadBodyError("a part of the file came where the whole file was asked for")
             if not span.is_whole:
                 span.check_range(url, response.status, response.headers.get("Content-Range", ""))
             if write is None and span.size is not None and response.content_length == span.size:

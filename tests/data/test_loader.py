@@ -17,7 +17,9 @@ from batches import settings, take
 from read_stream import identify
 
 from text4vis.config.schema import Config, ConfigError
+from text4vis.data.decoding import CpuDecoder
 from text4vis.data.loader import build_loader
+from text4vis.data.reading import PlanReader
 
 NUM_VIDEOS = 23
 
@@ -226,3 +228,13 @@ def test_only_randaugment_loads_torchvision():
     code = "import sys, text4vis.data.loader as _; print('torchvision' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False"]
+
+
+def test_the_first_batch_is_read_and_decoded_alone(shards, monkeypatch):
+    events = []
+    begin, finish = PlanReader.begin, CpuDecoder.finish
+    monkeypatch.setattr(PlanReader, "begin", lambda self, picked: events.append("begun") or begin(self, picked))
+    monkeypatch.setattr(CpuDecoder, "finish", lambda self, run: events.append("decoded") or finish(self, run))
+    with build_loader(settings(shards), "train") as loader:
+        next(iter(loader))
+    assert events[:2] == ["begun", "decoded"]

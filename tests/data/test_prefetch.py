@@ -114,6 +114,13 @@ def test_steps_finish_in_order_with_so_many_started_ahead(depth):
     assert [item for kind, item in events if kind == "end"] == list(range(5)) and len(events) == 10
 
 
+def test_a_gradual_pipeline_starts_with_one_item_alone():
+    events = []
+    results = pipelined(range(7), events.append, lambda item: events.append("end"), 2, gradual=True)
+    list(results)
+    assert events == [0, "end", 1, 2, "end", 3, 4, "end", 5, "end", 6, *["end"] * 3]
+
+
 def test_an_item_whose_step_fails_is_recovered_in_its_place():
     def finish(item):
         if item % 2:

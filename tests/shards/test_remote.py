@@ -257,6 +257,37 @@ def test_tars_in_another_place_than_the_index(server, stored, tmp_path):
         open_dataset(f"{server.address}/data")
 
 
+def _part_fault(handler, body):
+    """Half of a file that was asked for as a whole, said to be a part or to be all."""
+    handler.answer(206, body[: len(body) // 2])
+    return True
+
+
+def _short_fault(handler, body):
+    handler.answer(200, body[: len(body) // 2])
+    return True
+
+
+def _flipped_fault(handler, body):
+    handler.answer(206 if handler.headers.get("Range") else 200, bytes([*body[:-1], body[-1] ^ 1]))
+    return True
+
+
+@pytest.mark.parametrize("fault", [_part_fault, _short_fault])
+def test_a_manifest_that_comes_in_part_is_fetched_again(server, stored, fault):
+    server.fault = lambda path, count: fault if path == "data/manifest.json" and count == 1 else None
+    with open_served(server) as dataset:
+        assert read_everything(dataset) == stored
+    assert server.requests["data/manifest.json"] == 2
+
+
+def test_an_index_file_that_is_damaged_on_the_way_is_fetched_again(server, stored):
+    server.fault = lambda path, count: _flipped_fault if "/index/names" in path and count == 1 else None
+    with open_served(server) as dataset:
+        assert read_everything(dataset) == stored
+        assert [count for path, count in server.requests.items() if "/index/names" in path] == [2]
+
+
 @pytest.mark.parametrize("is_announced", [True, False])
 def test_an_endless_manifest_is_not_read(server, tmp_path, is_announced):
     (tmp_path / "served" / "data" / "manifest.json").write_bytes(b"1" * 5000)

@@ -200,7 +200,7 @@ class Loader:
         regions = self._decoded(
             reader, lambda: CpuDecoder(self.dataset, decodes, num_threads=self._num_threads, max_frames=num_frames)
         )
-        for videos, frames_BVTSS3 in pipelined(regions, finisher.start, Finishing.result, 1):
+        for videos, frames_BVTSS3 in pipelined(regions, finisher.start, Finishing.result, 1, gradual=True):
             yield videos, partial(frames_BVTSS3.to, non_blocking=True), frames_BVTSS3
 
     def _made_on_gpu(self, reader: PlanReader, decodes: ThreadPoolExecutor) -> Iterator[Made]:
@@ -215,11 +215,20 @@ class Loader:
         repair = Repair(self.dataset, self.planner, reader, make_decoder, self.bad)
         unreadable, undecodable = ((SampleError,), (SampleError, RuntimeError)) if self._skips else ((), ())
         picked = self.dataset.ahead(self.planner.batches(self._consumed), lambda batch: batch[0])
-        begun = pipelined(picked, reader.begin, lambda batch: batch, reader.batches_ahead)
+        # Until the first batch is there the others must not share its way.
+        begun = pipelined(picked, reader.begin, lambda batch: batch, reader.batches_ahead, gradual=True)
         read = pipelined(
-            begun, reader.start, reader.finish, 2, recover=lambda batch: repair.reread(batch.picked), errors=unreadable
+            begun,
+            reader.start,
+            reader.finish,
+            2,
+            gradual=True,
+            recover=lambda batch: repair.reread(batch.picked),
+            errors=unreadable,
         )
-        return pipelined(read, decoder.start, decoder.finish, 1, recover=repair.redecode, errors=undecodable)
+        return pipelined(
+            read, decoder.start, decoder.finish, 1, gradual=True, recover=repair.redecode, errors=undecodable
+        )
 
     @property
     def _skips(self) -> bool:

@@ -50,14 +50,17 @@ def pipelined(
     finish: Callable[[Started], Done],
     depth: int,
     *,
+    gradual: bool = False,
     recover: Callable[[Item], Done] | None = None,
     errors: tuple[type[Exception], ...] = (),
 ) -> Iterator[Done]:
     """Yields finish(start(item)) in order, with `depth` items started ahead of the one that is being finished.
 
+    gradual: the first item is alone, so that nothing delays it; then there is one ahead, then two …
     Where `finish` raises one of `errors`, yields recover(item) instead.
     """
     pending: deque[tuple[Item, Started]] = deque()
+    ahead = 0 if gradual else depth
 
     def finish_oldest() -> Done:
         item, started = pending.popleft()
@@ -70,8 +73,9 @@ def pipelined(
 
     for item in items:
         pending.append((item, start(item)))
-        if len(pending) > depth:
+        if len(pending) > ahead:
             yield finish_oldest()
+            ahead = min(depth, ahead + 1)
     while pending:
         yield finish_oldest()
 

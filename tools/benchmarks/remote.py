@@ -67,20 +67,34 @@ def _loop_seconds() -> float:
     return sum(float(Path(f"/proc/self/task/{thread}/schedstat").read_text().split()[0]) for thread in threads) / 1e9
 
 
-def _wait_times(batches: Iterable[Batch], seconds: float | None, videos: int | None) -> tuple[int, list[float]]:
+def _wait_times(
+    batches: Iterable[Batch], seconds: float | None, videos: int | None, step_seconds: float = 0.0
+) -> tuple[int, list[float]]:
     waits, count, started = [], 0, time.perf_counter()
     last = started
     for batch in batches:
         now = time.perf_counter()
         waits.append(now - last)
-        last, count = now, count + len(batch.ids)
+        time.sleep(step_seconds)
+        last, count = time.perf_counter(), count + len(batch.ids)
         if (seconds is not None and now - started >= seconds) or (videos is not None and count >= videos):
             break
     return count, waits
 
 
-def measure(config: Config, store: FarStore, seconds: float | None, videos: int | None, endpoint: str | None) -> Run:
-    """Measures `seconds` after a warm-up, or the first `videos` with the opening. endpoint: of s3:// addresses."""
+def measure(
+    config: Config,
+    store: FarStore,
+    seconds: float | None,
+    videos: int | None,
+    endpoint: str | None,
+    *,
+    step_seconds: float = 0.0,
+) -> Run:
+    """Measures `seconds` after a warm-up, or the first `videos` with the opening. endpoint: of s3:// addresses.
+
+    step_seconds: what the training of a batch would take; then no batch is taken.
+    """
     served = store.counts()
     if endpoint is not None:
         os.environ |= {"AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
@@ -92,7 +106,7 @@ def measure(config: Config, store: FarStore, seconds: float | None, videos: int 
         first_seconds = time.perf_counter() - opened
         if seconds is None:
             loop = 0.0
-            count, waits = _wait_times(batches, None, (videos or 0) - len(first.ids))
+            count, waits = _wait_times(batches, None, (videos or 0) - len(first.ids), step_seconds)
             count += len(first.ids)
         else:
             for _ in range(_WARM_UP_BATCHES):
@@ -197,31 +211,40 @@ def _per_video(what: str, series: list[Run], of: Callable[[Run], float], unit: s
 
 
 def _windows(bench: _Bench) -> list[Figure]:
-    """A cold epoch with an empty cache, then a warm one from the cache."""
+    """A cold epoch with an empty cache, then a warm one from the cache; and a cold one with a step after each batch
+    that takes twice as long as a batch of the first: does fetching ahead bridge what a window begins with?"""
     cache, num_videos = bench.work / "shard-cache", len(bench.setup.workload.videos)
 
-    def epoch(pause_ms: int, *, is_cold: bool) -> Run:
+    def epoch(pause_ms: int, *, is_cold: bool, step_seconds: float = 0.0) -> Run:
         if is_cold:
             shutil.rmtree(cache, ignore_errors=True)
         whole = {"cache_dir": str(cache), "cache_bytes": 10**12, "shuffle": "shards:8", "batch_size": _WINDOW_BATCH}
         config = bench.setup.config(train=bench.served(pause_ms), **whole)
-        return bench.processes.run("threads", measure, config, bench.store, None, num_videos, None)
+        measured = partial(measure, step_seconds=step_seconds)
+        return bench.processes.run("threads", measured, config, bench.store, None, num_videos, None)
+
+    def with_steps(pause_ms: int) -> Run:
+        free = epoch(pause_ms, is_cold=True)
+        return epoch(pause_ms, is_cold=True, step_seconds=2 * _WINDOW_BATCH / free.rate)
 
     runs = {
         f"{pause} ms, {'cold' if is_cold else 'warm'}": partial(epoch, pause, is_cold=is_cold)
         for pause in PAUSES_MS[1:]
         for is_cold in (True, False)
     }
+    runs |= {f"{pause} ms, cold, with steps": partial(with_steps, pause) for pause in PAUSES_MS[1:]}
     results = interleaved("remote: whole shards", runs, bench.rounds)
     shutil.rmtree(cache, ignore_errors=True)
     figures = []
     for name, series in results.items():
         figures.append(Figure("remote", f"whole shards, {name}", "videos/s", [one.rate for one in series]))
-        if name.endswith("cold"):
+        if "cold" in name:
             stalls = [one.stall_seconds / one.seconds for one in series]
+            what = f"whole shards, {name}: share of stalls"
+            figures.append(Figure("remote", what, "", stalls, target="at most 0.05"))
+        if name.endswith("cold"):
             first = [one.first_seconds for one in series]
             figures += [
-                Figure("remote", f"whole shards, {name}: share of stalls", "", stalls, target="at most 0.05"),
                 Figure("remote", f"whole shards, {name}: first batch", "s", first),
                 _per_video(f"whole shards, {name}: CPU", series, lambda one: 1e3 * one.cpu_seconds, "ms"),
                 _per_video(f"whole shards, {name}: fetched", series, lambda one: one.sent_bytes / 1e3, "kB"),
