@@ -1,7 +1,11 @@
 """Makes the files that tests/test_compatibility.py opens: what one version of the programs writes, a few KB of each.
 
+    python tests/support/make_fixtures.py --output tests/fixtures/NAME                    # of this version
     git worktree add /tmp/old COMMIT
-    python tests/support/make_fixtures.py --code /tmp/old --output tests/fixtures/v0.1
+    python tests/support/make_fixtures.py --code /tmp/old --output tests/fixtures/NAME    # of another one
+
+A folder is made once, with the version that it is of, and never again. The tests open every folder that is there. What
+is new in a version's files gets a part of its own in `make`, and a test that names it.
 
 The programs run from the repository's folder with the code of --code, so that the paths in the files are relative. The
 run is stopped within its second epoch; expected.json holds what the same version computed after that, and more.
@@ -19,13 +23,16 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import yaml
 from frame_folders import make_frame_folders
+from launch import free_port
 from safetensors.torch import save_file
-from tiny import MERGES, random_clip
+from tiny import MERGES, PIXELS, random_clip
+from videos import encode, pictures
 
 ROOT = Path(__file__).resolve().parents[2]
 CLIP_CONFIG = {
@@ -61,6 +68,20 @@ RECIPE = {
     "engine": {"precision": "fp32", "zero_stage": 1},
     "logging": {"print_freq": 1, "pictures": 0, "keep_checkpoints": 1},
 }  # fmt: skip
+
+# Stored videos with several labels; two ranks of ZeRO 1, so that each writes its part of the optimiser's state.
+MANY = {
+    "seed": 5,
+    "data": {"train": "shards", "val": "shards", "batch_size": 2, "num_segments": 2, "input_size": 16,
+             "scale_size": 18, "dataset": "tiny"},
+    "network": {"arch": "../clip/tiny.json", "adapter": "lora", "adapter_rank": 2, "adapter_targets": "attention"},
+    "solver": {"epochs": 3, "lr": 2e-3, "lr_warmup_step": 0.5, "clip_gradient": 1.0, "loss_type": "ASL", "ema": 0.9},
+    "engine": {"precision": "fp32", "zero_stage": 1},
+    "logging": {"print_freq": 1, "pictures": 0, "keep_checkpoints": 1},
+}  # fmt: skip
+LABELS = ["0", "0,2", "1", "-", "2", "1,2", "0,1,2", "2", "0"]
+MANY_STOP_AT, MANY_RANKS = 3, 2  # of 6 steps
+QUESTION = "a video of class 1"
 
 
 def main() -> None:
@@ -111,17 +132,70 @@ def make(code: Path, output: Path, scratch: Path) -> None:
         "predictions": predictions,
         "frames": frame_digests(folder / "shards"),
     }
+    expected |= make_many(code, output / "many", scratch, call)
+    expected |= make_answers(code, output, call)
     (folder / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
-    shutil.rmtree(folder / "run" / "tensorboard")
-    for name in ("log.txt", ".running"):  # they name the machine
-        (folder / "run" / name).unlink(missing_ok=True)
+    for run in (folder / "run", folder / "many" / "run"):
+        shutil.rmtree(run / "tensorboard")
+        for name in ("log.txt", ".running"):  # they name the machine
+            (run / name).unlink(missing_ok=True)
+
+
+def make_many(code: Path, output: Path, scratch: Path, call: Callable[..., str]) -> dict[str, object]:
+    """Shards of stored videos with many labels and key frames, and the run, export, report and features of them.
+
+    Adds an adapter, a moving average of the weights, and a checkpoint that two ranks wrote. Returns what is expected.
+    """
+    folder, videos = ROOT / output, scratch / "videos"
+    folder.mkdir()
+    videos.mkdir()
+    names = [f"clip {number}.mp4" for number in range(len(LABELS))]
+    for number, name in enumerate(names):
+        encode(videos / name, images=pictures(8 + number)[number:])
+    lines = [f"{name} {labels}" for name, labels in zip(names, LABELS, strict=True)]
+    (scratch / "videos.txt").write_text("\n".join(lines))
+    (scratch / "classes.csv").write_text("id,name\n" + "".join(f"{number},class {number}\n" for number in range(3)))
+    call(
+        code / "tools/build_shards.py", "--annotations", scratch / "videos.txt", "--root", videos, "--labels",
+        scratch / "classes.csv", "--output", output / "shards", "--store", "video", "--gop", 4,
+    )  # fmt: skip
+    config = output / "recipe.yaml"
+    (ROOT / config).write_text(yaml.safe_dump(MANY, sort_keys=False))
+    ranks = ["-m", "torch.distributed.run", "--nproc_per_node", MANY_RANKS, "--master_port", free_port()]
+    call(*ranks, code / "text4vis/train.py", "--config", config, "--output", scratch / "many")
+    stopped = ["--signal", f"{MANY_STOP_AT}:SIGTERM", "--", "--config", config, "--output", output / "run"]
+    call(*ranks, next(code.glob("tests/**/train_with.py")), *stopped, expected=1)  # torchrun's own code
+    call(code / "tools/export.py", output / "run", "--output", output / "export")
+    features = ["--features", output / "features.safetensors", "--report", output / "report.json"]
+    call(code / "text4vis/evaluate.py", "--config", config, "--model", output / "export", *features)
+    return {
+        "many": {
+            "stopped_at": MANY_STOP_AT,
+            "losses": losses(scratch / "many" / "metrics.jsonl"),
+            "labels": dict(zip(names, LABELS, strict=True)),
+            "videos": frame_digests(folder / "shards"),
+        }
+    }
+
+
+def make_answers(code: Path, output: Path, call: Callable[..., str]) -> dict[str, object]:
+    """Three videos, a prediction list of them and a search index. Returns what is expected of questions to it."""
+    clips = ROOT / output / "clips"
+    clips.mkdir()
+    for number in range(3):
+        encode(clips / f"{number}.mp4", images=pictures(10 + 2 * number)[number:])
+    model = ["--model", output / "export"]
+    call(code / "tools/predict.py", output / "clips", *model, "--jsonl", output / "answers.jsonl")
+    call(code / "tools/search.py", "index", output / "clips", *model, "--output", output / "index", "--window", 0.2)
+    moments = json.loads(call(code / "tools/search.py", "find", output / "index", QUESTION, *model, "--json"))
+    return {"moments": moments}
 
 
 def write_clip(folder: Path) -> None:
     folder.mkdir()
     with gzip.GzipFile(folder / "tiny-bpe.txt.gz", "wb", mtime=0) as file:
         file.write("\n".join(["#version: tiny", *MERGES]).encode())
-    (folder / "tiny.json").write_text(json.dumps(CLIP_CONFIG))
+    (folder / "tiny.json").write_text(json.dumps({"model_cfg": CLIP_CONFIG, "preprocess_cfg": PIXELS}))
     save_file(random_clip(CLIP_CONFIG).state_dict(), folder / "tiny.safetensors")
 
 
