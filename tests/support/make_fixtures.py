@@ -7,8 +7,8 @@
 A folder is made once, with the version that it is of, and never again. The tests open every folder that is there. What
 is new in a version's files gets a part of its own in `make`, and a test that names it.
 
-The programs run from the repository's folder with the code of --code, so that the paths in the files are relative. The
-run is stopped within its second epoch; expected.json holds what the same version computed after that, and more.
+The programs run with the code of --code in a folder for temporary files, so that the files name no place of anybody's:
+the tests open them as runs and exports that were moved. The run is stopped within its second epoch; expected.json holds what the same version computed after that, and more.
 """
 
 from __future__ import annotations
@@ -87,53 +87,55 @@ QUESTION = "a video of class 1"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--code", type=Path, default=ROOT, help="repository whose programs write the files")
-    parser.add_argument("--output", type=Path, required=True, help="folder below this repository, relative to it")
+    parser.add_argument("--output", type=Path, required=True, help="a new folder")
     arguments = parser.parse_args()
+    place = Path(tempfile.gettempdir()) / "text4vis-fixtures"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
     with tempfile.TemporaryDirectory() as scratch:
-        make(arguments.code.resolve(), arguments.output, Path(scratch))
+        make(arguments.code.resolve(), place, Path(scratch))
+    shutil.copytree(place, arguments.output)
+    shutil.rmtree(place)
 
 
-def make(code: Path, output: Path, scratch: Path) -> None:
-    """Writes everything below `output`, a path relative to the repository's folder; `scratch` is thrown away."""
+def make(code: Path, folder: Path, scratch: Path) -> None:
+    """Writes everything below `folder`; `scratch` is thrown away."""
 
     def call(*command: object, expected: int = 0) -> str:
         environment = os.environ | {"PYTHONPATH": str(code), "XDG_CACHE_HOME": str(scratch / "cache")}
         done = subprocess.run(
-            [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+            [sys.executable, *map(str, command)], cwd=scratch, env=environment, capture_output=True, text=True, check=False
         )
         assert done.returncode == expected, done.stdout + done.stderr
         return done.stdout
 
-    folder = ROOT / output
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     write_clip(folder / "clip")
     frames = make_frame_folders(scratch, [3 + number % 2 for number in range(8)])
     call(
         code / "tools/build_shards.py", "--annotations", frames.annotations, "--root", frames.root,
-        "--labels", frames.labels, "--output", output / "shards",
+        "--labels", frames.labels, "--output", folder / "shards",
     )  # fmt: skip
-    config = output / "recipe.yaml"
-    (ROOT / config).write_text(yaml.safe_dump(RECIPE, sort_keys=False))
+    config = folder / "recipe.yaml"
+    config.write_text(yaml.safe_dump(RECIPE, sort_keys=False))
     train = ["--config", config, "--output"]
     call(code / "text4vis/train.py", *train, scratch / "whole")
     call(
-        next(code.glob("tests/**/train_with.py")), "--signal", f"{STOP_AT}:SIGTERM", "--", *train, output / "run",
+        next(code.glob("tests/**/train_with.py")), "--signal", f"{STOP_AT}:SIGTERM", "--", *train, folder / "run",
         expected=75,
     )  # fmt: skip
-    call(code / "tools/export.py", output / "run", "--output", output / "export")
-    features = ["--features", output / "features.safetensors", "--report", output / "report.json"]
-    call(code / "text4vis/evaluate.py", "--config", config, "--model", output / "export", *features)
-    call(code / "tools/build_classifier.py", "--config", config, "--output", output / "classes.safetensors")
-    predictions = json.loads(call("-c", PREDICT.format(shape=FRAMES_SHAPE), output / "export"))
+    call(code / "tools/export.py", folder / "run", "--output", folder / "export")
+    features = ["--features", folder / "features.safetensors", "--report", folder / "report.json"]
+    call(code / "text4vis/evaluate.py", "--config", config, "--model", folder / "export", *features)
+    call(code / "tools/build_classifier.py", "--config", config, "--output", folder / "classes.safetensors")
+    predictions = json.loads(call("-c", PREDICT.format(shape=FRAMES_SHAPE), folder / "export"))
     expected = {
         "stopped_at": STOP_AT,
         "losses": losses(scratch / "whole" / "metrics.jsonl"),
         "predictions": predictions,
         "frames": frame_digests(folder / "shards"),
     }
-    expected |= make_many(code, output / "many", scratch, call)
-    expected |= make_answers(code, output, call)
+    expected |= make_many(code, folder / "many", scratch, call)
+    expected |= make_answers(code, folder, call)
     (folder / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
     for run in (folder / "run", folder / "many" / "run"):
         shutil.rmtree(run / "tensorboard")
@@ -141,12 +143,12 @@ def make(code: Path, output: Path, scratch: Path) -> None:
             (run / name).unlink(missing_ok=True)
 
 
-def make_many(code: Path, output: Path, scratch: Path, call: Callable[..., str]) -> dict[str, object]:
+def make_many(code: Path, folder: Path, scratch: Path, call: Callable[..., str]) -> dict[str, object]:
     """Shards of stored videos with many labels and key frames, and the run, export, report and features of them.
 
     Adds an adapter, a moving average of the weights, and a checkpoint that two ranks wrote. Returns what is expected.
     """
-    folder, videos = ROOT / output, scratch / "videos"
+    videos = scratch / "videos"
     folder.mkdir()
     videos.mkdir()
     names = [f"clip {number}.mp4" for number in range(len(LABELS))]
@@ -157,17 +159,17 @@ def make_many(code: Path, output: Path, scratch: Path, call: Callable[..., str])
     (scratch / "classes.csv").write_text("id,name\n" + "".join(f"{number},class {number}\n" for number in range(3)))
     call(
         code / "tools/build_shards.py", "--annotations", scratch / "videos.txt", "--root", videos, "--labels",
-        scratch / "classes.csv", "--output", output / "shards", "--store", "video", "--gop", 4,
+        scratch / "classes.csv", "--output", folder / "shards", "--store", "video", "--gop", 4,
     )  # fmt: skip
-    config = output / "recipe.yaml"
-    (ROOT / config).write_text(yaml.safe_dump(MANY, sort_keys=False))
+    config = folder / "recipe.yaml"
+    config.write_text(yaml.safe_dump(MANY, sort_keys=False))
     ranks = ["-m", "torch.distributed.run", "--nproc_per_node", MANY_RANKS, "--master_port", free_port()]
     call(*ranks, code / "text4vis/train.py", "--config", config, "--output", scratch / "many")
-    stopped = ["--signal", f"{MANY_STOP_AT}:SIGTERM", "--", "--config", config, "--output", output / "run"]
+    stopped = ["--signal", f"{MANY_STOP_AT}:SIGTERM", "--", "--config", config, "--output", folder / "run"]
     call(*ranks, next(code.glob("tests/**/train_with.py")), *stopped, expected=1)  # torchrun's own code
-    call(code / "tools/export.py", output / "run", "--output", output / "export")
-    features = ["--features", output / "features.safetensors", "--report", output / "report.json"]
-    call(code / "text4vis/evaluate.py", "--config", config, "--model", output / "export", *features)
+    call(code / "tools/export.py", folder / "run", "--output", folder / "export")
+    features = ["--features", folder / "features.safetensors", "--report", folder / "report.json"]
+    call(code / "text4vis/evaluate.py", "--config", config, "--model", folder / "export", *features)
     return {
         "many": {
             "stopped_at": MANY_STOP_AT,
@@ -178,16 +180,16 @@ def make_many(code: Path, output: Path, scratch: Path, call: Callable[..., str])
     }
 
 
-def make_answers(code: Path, output: Path, call: Callable[..., str]) -> dict[str, object]:
+def make_answers(code: Path, folder: Path, call: Callable[..., str]) -> dict[str, object]:
     """Three videos, a prediction list of them and a search index. Returns what is expected of questions to it."""
-    clips = ROOT / output / "clips"
+    clips = folder / "clips"
     clips.mkdir()
     for number in range(3):
-        encode(clips / f"{number}.mp4", images=pictures(10 + 2 * number)[number:])
-    model = ["--model", output / "export"]
-    call(code / "tools/predict.py", output / "clips", *model, "--jsonl", output / "answers.jsonl")
-    call(code / "tools/search.py", "index", output / "clips", *model, "--output", output / "index", "--window", 0.2)
-    moments = json.loads(call(code / "tools/search.py", "find", output / "index", QUESTION, *model, "--json"))
+        encode(clips / f"{number}.mp4", images=pictures(10 + 2 * number, 64, 48)[number:])
+    model = ["--model", folder / "export"]
+    call(code / "tools/predict.py", folder / "clips", *model, "--jsonl", folder / "answers.jsonl")
+    call(code / "tools/search.py", "index", folder / "clips", *model, "--output", folder / "index", "--window", 0.2)
+    moments = json.loads(call(code / "tools/search.py", "find", folder / "index", QUESTION, *model, "--json"))
     return {"moments": moments}
 
 
