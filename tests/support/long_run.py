@@ -130,7 +130,9 @@ def as_left_alone(soak: Soak, number: int, project: Project, calm: Path) -> tupl
     run(TRAIN, *words)
     ours, theirs = losses(soak.output(number)), losses(calm)
     apart = max(abs(ours[step] - theirs[step]) / max(abs(theirs[step]), 1e-3) for step in theirs)
-    last = [json.loads(line)["top1"] for line in (calm / "metrics.jsonl").read_text().splitlines() if '"val"' in line][-1]
+    last = [json.loads(line)["top1"] for line in (calm / "metrics.jsonl").read_text().splitlines() if '"val"' in line][
+        -1
+    ]
     text = f"run {number}: losses apart by at most {apart:.1e}; top-1 {soak.accuracy(number):.2f} and {last:.2f} %"
     return ours.keys() == theirs.keys() and apart < CLOSE and abs(soak.accuracy(number) - last) < 0.01, text
 
