@@ -1,4 +1,4 @@
-"""Programs whose disk fails or is slow, or whose clock jumps: the environment that does it. See faults.c beside this."""
+"""The environment of programs whose disk fails or is slow, or whose clock jumps. See faults.c beside this."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def build(folder: Path) -> Path:
 def failing(
     path: str | Path, calls: str, *, after: int = 0, count: int | None = None, code: int = 5, slow: int = 0
 ) -> dict[str, str]:
-    """Calls on files whose path holds `path` fail with error `code` (EIO) once `after` of them were well, `count` times.
+    """Calls on files whose path holds `path` fail with `code` (EIO): `count` of them, or all, after the first `after`.
 
     calls: some of "open read write sync rename". slow: milliseconds that each takes longer; code 0: no more than that.
     """
