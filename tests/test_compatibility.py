@@ -1,7 +1,7 @@
 """Files of earlier versions keep their meaning: a run resumes, an export predicts, shards, lists and reports are read.
 
 tests/support/make_fixtures.py made each folder of tests/fixtures with the programs of one version, and makes the next
-one's: `python tests/support/make_fixtures.py --output tests/fixtures/NAME`. What a folder holds is tested as it is there.
+one's: `python tests/support/make_fixtures.py --output tests/fixtures/NAME`. Whatever is there is tested.
 """
 
 import hashlib

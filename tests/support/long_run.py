@@ -28,23 +28,19 @@ import signal
 import sys
 import tempfile
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
 from fail_disk import answers, windows
-from launch import finish, run, start, start_rank
-from project import EVALUATE, TRAIN, Project, losses
+from launch import finish, run, start_rank
+from project import EVALUATE, TRAIN, Project, losses, records
 from shard_data import serve
 from soak import Soak, report
 from tiny import write_export
 from videos import write_video
-
-from shards.reader import open_dataset
 
 SETTINGS = ("solver.global_batch=6", "data.batch_size=1", "logging.save_steps=20", "logging.eval_freq=20",
             "logging.pictures=0", "engine.precision=fp32", "engine.zero_stage=1")  # fmt: skip
@@ -130,9 +126,7 @@ def as_left_alone(soak: Soak, number: int, project: Project, calm: Path) -> tupl
     run(TRAIN, *words)
     ours, theirs = losses(soak.output(number)), losses(calm)
     apart = max(abs(ours[step] - theirs[step]) / max(abs(theirs[step]), 1e-3) for step in theirs)
-    last = [json.loads(line)["top1"] for line in (calm / "metrics.jsonl").read_text().splitlines() if '"val"' in line][
-        -1
-    ]
+    last = [record["top1"] for record in records(calm) if record["kind"] == "val"][-1]
     text = f"run {number}: losses apart by at most {apart:.1e}; top-1 {soak.accuracy(number):.2f} and {last:.2f} %"
     return ours.keys() == theirs.keys() and apart < CLOSE and abs(soak.accuracy(number) - last) < 0.01, text
 
@@ -171,8 +165,8 @@ def everything(arguments: argparse.Namespace, base: Path) -> bool:
                    lambda output: answers(output / "all.jsonl"))  # fmt: skip
         beside.add("index", ["tools/search.py", "index", clips, "--model", export, "--output", "OUTPUT/index"],
                    lambda output: windows(output / "index"))  # fmt: skip
-        beside.add("evaluation", [EVALUATE, "--config", project.config, "--model", export, f"--set=data.val={store.address}",
-                   "--set=data.cache_bytes=1000000", "--report", "OUTPUT/report.json"],
+        beside.add("evaluation", [EVALUATE, "--config", project.config, "--model", export, "--report",
+                   "OUTPUT/report.json", f"--set=data.val={store.address}", "--set=data.cache_bytes=1000000"],
                    lambda output: measured(output / "report.json"))  # fmt: skip
         thread = threading.Thread(target=beside.go_on)
         thread.start()

@@ -8,7 +8,8 @@ A folder is made once, with the version that it is of, and never again. The test
 is new in a version's files gets a part of its own in `make`, and a test that names it.
 
 The programs run with the code of --code in a folder for temporary files, so that the files name no place of anybody's:
-the tests open them as runs and exports that were moved. The run is stopped within its second epoch; expected.json holds what the same version computed after that, and more.
+the tests open them as runs and exports that were moved. The run is stopped within its second epoch; expected.json holds
+what the same version computed after that, and more.
 """
 
 from __future__ import annotations

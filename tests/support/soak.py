@@ -9,7 +9,8 @@ moment a rank of the job is killed, or the job is asked to stop. When a run is d
 Prints at the end, with exit code 1 if any of the first three is not as promised:
 
 - samples: every step's global batch, as it was trained on, against the plan of an undisturbed job;
-- memory, open files, sockets and threads: the slope of each process that lived long enough, from a line through its samples;
+- memory, open files, sockets, threads: the slope of each process that lived long enough, from a line through its
+  samples;
 - skipped videos: those listed against those damaged;
 - accuracy of each run. Compare it with `make demo`.
 
@@ -67,10 +68,10 @@ class Process:
     def look(self, pid: int, seconds: float) -> None:
         """Notes what the process holds now; nothing if it is gone."""
         with suppress(psutil.NoSuchProcess, OSError):
-            lives, links = psutil.Process(pid), [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
+            lives, links = psutil.Process(pid), [link.readlink() for link in Path(f"/proc/{pid}/fd").iterdir()]
             self.resident.append((seconds, lives.memory_info().rss / 1e6))
             self.files.append((seconds, len(links)))
-            self.sockets.append((seconds, sum(link.startswith("socket:") for link in links)))
+            self.sockets.append((seconds, sum(str(link).startswith("socket:") for link in links)))
             self.threads.append((seconds, lives.num_threads()))
 
 
