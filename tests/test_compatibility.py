@@ -16,7 +16,9 @@ from project import EVALUATE, TRAIN, losses
 
 import text4vis
 from shards.format import PACKETS_VERSION
+from shards.packets import SparseVideo
 from shards.reader import open_dataset
+from shards.stored import decode_stored
 
 VERSIONS = sorted(path.parent for path in (ROOT / "tests" / "fixtures").glob("*/expected.json"))
 WITH_MANY = [folder for folder in VERSIONS if (folder / "many").is_dir()]
@@ -125,17 +127,27 @@ def test_class_embeddings_are_read_by_name(version):
 
 
 @of_versions(WITH_MANY)
-def test_stored_videos_keep_labels_bytes_and_packets(version):
+def test_stored_videos_keep_their_bytes_and_labels(version):
     expected = expected_of(version)["many"]
-    manifest = json.loads((version / "many" / "shards" / "manifest.json").read_text())
-    assert manifest["version"] == PACKETS_VERSION and {"labels", "streams", "packets"} <= manifest["index"].keys()
     with open_dataset(str(version / "many" / "shards")) as dataset:
-        assert digests(dataset, dataset.read_video) == expected["videos"]
         videos = range(len(dataset))
+        assert digests(dataset, dataset.read_video) == expected["videos"]
         found = {dataset.name(video): ",".join(map(str, dataset.label_of(video))) or "-" for video in videos}
-        parts = dataset.start([(video, np.array([0])) for video in videos], in_parts=True).result()
     assert found == expected["labels"]
-    assert not any(isinstance(part, bytes) for (part,) in parts), "a video was read whole"
+
+
+@of_versions(WITH_MANY)
+def test_stored_videos_are_read_in_parts(version):
+    assert json.loads((version / "packets" / "manifest.json").read_text())["version"] == PACKETS_VERSION
+    with open_dataset(str(version / "packets")) as dataset:
+        requests = [(video, np.array([20])) for video in range(len(dataset))]
+        parts = dataset.start(requests, in_parts=True).result()
+        assert digests(dataset, dataset.read_video) == expected_of(version)["packets"]
+        wholes, counts = dataset.read_many(requests), dataset.num_frames.tolist()
+        for (part,), (whole,), count in zip(parts, wholes, counts, strict=True):
+            assert isinstance(part, SparseVideo)
+            of_part, of_whole = (decode_stored(data, [20], num_frames=count)[0] for data in (part, whole))
+            np.testing.assert_array_equal(of_part, of_whole)
 
 
 @pytest.mark.slow

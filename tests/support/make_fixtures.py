@@ -142,6 +142,7 @@ def make(code: Path, folder: Path, scratch: Path) -> None:
         "frames": frame_digests(folder / "shards"),
     }
     expected |= make_many(code, folder / "many", scratch, call)
+    expected |= make_packets(code, folder / "packets", scratch, call)
     expected |= make_answers(code, folder, call)
     (folder / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
     for run in (folder / "run", folder / "many" / "run"):
@@ -184,6 +185,22 @@ def make_many(code: Path, folder: Path, scratch: Path, call: Callable[..., str])
             "videos": frame_digests(folder / "shards"),
         }
     }
+
+
+def make_packets(code: Path, folder: Path, scratch: Path, call: Callable[..., str]) -> dict[str, object]:
+    """Shards of stored videos that are long enough to be read in parts. Returns what is expected."""
+    videos = scratch / "long"
+    videos.mkdir()
+    noise = np.random.default_rng(0)  # what is smaller than the opening of the file is read whole
+    for number in range(2):
+        images = [np.clip(image + noise.normal(0, 12, image.shape), 0, 255) for image in pictures(60, 96, 64)]
+        encode(videos / f"{number}.mp4", images=[image.astype(np.uint8) for image in images])
+    (scratch / "long.txt").write_text("0.mp4 0\n1.mp4 2\n")
+    call(
+        code / "tools/build_shards.py", "--annotations", scratch / "long.txt", "--root", videos, "--labels",
+        scratch / "classes.csv", "--output", folder, "--store", "video", "--gop", 8,
+    )  # fmt: skip
+    return {"packets": frame_digests(folder)}
 
 
 def make_answers(code: Path, folder: Path, call: Callable[..., str]) -> dict[str, object]:
