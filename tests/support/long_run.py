@@ -142,7 +142,7 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
-        os.environ["TMPDIR"] = tempfile.tempdir = str(base / "tmp")
+        os.environ["TMPDIR"] = str(base / "tmp")  # of the programs; this one has taken its own
         os.environ["XDG_CACHE_HOME"] = str(base / "cache")
         (base / "tmp").mkdir()
         return 0 if everything(arguments, base) else 1
