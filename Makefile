@@ -8,7 +8,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test check lint gpu mutants audit constraints bench clean
+.PHONY: demo test check lint gpu mutants audit constraints lowest bench clean
 
 demo: .venv/runtime
 	$(BIN)/python tools/demo.py --output demo
@@ -53,11 +53,19 @@ constraints:
 	    .newest/bin/pip freeze --exclude-editable | sed "s/+.*//; s/\$$/ ; python_version == \"$$version\"/"; } > .newest/new
 	mv .newest/new constraints.txt && rm -rf .newest
 
+# The lowest versions that pyproject.toml allows, in an environment of their own, with the tests of `make check`.
+lowest:
+	rm -rf .lowest && $(PYTHON) -m venv .lowest && .lowest/bin/pip install --quiet uv
+	.lowest/bin/uv pip install --quiet --python .lowest/bin/python --resolution lowest-direct --editable '.[dev]'
+	PATH="$(CURDIR)/.lowest/bin:$$PATH" .lowest/bin/python -m $(PYTEST) -q \
+	    -m 'not slow and not multihost and not gpu and not long'
+	rm -rf .lowest
+
 bench: .venv/dev
 	$(BIN)/python tools/benchmark.py all
 
 clean:
-	rm -rf .venv .newest demo bench
+	rm -rf .venv .newest .lowest demo bench
 
 # Two environments in one: what the program needs, and on top of it what its tests need.
 .venv/bin/pip:

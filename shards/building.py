@@ -154,7 +154,8 @@ class Workspace:
 
     def table(self, number: int, role: str) -> np.ndarray:
         """Index rows of a finished shard. One of frames has no packets, and so have the videos of older programs."""
-        with np.load(self._rows_path(number), allow_pickle=False) as arrays:
+        rows = self._rows_path(number).read_bytes()  # zipfile would take a disk's error for a damaged archive
+        with np.load(io.BytesIO(rows), allow_pickle=False) as arrays:
             if role in arrays:
                 return arrays[role]
             return np.zeros(len(arrays["videos"]) if role == STREAMS_ROLE else 0, table_dtypes(False, True)[role])

@@ -257,9 +257,12 @@ def _open_table(role: str, path: Path, entry: dict[str, Any], dtype: np.dtype) -
 def check_crc32(path: Path, expected: int) -> None:
     """Raises ShardError if the file's CRC-32 is another."""
     actual = 0
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            actual = isal_zlib.crc32(chunk, actual)
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                actual = isal_zlib.crc32(chunk, actual)
+    except OSError as error:
+        raise ShardError(f"{path}: cannot be read: {error.strerror}; check the disk or mount") from error
     if actual != expected:
         raise ShardError(f"{path}: has the CRC-32 {actual:#010x}, the manifest says {expected:#010x}; {_REBUILD}")
 

@@ -102,6 +102,8 @@ def explain(error: BaseException) -> str:
     if isinstance(error, aiohttp.ClientResponseError):
         return redact_text(f"HTTP status {error.status} {error.message}".strip())
     text = redact_text(str(error))
+    if isinstance(error, aiohttp.ClientProxyConnectionError):
+        return f"the proxy that http_proxy or https_proxy names does not answer: {text}"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
@@ -170,6 +172,16 @@ def open_store(address: str, *, timeout_seconds: float, storage_options: Mapping
     return kind(address, timeout_seconds, dict(storage_options))
 
 
+def _proxy(url: URL, proxies: Mapping[str, str] | None = None) -> str | None:
+    """The proxy for a store: of `proxies` by scheme, or else of the environment (http_proxy, https_proxy, no_proxy).
+
+    aiohttp's own look at the environment costs a thread's work for each request, and reads ~/.netrc.
+    """
+    if proxies is None:
+        proxies = {} if proxy_bypass(url.host or "") else getproxies()
+    return proxies.get(url.scheme)
+
+
 class _HttpStore:
     def __init__(self, address: str, timeout_seconds: float, options: dict[str, Any]) -> None:
         self._address, self._timeout_seconds = address, timeout_seconds
@@ -180,6 +192,8 @@ class _HttpStore:
         self._client_options = {"connector": None, **getattr(self._filesystem, "client_kwargs", {})}
         self._options = dict(getattr(self._filesystem, "kwargs", {}))
         self._headers = {**self._options.pop("headers", {}), "Accept-Encoding": "identity"}
+        if "proxy" not in self._options and (proxy := _proxy(URL(address))):
+            self._options["proxy"] = proxy
 
     async def _target(self, name: str) -> tuple[URL, dict[str, str]]:
         """Where a file is, and the headers to ask for it with."""
@@ -317,16 +331,12 @@ class _S3Store(_HttpStore):
             return
         client.meta.events.register("before-send.s3.GetObject", _keep_from_sending)
         endpoint = URL(client.meta.endpoint_url)
-        scheme = endpoint.scheme
-        # As botocore does; aiohttp's own look at the environment costs a thread's work for each request.
-        if self._proxies is None and not proxy_bypass(endpoint.host or ""):
-            self._proxies = getproxies()
-        if proxy := (self._proxies or {}).get(scheme):
+        if proxy := _proxy(endpoint, self._proxies):
             self._options["proxy"] = proxy
         verify = self._filesystem.client_kwargs.get("verify")
         if verify is None:
             verify = self._filesystem.session.get_config_variable("ca_bundle")
-        if scheme == "https" and verify is not None:
+        if endpoint.scheme == "https" and verify is not None:
             self._options["ssl"] = verify if isinstance(verify, bool) else ssl.create_default_context(cafile=verify)
         self._client = client
 

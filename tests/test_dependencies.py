@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -67,3 +68,13 @@ def test_the_exact_versions_are_those_that_are_allowed():
     for line in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
         needed = requirements.Requirement(line)
         assert needed.specifier.contains(versions[normalised(needed.name)]), line
+
+
+def test_no_name_or_syntax_is_newer_than_the_oldest_python():
+    """Vermin finds what needs a newer Python than `requires-python`, such as enum.StrEnum of 3.11."""
+    pytest.importorskip("vermin", reason="pip install -e '.[dev]'")
+    oldest = re.search(r'^requires-python = ">=(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    folders = ("shards", "text4vis", "tools", "tests")
+    command = [sys.executable, "-m", "vermin", f"-t={oldest}-", "--violations", "--no-tips", *folders]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout

@@ -1,4 +1,8 @@
-"""Every program works for a user without a name and a home, and where the home cannot be written, as in containers."""
+"""Every program works for a user without a name and a home, and where the home cannot be written, as in containers.
+
+All at once, because a program that works under all of it works under each: one core, a network of 127.0.0.1 without
+IPv6, the locale C, names with spaces and accents, a checkout that cannot be written, and a working folder elsewhere.
+"""
 
 import os
 import shutil
@@ -14,14 +18,24 @@ from videos import write_video
 
 UNKNOWN = 54321  # a number that no list of users has
 HOMES = [
-    pytest.param({}, id="no home"),
-    pytest.param({"HOME": "/proc"}, id="a home that cannot be written", marks=pytest.mark.long),
+    pytest.param({"LC_ALL": "C"}, id="no home"),
+    pytest.param({"LC_ALL": "POSIX", "HOME": "/proc"}, id="a home that cannot be written", marks=pytest.mark.long),
 ]
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(os.getuid() != 0 or shutil.which("setpriv") is None, reason="needs root and setpriv"),
 ]
+
+NO_IPV6 = 'ip link set lo up && echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6 && exec "$@"'
+
+
+def narrowed() -> list[str]:
+    """The beginning of a command that has one core, and a network without IPv6 where such a one can be made."""
+    command = ["taskset", "--cpu-list", str(min(os.sched_getaffinity(0)))]
+    network = ["unshare", "--net", "sh", "-c", NO_IPV6, "sh"]
+    can = shutil.which("ip") and subprocess.run([*network, "true"], capture_output=True, check=False).returncode == 0
+    return [*command, *network] if can else command
 
 
 def as_unknown(folder: Path, home: dict[str, str], *words: object) -> subprocess.CompletedProcess[str]:
@@ -33,7 +47,7 @@ def as_unknown(folder: Path, home: dict[str, str], *words: object) -> subprocess
     may_read = ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
     variables = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "TMPDIR": str(folder / "tmp"), **home}
     return subprocess.run(
-        ["setpriv", *user, *may_read, *map(str, words)],
+        [*narrowed(), "setpriv", *user, *may_read, *map(str, words)],
         cwd=folder, env=variables, capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
 
@@ -41,16 +55,17 @@ def as_unknown(folder: Path, home: dict[str, str], *words: object) -> subprocess
 @pytest.fixture
 def folder(tmp_path):
     """A folder that everybody may write."""
-    (tmp_path / "own" / "tmp").mkdir(parents=True)
-    for path in (tmp_path / "own", tmp_path / "own" / "tmp"):
+    own = tmp_path / "Läufe von früher"
+    (own / "tmp").mkdir(parents=True)
+    for path in (own, own / "tmp"):
         path.chmod(0o777)
-    return tmp_path / "own"
+    return own
 
 
 @pytest.mark.parametrize("home", HOMES)
 def test_every_program_works(project, folder, tmp_path, home):
-    frames = make_frame_folders(tmp_path / "frames", [3, 4])
-    write_video(tmp_path / "clip.mp4", 9, 7)
+    frames = make_frame_folders(tmp_path / "les vidéos", [3, 4], prefix="saut à ski/vidéo n°")
+    write_video(tmp_path / "mein Clip ñ.mp4", 9, 7)
     recipe = ["--config", project.config]
     small = ["--set=solver.epochs=1", "--set=logging.pictures=2"]
     programs = [
@@ -62,7 +77,7 @@ def test_every_program_works(project, folder, tmp_path, home):
         (EVALUATE, *recipe, "--model", "run", "--report", "report.json"),
         ("tools/build_classifier.py", *recipe, "--output", "classes.safetensors"),
         ("tools/export.py", "run", "--output", "export"),
-        ("tools/predict.py", tmp_path / "clip.mp4", "--model", "export", "--picture", "seen.png"),
+        ("tools/predict.py", tmp_path / "mein Clip ñ.mp4", "--model", "export", "--picture", "seen.png"),
         ("tools/report.py", "run", "--output", "report.html"),
     ]  # fmt: skip
     said = {}

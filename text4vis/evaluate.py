@@ -43,6 +43,7 @@ from shards.text import shown
 from text4vis.cluster import interrupt
 from text4vis.cluster.interrupt import Interrupts
 from text4vis.common.console import console, table
+from text4vis.common.programs import print_any_name, unnameable
 from text4vis.config.keys import classifier_keys, keys_of, schema
 from text4vis.config.loading import Origins, resolve_config
 from text4vis.config.paths import same_path
@@ -207,9 +208,12 @@ def several_words(report: dict[str, Any]) -> str:
 
 def main() -> int:
     """Returns the exit code."""
+    print_any_name()
     arguments = parse_arguments()
     try:
         config, origins = resolve_config(arguments.config, arguments.set)
+    except UnicodeEncodeError as error:
+        return fail(unnameable(error))
     except (ConfigError, OSError) as error:
         return fail(str(error))
     return run(arguments, config, origins)
@@ -237,6 +241,8 @@ def run(arguments: argparse.Namespace, config: Config, origins: Origins) -> int:
         watch.fail("stopped by Ctrl-C; no report was written")
     except (ConfigError, ShardError, CheckpointError, OSError) as error:
         watch.fail(origins.explain(error))
+    except UnicodeEncodeError as error:
+        watch.fail(unnameable(error))
     except Exception as error:
         print(shown(traceback.format_exc()), file=sys.stderr)
         watch.fail(f"{type(error).__name__}: {error}", sure=not distributed.is_consequence(error))

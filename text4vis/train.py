@@ -32,6 +32,7 @@ from shards.format import ShardError
 from shards.text import shown
 from text4vis.cluster.interrupt import Interrupts
 from text4vis.cluster.stop import EXIT_CODE, NonFiniteError, Stopped, StopRequest
+from text4vis.common.programs import print_any_name, unnameable
 from text4vis.config.loading import Origins, resolve_config
 from text4vis.config.page import print_config
 from text4vis.config.schema import Config, ConfigError
@@ -67,12 +68,15 @@ def train(arguments: argparse.Namespace, config: Config, output: Path, stop: Sto
 
 def main() -> int:
     """Returns the exit code."""
+    print_any_name()
     arguments = parse_arguments()
     try:
         config, origins = resolve_config(arguments.config, arguments.set)
         if arguments.print_config:
             print(print_config(arguments.config, arguments.set), end="")
             return 0
+    except UnicodeEncodeError as error:
+        return fail(unnameable(error))
     except (ConfigError, OSError) as error:
         return fail(str(error))
     return run(arguments, config, origins)
@@ -106,6 +110,8 @@ def run(arguments: argparse.Namespace, config: Config, origins: Origins) -> int:
         code = EXIT_CODE
     except (ConfigError, ShardError, CheckpointError, NonFiniteError, OSError) as error:
         watch.fail(origins.explain(error))
+    except UnicodeEncodeError as error:
+        watch.fail(unnameable(error))
     except Exception as error:
         print(shown(traceback.format_exc()), file=sys.stderr)
         watch.fail(f"{type(error).__name__}: {error}", sure=not distributed.is_consequence(error))

@@ -1,5 +1,6 @@
 """Every program ends with a code and at most one line, never with a traceback."""
 
+import os
 import re
 import signal
 import subprocess
@@ -61,3 +62,21 @@ def test_ctrl_c_in_a_real_process():
 def test_every_tool_ends_so(name):
     text = (ROOT / "tools" / name).read_text(encoding="utf-8")
     assert re.search(r'\nif __name__ == "__main__":\n    run_program\(main\b[^\n]*\)\n\Z', text)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_names_are_printed_whatever_the_encoding(encoding):
+    code = "from text4vis.common.programs import run_program; run_program(lambda: print('é → 走'))"
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False, cwd=ROOT)
+    shown = "\\xe9" if encoding == "ascii" else "é"
+    assert (done.returncode, done.stdout.decode(encoding).strip()) == (0, f"{shown} \\u2192 \\u8d70"), done.stderr
+
+
+def test_a_name_that_the_locale_lacks_is_named():
+    code = "import pathlib; from text4vis.common.programs import run_program as run; run(pathlib.Path('\\u8d70').stat)"
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 1 and done.stderr.startswith("-c: error: '\\u8d70': ") and "LC_ALL=C.UTF-8" in done.stderr

@@ -224,7 +224,7 @@ def test_a_folder_without_what_it_needs_says_so(tmp_path):
     network = replace(network, pretrained=str(folder / "two.safetensors"))
     assert build_model(network, 1).embed_dim == 64
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(ConfigError, match=r"its tokenizer .* has no vocabulary"):
+    with pytest.raises(ConfigError, match=r"its tokenizer .* (has no vocabulary|cannot be opened)"):
         build_model(network, 1)
     with pytest.raises(ConfigError, match=r"no such file: .*absent/open_clip_config\.json"):
         settle(Config(network=NetworkConfig(arch=f"local-dir:{tmp_path}/absent")))

@@ -22,11 +22,11 @@ STEPS_PER_EPOCH = 7  # of global batches of 4
 class Project:
     """Shards of small frame folders, a tiny CLIP and a recipe."""
 
-    def __init__(self, base: Path) -> None:
-        folders = make_frame_folders(base, [3 + i % 10 for i in range(NUM_VIDEOS)])
+    def __init__(self, base: Path, num_videos: int = NUM_VIDEOS) -> None:
+        folders = make_frame_folders(base, [3 + i % 10 for i in range(num_videos)])
         self.base, self.frames, self.names = base, folders.root, folders.names
         self.shards = base / "shards"
-        names = parse_labels(folders.labels)
+        self.classes = names = parse_labels(folders.labels)
         annotations = parse_annotations(folders.annotations)
         build_shards(annotations, root=folders.root, labels=names, output=self.shards, shard_bytes=200_000)
         self.config = base / "tiny.yaml"

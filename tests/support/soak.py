@@ -9,7 +9,8 @@ step a rank of the job is killed, or the job is asked to stop. When a run is don
 Prints at the end, with exit code 1 if any of the first three is not as promised:
 
 - samples: every step's global batch, as it was trained on, against the plan of an undisturbed job;
-- memory and open files: the slope of each process that lived long enough, from a line through its samples;
+- memory, open files, sockets, threads: the slope of each process that lived long enough, from a line through its
+  samples;
 - skipped videos: those listed against those damaged;
 - accuracy of each run. Compare it with `make demo`.
 
@@ -46,7 +47,13 @@ from text4vis.data.loader import build_loader
 SECONDS_TO_WARM_UP = 150  # until buffers and the allocator's pools have reached their final size
 SECONDS_FOR_A_SLOPE = 120
 RESUME_ME = 75
-MOST_GROWTH = {"resident": ("MB", 5.0), "files": ("open files", 0.5)}  # a minute, in the median process
+# A minute, in the median process.
+MOST_GROWTH = {
+    "resident": ("MB", 5.0),
+    "files": ("open files", 0.5),
+    "sockets": ("sockets", 0.5),
+    "threads": ("threads", 0.5),
+}
 
 
 @dataclass
@@ -55,6 +62,17 @@ class Process:
 
     resident: list[tuple[float, float]] = field(default_factory=list)  # MB
     files: list[tuple[float, float]] = field(default_factory=list)
+    sockets: list[tuple[float, float]] = field(default_factory=list)
+    threads: list[tuple[float, float]] = field(default_factory=list)
+
+    def look(self, pid: int, seconds: float) -> None:
+        """Notes what the process holds now; nothing if it is gone."""
+        with suppress(psutil.NoSuchProcess, OSError):
+            lives, links = psutil.Process(pid), [link.readlink() for link in Path(f"/proc/{pid}/fd").iterdir()]
+            self.resident.append((seconds, lives.memory_info().rss / 1e6))
+            self.files.append((seconds, len(links)))
+            self.sockets.append((seconds, sum(str(link).startswith("socket:") for link in links)))
+            self.threads.append((seconds, lives.num_threads()))
 
 
 @dataclass
@@ -156,20 +174,14 @@ class Soak:
             if taken and time.monotonic() > sampled + 1:
                 sampled = time.monotonic()
                 began = began or sampled
-                self._sample(job, watched, sampled - began)
+                for process, figures in zip(job, watched, strict=True):
+                    figures.look(process.pid, sampled - began)
             time.sleep(0.05)
         victim, kills = self.draw.choice(job), self.draw.random() < 0.7
         with suppress(ProcessLookupError):
             os.kill(victim.pid, signal.SIGKILL if kills else signal.SIGTERM)
             self.counts["killed" if kills else "asked to stop"] += 1
         return kills
-
-    def _sample(self, job: list[Rank], watched: list[Process], since: float) -> None:
-        for process, figures in zip(job, watched, strict=True):
-            with suppress(psutil.NoSuchProcess):
-                lives = psutil.Process(process.pid)
-                figures.resident.append((since, lives.memory_info().rss / 1e6))
-                figures.files.append((since, lives.num_fds()))
 
     def samples_as_planned(self, run: int) -> tuple[int, bool, bool]:
         """Steps taken, whether each one's global batch is that of an undisturbed single process, and whether the videos
@@ -235,26 +247,30 @@ def main() -> int:
             arguments.config, arguments.train, arguments.val, Path(folder), arguments.ranks, tuple(arguments.steps),
             arguments.seed, arguments.set,
         )  # fmt: skip
-        runs = range(soak.run(arguments.minutes))
-        print(", ".join(f"{name}: {count}" for name, count in soak.counts.items()))
-        as_promised = True
-        for run in runs:
-            steps, as_planned, all_listed = soak.samples_as_planned(run)
-            as_promised &= as_planned and all_listed and soak.skipped(run) <= set(soak.damaged)
+        return 0 if report(soak, soak.run(arguments.minutes)) else 1
+
+
+def report(soak: Soak, runs: int) -> bool:
+    """Prints what so many runs have shown; returns whether all is as promised."""
+    print(", ".join(f"{name}: {count}" for name, count in soak.counts.items()))
+    as_promised = True
+    for run in range(runs):
+        steps, as_planned, all_listed = soak.samples_as_planned(run)
+        as_promised &= as_planned and all_listed and soak.skipped(run) <= set(soak.damaged)
+        print(
+            f"run {run}: {steps} steps, samples as planned: {as_planned}; {len(soak.skipped(run))} videos listed, "
+            f"all that were replaced: {all_listed}; {len(soak.damaged)} are damaged; "
+            f"top-1 {soak.accuracy(run):.2f} %"
+        )
+    for what, (unit, most) in MOST_GROWTH.items():
+        slopes = soak.slopes(what)
+        if slopes:
+            as_promised &= statistics.median(slopes) <= most
             print(
-                f"run {run}: {steps} steps, samples as planned: {as_planned}; {len(soak.skipped(run))} videos listed, "
-                f"all that were replaced: {all_listed}; {len(soak.damaged)} are damaged; "
-                f"top-1 {soak.accuracy(run):.2f} %"
+                f"{what}: {len(slopes)} processes, {statistics.median(slopes):+.2f} {unit} a minute (median), "
+                f"{min(slopes):+.2f} to {max(slopes):+.2f}"
             )
-        for what, (unit, most) in MOST_GROWTH.items():
-            slopes = soak.slopes(what)
-            if slopes:
-                as_promised &= statistics.median(slopes) <= most
-                print(
-                    f"{what}: {len(slopes)} processes, {statistics.median(slopes):+.2f} {unit} a minute (median), "
-                    f"{min(slopes):+.2f} to {max(slopes):+.2f}"
-                )
-    return 0 if as_promised else 1
+    return as_promised
 
 
 if __name__ == "__main__":

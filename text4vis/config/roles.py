@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum
 from typing import Any, Literal, cast
 
 import pydantic.dataclasses
@@ -16,7 +16,7 @@ PathKind = Literal["no", "path", "name or path"]
 section = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 
 
-class Role(StrEnum):
+class Role(str, Enum):  # enum.StrEnum is of Python 3.11
     """What a key decides. Code that treats some keys in a special way asks for their role, never for their names."""
 
     DATA = "data"  # which videos, in which order, under which labels
@@ -30,6 +30,9 @@ class Role(StrEnum):
     PLACE = "place"  # where the videos lie; their fingerprint says whether they are the same
     EXECUTION = "execution"  # how the job is carried out: devices, threads, memory, faults
     REPORTING = "reporting"  # what is logged, evaluated and kept
+
+    def __str__(self) -> str:
+        return self.value
 
     @property
     def may_change(self) -> bool:
