@@ -64,6 +64,7 @@ def change(data: bytearray, tokens: tuple[bytes, ...], seeds: list[bytes], draw:
     else:
         del data[place:]
 
+
 ODD_VALUES: tuple[Any, ...] = (
     None, True, 0, -1, 1.5, 1e308, 2**31, 2**63, 10**30, float("nan"), float("inf"), "", "x", "\ud800", "\0\x1b[31m",
     "../x", "/etc/passwd", "http://other/x", [], [[]], [0], {}, {"a": {}}, [None] * 50,
@@ -107,3 +108,20 @@ def written(name: str, parse: Callable[[Path], Any]) -> Callable[[bytes, Path], 
 
 def from_text(parse: Callable[[str], Any]) -> Callable[[bytes, Path], Any]:
     return lambda data, folder: parse(data.decode("utf-8", "surrogateescape"))
+
+
+JSON_TOKENS = (
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b",",
+    b":",
+    b'"',
+    b"1e999",
+    b"NaN",
+    b"[" * 3000,
+    b"1" * 5000,
+    b'"\\ud800"',
+    b"null",
+)

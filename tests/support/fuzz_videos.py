@@ -287,7 +287,9 @@ def work(seeds: Sequence[bytes], seed: int, cases: range, folder: Path, output: 
         seconds = spent.ru_utime + spent.ru_stime - cpu
         if (more := len(os.listdir("/proc/self/fd")) - files) > 0:
             ends += f"\tFAILED {more} files left open"
-        os.write(output, f"{case}\t{number}\t{seconds:.2f}\t{(_peak() - before) >> 20}\t{_resident()}\t{ends}\n".encode())
+        os.write(
+            output, f"{case}\t{number}\t{seconds:.2f}\t{(_peak() - before) >> 20}\t{_resident()}\t{ends}\n".encode()
+        )
     path.unlink(missing_ok=True)
 
 
