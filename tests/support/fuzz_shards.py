@@ -173,9 +173,9 @@ def _stored(folder: Path) -> Path:
     if not (folder / "stored").exists():
         for number in range(2):
             rng = np.random.default_rng(number)
-            images = [rng.integers(0, 256, (48, 64, 3), np.uint8) for _ in range(6)]
+            images = [rng.integers(0, 256, (48, 64, 3), np.uint8) for _ in range(24)]
             (folder / "videos").mkdir(exist_ok=True)
-            encode(folder / "videos" / f"{number}.mp4", images=images, options={"g": "3"})
+            encode(folder / "videos" / f"{number}.mp4", images=images, options={"g": "12"})
         videos = [Annotation(f"{number}.mp4", None, 0, number + 1) for number in range(2)]
         build_shards(videos, root=folder / "videos", labels=["a"], output=folder / "stored", store="video", workers=1)
     return folder / "stored"
@@ -323,7 +323,7 @@ def _parse_record(data: bytes, folder: Path) -> None:
 
 _OFFICIAL: dict[str, dict[str, str]] = {
     "kinetics700": {
-        "train.csv": "label,youtube_id,time_start,time_end,split\nrun,abcdefghijk,10,20,train\n\"a, b\",x_y,0.0,9.5,train\n"
+        "train.csv": "label,youtube_id,time_start,time_end\nrun,abcdefghijk,10,20\n\"a, b\",x_y,0.0,9.5\n"
     },
     "ucf101": {
         "trainlist01.txt": "Run/v_Run_g01_c01.avi 1\nWalk/v_Walk_g01_c02.avi 2\n",
@@ -338,7 +338,8 @@ _OFFICIAL: dict[str, dict[str, str]] = {
             "c": {"subset": "testing", "annotations": []}}, "version": "1.3"})
     },
     "something-v2": {
-        "train.json": json.dumps([{"id": "1", "template": "Moving [something]", "label": "x"}, {"id": "2", "template": "Open"}]),
+        "train.json": json.dumps([
+            {"id": "1", "template": "Moving [something]", "label": "x"}, {"id": "2", "template": "Open"}]),
         "labels.json": json.dumps({"Moving something": "0", "Open": "1"}),
     },
     "charades": {

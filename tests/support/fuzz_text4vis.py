@@ -184,10 +184,8 @@ def _line_seeds(folder: Path) -> list[bytes]:
 
 def _parse_lines(data: bytes, folder: Path) -> None:
     """The values of a JSON list as the lines of an index; what is none goes in as it is."""
-    try:
+    with suppress(ValueError, TypeError, RecursionError):
         data = b"".join(json.dumps(value).encode() + b"\n" for value in json.loads(data))
-    except (ValueError, TypeError, RecursionError):
-        pass
     _parse_search(data, folder)
     (folder / "searched" / "model.json").write_bytes(data)
     remembered_model(folder / "searched")

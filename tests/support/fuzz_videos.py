@@ -147,7 +147,7 @@ def _write(path: Path, kind: Kind) -> None:
 
 
 def damaged(seeds: Sequence[bytes], seed: int, case: int) -> bytes:
-    """Case `case`: half of them have a number behind a mark of the container set, one in twenty a cut or swapped end."""
+    """Case `case`: half of them have numbers near marks of the container set to others."""
     draw = random.Random(f"video {seed} {case}")
     if draw.random() < 0.5:
         return mutated(Target(lambda folder: [], lambda data, folder: None, tokens=MARKS), list(seeds), draw)
@@ -263,6 +263,10 @@ def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
+def _open_files() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
 def _peak() -> int:
     """Most memory of this process since the last call, bytes."""
     status = Path("/proc/self/status").read_text()
@@ -281,11 +285,11 @@ def work(seeds: Sequence[bytes], seed: int, cases: range, folder: Path, output: 
         spent = resource.getrusage(resource.RUSAGE_SELF)
         cpu = spent.ru_utime + spent.ru_stime
         resource.setrlimit(resource.RLIMIT_CPU, (int(cpu) + CASE_SECONDS, resource.RLIM_INFINITY))
-        before, files = _resident(), len(os.listdir("/proc/self/fd"))
+        before, files = _resident(), _open_files()
         ends = look(path, damaged(seeds, seed, case))
         spent = resource.getrusage(resource.RUSAGE_SELF)
         seconds = spent.ru_utime + spent.ru_stime - cpu
-        if (more := len(os.listdir("/proc/self/fd")) - files) > 0:
+        if (more := _open_files() - files) > 0:
             ends += f"\tFAILED {more} files left open"
         os.write(
             output, f"{case}\t{number}\t{seconds:.2f}\t{(_peak() - before) >> 20}\t{_resident()}\t{ends}\n".encode()
@@ -343,8 +347,8 @@ class Findings:
 
     def print(self, seconds: float) -> None:
         """The table."""
-        print(f"{self.cases} cases in {seconds:.0f} s; slowest {self.slowest[0]:.1f} s of CPU (case {self.slowest[1]}); "
-              f"most memory {self.largest[0]} MB (case {self.largest[1]}); growth {self.growth >> 20} MB")  # fmt: skip
+        print(f"{self.cases} cases in {seconds:.0f} s; slowest {self.slowest[0]:.1f} s of CPU (case {self.slowest[1]})")
+        print(f"  most memory {self.largest[0]} MB (case {self.largest[1]}); growth {self.growth >> 20} MB")
         for name in DOORS:
             counts = {key.split(": ")[1]: count for key, count in self.outcomes.items() if key.startswith(f"{name}:")}
             print(f"  {name}: {', '.join(f'{count} {end}' for end, count in sorted(counts.items()))}")
