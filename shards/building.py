@@ -102,7 +102,7 @@ class Workspace:
             settings = json.loads(path.read_bytes())
         except FileNotFoundError:
             return None
-        except ValueError:
+        except (ValueError, RecursionError):
             settings = None
         if not isinstance(settings, dict):
             raise ShardError(f"{path}: damaged; delete {self.path} and build again")

@@ -70,7 +70,7 @@ def read_kinetics(folder: Path, labels: Path | None, _split: int) -> Official:
 def _kinetics_keys(row: dict[str, str], where: str) -> tuple[str, ...]:
     try:
         start, end = (int(float(row[column])) for column in ("time_start", "time_end"))
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ShardError(f"{where}: the times are {row['time_start']!r} and {row['time_end']!r}, no numbers") from None
     return (f"{row['youtube_id']}_{start:06d}_{end:06d}", f"{row['youtube_id']}_{start}_{end}")
 

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from launch import ROOT
 
-SLOW = {"model-config", "tokenizer", "two-reports", "form", "request", "kept-rows", "kept-shards", "packets"}
+SLOW = {"model-config", "tokenizer", "two-reports", "kept-rows", "kept-shards", "packets"}
 QUICK = settings(max_examples=200, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 
@@ -57,6 +57,9 @@ FOUND = {
         {"model_cfg": PLAIN, "preprocess_cfg": _PREPROCESS | {"mean": ["x", 1, 1]}},
         {"model_cfg": PLAIN, "preprocess_cfg": _PREPROCESS | {"std": [0.5, 0.5]}},
     ],
+    "list-kinetics700": [b"label,youtube_id,time_start,time_end\nrun,a,10,1e999\n"],
+    "records": [b"[" * 100_000],
+    "search-lines": [[{"settings": {"format": 1, "model": {}, "dims": True, "window": 4, "stride": 2}}]],
     "work-list": [b'{"settings": ' + b"[" * 100_000 + b"\n"],
 }
 

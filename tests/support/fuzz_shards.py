@@ -280,7 +280,7 @@ def _foreign_seeds(folder: Path) -> list[bytes]:
     numbered = [(f"c.{number}.jpg", frame) for number in range(2)]
     return [
         _tar([("__meta__", b"x"), ("a.jpg", frame), ("a.cls", b"1"), *numbered, ("c.txt", b"walk")]),
-        _tar([("x/" * 60 + "a.jpg", frame), ("x/" * 60 + "a.json", facts), ("b.notes.md", b"?")]),
+        _tar([("x/" * 60 + "a.jpg", frame), ("x/" * 60 + "a.json", facts), ("x/" * 60 + "a.notes.md", b"?")]),
     ]
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import io
 import json
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from aiohttp.test_utils import TestServer
 from fuzz_changes import JSON_TOKENS, Target, from_text, written
 from safetensors.torch import save
 from stub_index import build as build_stub
@@ -33,10 +32,8 @@ from text4vis.saved.checkpoint import CheckpointError
 from text4vis.saved.weights import read_index, read_text4vis
 from text4vis.serving.captions import read_captions
 from text4vis.serving.fitted import fitted_of
-from text4vis.serving.footage import PredictionError
 from text4vis.serving.index_store import SearchError, remembered_model
 from text4vis.serving.jobs import WorkList, WorkListError
-from text4vis.serving.page_server import _application
 from text4vis.serving.search import SearchIndex
 from text4vis.training.logs import _step_of
 
@@ -335,76 +332,6 @@ def _parse_two_reports(data: bytes, folder: Path) -> None:
         comparison.summarise(list(pair))
 
 
-# Uploads to the page.
-
-
-class _StubPage:
-    """Answers with what it was asked."""
-
-    upload_bytes = 1000
-
-    def show(self, fields: dict[str, str] | None = None, *, answer: object = None, error: str = "") -> str:
-        return f"{fields} {answer} {error}"
-
-    def answer(self, fields: dict[str, str], upload: Any) -> str:
-        if upload is None:
-            raise PredictionError("no video")
-        assert len(upload.path.read_bytes()) <= self.upload_bytes + 2**20
-        return upload.name
-
-
-_FORM = (
-    b'--b\r\nContent-Disposition: form-data; name="ask"\r\n\r\nrecognise\r\n--b\r\nContent-Disposition: form-data; '
-    b'name="video"; filename="a.mp4"\r\nContent-Type: video/mp4\r\n\r\n' + b"v" * 40 + b"\r\n--b--\r\n"
-)
-_HEAD = (
-    b"POST / HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=b\r\nContent-Length: %d\r\n"
-    b"Connection: close\r\n\r\n"
-)
-
-
-class _Served:
-    """The page on a port of its own, and the loop that serves it."""
-
-    def __init__(self) -> None:
-        self.loop = asyncio.new_event_loop()
-        self.server = TestServer(_application(_StubPage()))  # type: ignore[arg-type]
-        self.loop.run_until_complete(self.server.start_server())
-
-    async def _ask(self, data: bytes) -> bytes:
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.server.port)
-        writer.write(data)
-        writer.write_eof()
-        try:
-            return await reader.read()
-        finally:
-            writer.close()
-
-    def ask(self, data: bytes) -> bytes:
-        """The reply to the bytes of a request."""
-        return self.loop.run_until_complete(asyncio.wait_for(self._ask(data), 15))
-
-
-_SERVED: list[_Served] = []
-
-
-def _parse_request(data: bytes, folder: Path) -> None:
-    """No failure of the server, whatever is sent to it."""
-    if not _SERVED:
-        _SERVED.append(_Served())
-    try:
-        reply = _SERVED[0].ask(data)
-    except ConnectionError:
-        return
-    assert not reply.startswith((b"HTTP/1.1 5", b"HTTP/1.0 5")), reply[:300]
-    if not reply.startswith((b"HTTP/1.1 2", b"HTTP/1.0 2")):
-        raise PredictionError(reply[:80].decode("latin-1"))
-
-
-def _parse_form(data: bytes, folder: Path) -> None:
-    _parse_request(_HEAD % len(data) + data, folder)
-
-
 TARGETS = {
     "config": Target(_config_seeds, written("config.yaml", load_config), (ConfigError,), YAML_TOKENS),
     "override": Target(
@@ -505,24 +432,4 @@ TARGETS = {
     "adapters": Target(_adapter_seeds, _parse_adapters, (CheckpointError,), (*JSON_TOKENS, b"adapter_rank", b"lora_A")),
     "card": Target(_card_seeds, _parse_card, (ConfigError,), JSON_TOKENS, True),
     "two-reports": Target(_report_seeds, _parse_two_reports, (ConfigError,), JSON_TOKENS, True),
-    "form": Target(
-        lambda folder: [_FORM],
-        _parse_form,
-        (PredictionError,),
-        (
-            b"\r\n",
-            b"--b",
-            b"--b--",
-            b'filename="',
-            b"Content-Type: ",
-            b"charset=x",
-            b"Content-Transfer-Encoding: base64",
-        ),
-    ),
-    "request": Target(
-        lambda folder: [_HEAD % len(_FORM) + _FORM],
-        _parse_request,
-        (PredictionError,),
-        (b"\r\n", b"Host: ", b"Origin: http://other", b"Transfer-Encoding: chunked", b"Content-Length: 9"),
-    ),
 }

@@ -87,6 +87,7 @@ class Tokenizer:
         where = f"network.arch: {arch}: its tokenizer {own or name}"
         try:
             tokenizer = HFTokenizer(str(own or name), tokenizer_mode=mode, **arguments, **options)
+            tokenizer(_PROBE)  # some damage shows only now
         except ImportError:
             raise ConfigError(f"{where} needs the package transformers: {INSTALL}") from None
         except Exception as error:  # the library raises any kind for a file that is damaged, and for no network
