@@ -87,7 +87,6 @@ class Tokenizer:
         where = f"network.arch: {arch}: its tokenizer {own or name}"
         try:
             tokenizer = HFTokenizer(str(own or name), tokenizer_mode=mode, **arguments, **options)
-            tokenizer(_PROBE)  # some damage shows only now
         except ImportError:
             raise ConfigError(f"{where} needs the package transformers: {INSTALL}") from None
         except Exception as error:  # the library raises any kind for a file that is damaged, and for no network
@@ -101,6 +100,10 @@ class Tokenizer:
             )
         if inner.pad_token_id is None:
             raise ConfigError(f"{where} has no pad_token; name one in tokenizer_config.json")
+        try:
+            tokenizer(_PROBE)  # some damage shows only when it is used
+        except Exception as error:  # as above
+            raise ConfigError(f"{where} cannot be used ({' '.join(str(error).split())[:300]})") from None
         return tokenizer
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
