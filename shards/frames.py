@@ -344,7 +344,8 @@ class _Feed(Iterator[av.VideoFrame]):
     def go_to(self, key: int) -> None:
         """Begins anew at a key frame behind all that was decoded."""
         expected = self._table.number_of(key)
-        assert expected is not None
+        if expected is None:  # a table from a stranger
+            raise PacketsError
         packet = None
         if self._packets is not None and expected - self._expected <= _FAR:
             self._stream.codec_context.flush_buffers()
@@ -359,8 +360,7 @@ class _Feed(Iterator[av.VideoFrame]):
         if packet is None:
             raise PacketsError
         self.begin, self._expected, self.is_at_its_end = key, expected, False
-        self._skipped.clear()
-        self._due.clear()
+        self._skipped, self._due = set(), set()
         self._frames = iter(self._decode(packet))
 
     def _packet_of(self, key: int) -> av.Packet | None:
