@@ -87,7 +87,7 @@ def check_model_config(config: Mapping[str, Any], where: str) -> None:
 
 
 def _check_number(where: str, name: str, value: Any, low: float, high: float) -> None:
-    is_list = isinstance(value, list) and name in _LISTS and 2 <= len(value) <= 4
+    is_list = isinstance(value, list) and name in _LISTS and "vision_cfg" in where and 2 <= len(value) <= 4
     kinds = (int, float) if name in _FRACTIONS else (int,)
     for one in value if is_list else [value]:
         if isinstance(one, bool) or not isinstance(one, kinds) or not low <= one <= high:
@@ -98,7 +98,10 @@ def _check_number(where: str, name: str, value: Any, low: float, high: float) ->
 def _parameters(config: Mapping[str, Any]) -> int:
     """About as many as the towers have; those of timm's and Hugging Face's own towers are not counted."""
     total = 0
-    vision, text = config["vision_cfg"], config["text_cfg"]
+    vision, text = (
+        {name: value for name, value in config[section].items() if value is not None}
+        for section in ("vision_cfg", "text_cfg")
+    )
     if not vision.get("timm_model_name"):
         width = vision.get("width", CLIPVisionCfg.width)
         layers, ratio = vision.get("layers", CLIPVisionCfg.layers), vision.get("mlp_ratio", CLIPVisionCfg.mlp_ratio)
