@@ -16,7 +16,6 @@ import io
 import json
 import os
 import shutil
-import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
@@ -102,7 +101,7 @@ class Workspace:
             settings = json.loads(path.read_bytes())
         except FileNotFoundError:
             return None
-        except ValueError:
+        except (ValueError, RecursionError):
             settings = None
         if not isinstance(settings, dict):
             raise ShardError(f"{path}: damaged; delete {self.path} and build again")
@@ -149,7 +148,7 @@ class Workspace:
             with np.load(self._rows_path(number), allow_pickle=False) as arrays:
                 optional = [role for role in (LABELS_ROLE, STREAMS_ROLE, PACKETS_ROLE) if role in arrays]
                 return json.loads(arrays["meta"].tobytes()), {role: arrays[role] for role in (*INDEX_ROLES, *optional)}
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        except Exception:  # a damaged archive fails in any way
             return None
 
     def table(self, number: int, role: str) -> np.ndarray:

@@ -46,6 +46,7 @@ _JSON_KEYS = ("label", "class", "cls", "category")
 _SEVERAL = "but a sample of such tars takes one: unpack them and build shards from a list with several labels a video"
 # webdataset passes over such members too.
 _META = re.compile(r"__[^/]*__($|/)")
+_HALF_LETTER = re.compile("[\ud800-\udfff]")  # JSON can write one, UTF-8 cannot
 _MAX_SIDE = 65_535
 _MAX_LABEL_BYTES = 16 << 20
 
@@ -249,7 +250,7 @@ def _text(data: bytes) -> str:
 
 
 def _number_or_name(text: str) -> int | str:
-    if not text or CONTROL_CHARACTER.search(text):
+    if not text or CONTROL_CHARACTER.search(text) or _HALF_LETTER.search(text):
         raise _SampleError(f"its label {printable(text[:40])!r} is no class")
     if re.fullmatch(r"\d+(,\d+)+", text, re.ASCII):
         raise _SampleError(f"its label {printable(text[:40])!r} stands for several classes, {_SEVERAL}")

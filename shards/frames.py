@@ -10,7 +10,6 @@ N frames of a video, K of them.
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,8 +20,8 @@ import av.error
 import numpy as np
 from av.container import InputContainer
 
-from shards.packets import SparseVideo
 from shards.video import (
+    MOST_FRAMES,
     RgbConverter,
     Source,
     Timing,
@@ -31,6 +30,7 @@ from shards.video import (
     is_timed,
     opened_video,
     probe_video,
+    refuse_more_frames,
     timing_of,
 )
 
@@ -86,6 +86,7 @@ class PacketTable:
                 continue
             if packet.pts is None:
                 return None
+            refuse_more_frames(len(pts))
             certain = (certain or not pts) and not packet.is_corrupt and _gives_a_frame(packet, codec)
             pts.append(packet.pts)
             if packet.is_keyframe:
@@ -93,9 +94,8 @@ class PacketTable:
             if packet.pts >= last_pts:
                 last_pts, last_duration = packet.pts, packet.duration or 0
         pts.sort()
-        if not pts or not key_pts or key_pts[0] != pts[0] or any(a >= b for a, b in pairwise(key_pts)):
-            return None
-        if any(a == b for a, b in pairwise(pts)):
+        in_order = all(a < b for a, b in pairwise(key_pts)) and all(a < b for a, b in pairwise(pts))
+        if not pts or not key_pts or key_pts[0] != pts[0] or not in_order:
             return None
         timing = None
         if certain and is_timed(container) and container.format.name != "avi":  # AVI knows no order but the decoder's
@@ -166,6 +166,7 @@ def _sample_decoding_all(
     source: Source, choose: Callable[[Timing], np.ndarray], use: Use | None, guess: int
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """`sample_frames` that decodes all frames; twice if there are not as many as `guess`."""
+    guess = guess if 0 < guess <= MOST_FRAMES else 0  # a header may say anything
     likely = set(choose(Timing(float(guess), np.arange(guess, dtype=float))).tolist()) if guess else set()
     found: dict[int, np.ndarray] = {}
     convert = RgbConverter()
@@ -189,7 +190,7 @@ class FrameReader:
     """
 
     def __init__(self, source: Source, *, num_frames: int | None = None, threads: int = 1) -> None:
-        if isinstance(source, SparseVideo):
+        if hasattr(source, "rows"):  # a SparseVideo, whose module is not among those that an export copies
             raise TypeError("only parts of this video were read: use shards.stored.decode_stored")
         self._source, self._num_frames, self._threads = source, num_frames, threads
         self._table: PacketTable | None = None
@@ -343,7 +344,8 @@ class _Feed(Iterator[av.VideoFrame]):
     def go_to(self, key: int) -> None:
         """Begins anew at a key frame behind all that was decoded."""
         expected = self._table.number_of(key)
-        assert expected is not None
+        if expected is None:  # a table from a stranger
+            raise PacketsError
         packet = None
         if self._packets is not None and expected - self._expected <= _FAR:
             self._stream.codec_context.flush_buffers()
@@ -358,8 +360,7 @@ class _Feed(Iterator[av.VideoFrame]):
         if packet is None:
             raise PacketsError
         self.begin, self._expected, self.is_at_its_end = key, expected, False
-        self._skipped.clear()
-        self._due.clear()
+        self._skipped, self._due = set(), set()
         self._frames = iter(self._decode(packet))
 
     def _packet_of(self, key: int) -> av.Packet | None:
@@ -394,7 +395,7 @@ class _Feed(Iterator[av.VideoFrame]):
                 return frame
             if self.is_at_its_end:
                 raise StopIteration
-            if next(iter(self._lacking.values()), math.inf) > self.newest_key:
+            if next(iter(self._lacking.values()), float("inf")) > self.newest_key:
                 # It has got all that is wanted before the next key frame: it gives them now. Otherwise it would take
                 # more packets first, as frames may come out of order.
                 self.is_at_its_end = True

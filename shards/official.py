@@ -32,6 +32,7 @@ from shards.official_files import (
     named_file,
     names_by_number,
     required,
+    text_of,
 )
 
 _ROLES = {"train": "train", "val": "val", "validate": "val", "validation": "val", "test": "test"}
@@ -69,7 +70,7 @@ def read_kinetics(folder: Path, labels: Path | None, _split: int) -> Official:
 def _kinetics_keys(row: dict[str, str], where: str) -> tuple[str, ...]:
     try:
         start, end = (int(float(row[column])) for column in ("time_start", "time_end"))
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ShardError(f"{where}: the times are {row['time_start']!r} and {row['time_end']!r}, no numbers") from None
     return (f"{row['youtube_id']}_{start:06d}_{end:06d}", f"{row['youtube_id']}_{start}_{end}")
 
@@ -136,7 +137,7 @@ def read_activitynet(folder: Path, labels: Path | None, _split: int) -> Official
         path,
         "ActivityNet's JSON",
         lambda data: [
-            (name, video["subset"], [annotation["label"] for annotation in video["annotations"]])
+            (name, text_of(video["subset"]), [text_of(annotation["label"]) for annotation in video["annotations"]])
             for name, video in data["database"].items()
         ],
     )
@@ -175,7 +176,9 @@ def read_something(folder: Path, _labels: Path | None, _split: int) -> Official:
         if split not in files:
             continue
         path = files[split]
-        videos = from_json(path, what, lambda data: [(str(video["id"]), video.get("template")) for video in data])
+        videos = from_json(
+            path, what, lambda data: [(str(video["id"]), text_of(video.get("template") or "")) for video in data]
+        )
         for video, template in videos:
             if template := template or answers.get(video):
                 entry = Entry((video,), (label_of(template, f"{path}: {video}"),))

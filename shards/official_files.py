@@ -145,8 +145,16 @@ def from_json(path: Path, what: str, extract: Callable[[Any], T]) -> T:
     text = _text(path)
     try:
         return extract(json.loads(text))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ShardError(f"{path}: not {what} ({type(error).__name__}: {error}); download it again") from None
+
+
+def text_of(value: object) -> str:
+    """A text of a JSON file. Raises TypeError for another value, ValueError for half a letter."""
+    if not isinstance(value, str):
+        raise TypeError(f"expected a text, got {value!r:.80}")
+    value.encode()
+    return value
 
 
 def _text(path: Path) -> str:

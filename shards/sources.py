@@ -286,7 +286,8 @@ def _decode_video_file(root: Path, name: str, options: SourceOptions) -> Iterato
     except OSError as error:
         raise _unreadable(name, error) from None
     info = probe_file(name, path)
-    chosen = video_positions(info, options.fps, options.max_frames)
+    with _explained(name):
+        chosen = video_positions(info, options.fps, options.max_frames)
     details = {
         "fps": info.fps if options.fps is None else options.fps,
         "duration": info.duration,

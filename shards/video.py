@@ -1,7 +1,8 @@
 """What a video file shows: which stream, which frames at which times, turned and coloured as `ffmpeg` shows them.
 
 Every decision on a video is made here, so building, checking, training, evaluation and prediction see the same pixels.
-Uses PyAV and numpy only: `tools/export.py --onnx` copies this file and `shards/frames.py` beside its program.
+Uses PyAV and numpy only: `tools/export.py --onnx` copies this file, `shards/frames.py` and `shards/headers.py` beside
+its program.
 
 Frame numbers count from 0 in the order of presentation, the order in which a decoder gives frames out. `iter_frames`,
 `Timing.times_N` and all of `shards.frames` agree on these numbers.
@@ -13,13 +14,15 @@ from __future__ import annotations
 
 import io
 import math
+import os
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import av
 import av.error
@@ -28,6 +31,8 @@ import numpy as np
 from av.container import InputContainer
 from av.sidedata.sidedata import Type
 from av.stream import Disposition
+
+from shards.headers import HeaderError, refuse_promises
 
 # FFmpeg also "opens" playlists and scripts, which make it read other files and addresses, and pictures: only these.
 _FORMATS = (
@@ -44,6 +49,10 @@ _REORDERED_FRAMES = 8  # frames may come out of order for so long; a clock that 
 _PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 _NO_TIMESTAMPS = 0x80  # AVFMT_NOTIMESTAMPS
 UNSPECIFIED = 2  # of colour matrices, by ITU-T H.273
+
+# Limits of what is read, above all real videos: 8K, and 38 hours at 30 frames a second.
+MOST_PIXELS = 1 << 25
+MOST_FRAMES = 1 << 22
 _MATRICES = {0, 1, UNSPECIFIED, 4, 5, 6, 7, 9}  # RGB, BT.709, …, FCC, BT.601 twice, SMPTE 240M, BT.2020
 
 Source = str | Path | bytes
@@ -72,8 +81,9 @@ class Timing:
     def shown(self, start: float, stop: float) -> np.ndarray:
         """Numbers (K,) int64 of the frames on the screen from `start` to `stop` seconds, one for each step of the
         video's usual rate: a frame that stands still is repeated. At least one."""
-        steps = max(1, round((stop - start) / self._usual_step))
-        return frames_at(self.times_N, start + np.arange(steps) * self._usual_step)
+        steps = max(1, round(min((stop - start) / self._usual_step, MOST_FRAMES)))
+        step = self._usual_step if steps < MOST_FRAMES else (stop - start) / steps
+        return frames_at(self.times_N, start + np.arange(steps) * step)
 
     @cached_property
     def _usual_step(self) -> float:
@@ -101,8 +111,13 @@ def frames_at(times_N: np.ndarray, seconds_K: np.ndarray) -> np.ndarray:
 def frames_at_rate(times_N: np.ndarray, duration: float, fps: float) -> np.ndarray:
     """Numbers (K,) int64 of the frames on the screen at the times 0, 1/fps, 2/fps … of a video of `duration` seconds.
 
-    K is duration x fps, rounded, and at least 1. A rate above the video's own repeats frames.
+    K is duration x fps, rounded, and at least 1. A rate above the video's own repeats frames. Raises VideoError where K
+    would be more than MOST_FRAMES.
     """
+    if duration * fps > MOST_FRAMES:
+        raise VideoError(
+            f"by its clock it lasts {duration:.0f} s; {MOST_FRAMES} frames are the limit, {fps:g} a second"
+        )
     return frames_at(times_N, np.arange(max(1, math.floor(duration * fps + 0.5))) / fps)
 
 
@@ -115,6 +130,7 @@ def probe_video(source: Source, look: Callable[[int, av.VideoFrame], object] = l
         clock = _Clock(timed=is_timed(container))
         size: tuple[int, int] | None = None
         for number, frame in enumerate(decoded_frames(container, stream)):
+            refuse_more_frames(number)
             clock.add(frame)
             look(number, frame)
             if size is None:
@@ -142,6 +158,7 @@ def opened_video(source: Source, threads: int = 1) -> Iterator[tuple[InputContai
     try:
         with _open(source) as container:
             stream = _played(container)
+            stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
             stream.codec_context.thread_count = threads
             stream.codec_context.thread_type = "SLICE" if threads == 1 else "AUTO"
             yield container, stream
@@ -155,12 +172,41 @@ def is_timed(container: InputContainer) -> bool:
     return not container.format.flags & _NO_TIMESTAMPS
 
 
+def refuse_more_frames(count: int) -> None:
+    """Raises VideoError for a video of so many frames and one more."""
+    if count >= MOST_FRAMES:
+        raise VideoError(f"it has more than {MOST_FRAMES} frames; cut it")
+
+
 def _open(source: Source) -> InputContainer:
+    _refuse_header(source)
     try:
         file = io.BytesIO(source) if isinstance(source, bytes) else f"file:{source}"
-        return av.open(file, "r", options={"format_whitelist": _FORMATS})
+        options = {"format_whitelist": _FORMATS, "max_pixels": str(MOST_PIXELS)}
+        # Titles and the like are not used, and old files have them in any encoding.
+        return av.open(file, "r", options=options, metadata_errors="replace")
     except av.error.ArgumentError:
         raise VideoError("not a video format that is read here") from None
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a file; raises VideoError for a pipe or a device, which might never end, and OSError."""
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise VideoError("it is no regular file")
+
+
+def _refuse_header(source: Source) -> None:
+    """Raises VideoError for what is no file, and for one whose header promises more than the file can hold."""
+    try:
+        with io.BytesIO(source) if isinstance(source, bytes) else open_regular(Path(source)) as file:
+            refuse_promises(file)
+    except HeaderError as error:
+        raise VideoError(str(error)) from None
+    except OSError:
+        return  # FFmpeg says why
 
 
 def _played(container: InputContainer) -> av.VideoStream:

@@ -12,7 +12,6 @@ Nothing is built here, and files of weights are read when they are asked for.
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,6 +25,7 @@ from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from text4vis.config.paths import LOCAL_MODEL
 from text4vis.config.schema import ConfigError, NetworkConfig
 from text4vis.model.layouts import State
+from text4vis.model.strangers import check_model_config, check_preprocess, read_json
 from text4vis.model.tensors import read_clip_weights, some
 
 # CLIP's names for OpenAI's models, and open_clip's names for the same architectures with ordinary GELU.
@@ -219,7 +219,7 @@ def _from_folder(network: NetworkConfig) -> Source:
 def _weights_in(folder: Path, network: NetworkConfig) -> Path:
     if network.pretrained:
         return Path(network.pretrained)
-    found = sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES)
+    found = sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES and path.is_file())
     usual = [folder / name for name in WEIGHT_FILES if folder / name in found]
     if not usual and len(found) != 1:
         what = ", ".join(path.name for path in found) or "no weights"
@@ -242,12 +242,7 @@ def _from_json(path: Path, network: NetworkConfig) -> Source:
 
 def _read_config(path: Path, network: NetworkConfig) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """open_clip's model config, bare or below `model_cfg`, and the `preprocess_cfg` beside it if there is one."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(f"network.arch: no such file: {path}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"network.arch: {path} is not a JSON file ({error})") from None
+    content = read_json(path, "network.arch")
     config = content.get("model_cfg", content) if isinstance(content, dict) else {}
     config = config if isinstance(config, dict) else {}
     parts = {"embed_dim": int, "vision_cfg": dict, "text_cfg": dict}
@@ -256,12 +251,11 @@ def _read_config(path: Path, network: NetworkConfig) -> tuple[dict[str, Any], di
         raise ConfigError(f"network.arch: {path} is not an open_clip model config: it lacks {', '.join(absent)}")
     preprocess = content.get("preprocess_cfg")
     config = {key: value for key, value in config.items() if key != "preprocess_cfg"}  # beside a bare config
+    where = f"network.arch: {path}"
+    check_model_config(config, where)
     if not preprocess:
         return config, None
-    if not isinstance(preprocess, dict):
-        raise ConfigError(f"network.arch: {path}: preprocess_cfg is {preprocess!r}, not a table of settings")
-    if preprocess.get("fill_color"):
-        raise ConfigError(f"network.arch: {path}: preprocess_cfg.fill_color is not black (0), which is not supported")
+    check_preprocess(preprocess, where)
     return config, _complete(preprocess)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import shutil
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from torch import Tensor
 
 from text4vis.config.schema import ConfigError
+from text4vis.model.strangers import check_vocabulary, name_within
 
 INSTALL = "pip install 'text4vis[tokenizers]'"
 # What open_clip's tokenizers take from a configuration. Anything else might have the library run a folder's code.
@@ -41,13 +43,21 @@ class Tokenizer:
     """
 
     def __init__(self, text_config: Mapping[str, Any], folder: Path | None, arch: str) -> None:
-        arguments = dict(text_config.get("tokenizer_kwargs") or {})
+        where = f"network.arch: {arch}: text_cfg"
+        arguments = text_config.get("tokenizer_kwargs") or {}
+        if not isinstance(arguments, dict):
+            raise ConfigError(f"{where}.tokenizer_kwargs: {arguments!r:.80} is no table of settings")
+        arguments = dict(arguments)
         if unknown := sorted(arguments.keys() - ARGUMENTS):
-            raise ConfigError(f"network.arch: {arch}: text_cfg.tokenizer_kwargs: {unknown[0]} is not supported")
+            raise ConfigError(f"{where}.tokenizer_kwargs: {unknown[0]} is not supported")
         self._text_config = text_config
-        self.bpe_path = (folder or Path()) / arguments.pop("bpe_path") if "bpe_path" in arguments else None
+        self.bpe_path = None
+        if "bpe_path" in arguments:
+            own = name_within(arguments.pop("bpe_path"), folder, f"{where}.tokenizer_kwargs.bpe_path")
+            self.bpe_path = (folder or Path()) / own
         arguments["context_length"] = text_config.get("context_length") or CLIPTextCfg.context_length
         if name := text_config.get("hf_tokenizer_name"):
+            name = name_within(name, folder, f"{where}.hf_tokenizer_name")
             self._tokenizer = self._from_hugging_face(name, folder, arguments, arch)
         else:
             self._tokenizer = self._byte_pairs(arguments, arch)
@@ -56,8 +66,10 @@ class Tokenizer:
     def _byte_pairs(self, arguments: Mapping[str, Any], arch: str) -> Any:
         files = {"bpe_path": str(self.bpe_path)} if self.bpe_path else {}
         try:
+            if self.bpe_path:
+                check_vocabulary(self.bpe_path, f"network.arch: {arch}: text_cfg.tokenizer_kwargs.bpe_path")
             tokenizer = SimpleTokenizer(**files, **arguments)
-        except (OSError, TypeError, ValueError, AssertionError) as error:
+        except (OSError, EOFError, TypeError, ValueError, LookupError, AssertionError, zlib.error) as error:
             raise ConfigError(f"network.arch: the tokenizer of {arch} cannot be loaded ({error})") from None
         vocabulary = self._text_config.get("vocab_size", CLIPTextCfg.vocab_size)
         if tokenizer.vocab_size > vocabulary:
@@ -88,6 +100,10 @@ class Tokenizer:
             )
         if inner.pad_token_id is None:
             raise ConfigError(f"{where} has no pad_token; name one in tokenizer_config.json")
+        try:
+            tokenizer(_PROBE)  # some damage shows only when it is used
+        except Exception as error:  # as above
+            raise ConfigError(f"{where} cannot be used ({' '.join(str(error).split())[:300]})") from None
         return tokenizer
 
     def __call__(self, texts: Sequence[str]) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from text4vis.config.schema import ConfigError, NetworkConfig
 from text4vis.model.preprocessing import network_of
 from text4vis.model.sources import RESNET_STRIDE, Source, find_source
+from text4vis.model.strangers import check_encoder_config, name_within
 from text4vis.model.tensors import State, load_strictly
 from text4vis.model.tokenizing import ENCODER, INSTALL, Tokenizer, beside
 
@@ -188,13 +189,17 @@ def _instantiate(model_config: Mapping[str, Any], arch: str, folder: Path | None
     encoder = config["text_cfg"].get("hf_model_name")
     custom_text = config.pop("custom_text", False) or encoder
     if encoder:
-        config["text_cfg"] |= {"hf_model_name": str(beside(folder, encoder) or encoder), "hf_model_pretrained": False}
+        encoder = name_within(encoder, folder, f"network.arch: {arch}: text_cfg.hf_model_name")
+        place = str(beside(folder, encoder) or encoder)
+        config["text_cfg"] |= {"hf_model_name": place, "hf_model_pretrained": False}
+        _check_encoder(place, arch, encoder)
     if config["vision_cfg"].get("timm_model_name"):
         config["vision_cfg"]["timm_model_pretrained"] = False
     try:
         clip = (CustomTextCLIP if custom_text else CLIP)(**config)
-    except (TypeError, ValueError, AssertionError, ZeroDivisionError) as error:
-        raise ConfigError(f"network.arch: {arch}: open_clip cannot build this model ({error})") from None
+    except (TypeError, ValueError, AssertionError, ArithmeticError, LookupError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"network.arch: {arch}: open_clip cannot build this model ({reason})") from None
     except (ImportError, OSError, RuntimeError) as error:
         if encoder:
             raise _missing(arch, error, encoder) from None
@@ -202,6 +207,17 @@ def _instantiate(model_config: Mapping[str, Any], arch: str, folder: Path | None
     if config["vision_cfg"].get("timm_model_name"):  # timm builds at its own size, whatever the config says
         clip.visual.set_input_size(_image_size(config))
     return clip
+
+
+def _check_encoder(place: str, arch: str, encoder: str) -> None:
+    """Looks at the configuration of a Hugging Face text encoder before it is built. Raises ConfigError."""
+    try:
+        from transformers import AutoConfig
+
+        known = AutoConfig.from_pretrained(place, trust_remote_code=False)
+    except Exception as error:  # the library raises any kind for a file that is damaged, and for no network
+        raise _missing(arch, error, encoder) from None
+    check_encoder_config(known, f"network.arch: {arch}: {encoder}/config.json")
 
 
 def _missing(arch: str, error: Exception, encoder: str = "") -> ConfigError:

@@ -166,7 +166,11 @@ def read_parts(folder: Path) -> Parts:
     state = _read(folder / WEIGHTS)
     if (folder / AVERAGE).exists():
         state |= _read(folder / AVERAGE)
-    return Parts.of(merged(state, read_state(folder).config))
+    try:
+        return Parts.of(merged(state, read_state(folder).config))
+    except (LookupError, TypeError, ArithmeticError, RuntimeError) as error:  # what a stranger's settings may cause
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{folder}: its adapters cannot be merged ({reason}); delete {folder}") from None
 
 
 def _read(path: Path) -> dict[str, Tensor]:

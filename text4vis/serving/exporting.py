@@ -2,8 +2,8 @@
 
 README.md         the model card
 model.onnx        the visual side with the classes (text4vis/serving/onnx_graph.py); model.onnx.data from 2 GB on
-predict_onnx.py   text4vis/serving/standalone.py, which runs the graph without torch; beside it shards/frames.py and
-shards/video.py as predict_onnx_frames.py and predict_onnx_video.py, which decide what a video shows
+predict_onnx.py   text4vis/serving/standalone.py, which runs the graph without torch; beside it shards/frames.py,
+                  shards/video.py and shards/headers.py as predict_onnx_frames.py …, which decide what a video shows
 """
 
 from __future__ import annotations
@@ -34,7 +34,11 @@ CARD_FILE = "README.md"
 ONNX_FILE = "model.onnx"
 ONNX_PROGRAM = "predict_onnx.py"
 # The modules that read videos: the very ones that made what the model was trained on.
-ONNX_MODULES = {"shards.frames": "predict_onnx_frames.py", "shards.video": "predict_onnx_video.py"}
+ONNX_MODULES = {
+    "shards.frames": "predict_onnx_frames.py",
+    "shards.video": "predict_onnx_video.py",
+    "shards.headers": "predict_onnx_headers.py",
+}
 UNFINISHED = ".exporting"  # an export that was killed may be written again
 ADDED = ("preprocessing", "evaluation", "onnx", "versions")  # to the card of a run, by its export
 RESIZE_WORDS = {

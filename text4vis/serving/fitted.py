@@ -20,6 +20,8 @@ def fitted_of(card: Mapping[str, Any], config: Config, folder: str | Path) -> Ca
     """
     quoted, own = card.get("evaluation") or {}, card.get("figures") or {}
     try:
+        if not isinstance(quoted, Mapping) or not isinstance(own, Mapping):
+            raise ValueError("`evaluation` and `figures` are no tables")
         if decision := quoted.get("decision") or own.get("decision"):
             return Decision.of(decision)
         calibration = quoted.get("calibration")

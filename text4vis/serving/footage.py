@@ -33,6 +33,9 @@ FRAME_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 FRAMES_IN_FLIGHT = 256
 """Frames of (S, S, 3) bytes that wait for the model or are being decoded for it, unless a batch needs more."""
 
+MOST_HOURS = 48
+"""Of a video whose every window is looked at: a clock may claim any time between two frames."""
+
 Video = str | Path | np.ndarray
 Sampled = tuple[np.ndarray, np.ndarray]  # numbers (T,) int64 of a video's sampled frames, and these (T, S, S, 3) uint8
 
@@ -148,7 +151,12 @@ class Sampler:
 def open_long(path: Path, *, by_packets: bool = True) -> LongVideo:
     """Opens a file for `Sampler.in_order`. Raises PredictionError."""
     with _naming(path):
-        return LongVideo(path, by_packets=by_packets)
+        video = LongVideo(path, by_packets=by_packets)
+        if video.timing.duration > MOST_HOURS * 3600:
+            raise VideoError(
+                f"by its clock it lasts {video.timing.duration / 3600:.0f} hours, {MOST_HOURS} is the limit"
+            )
+        return video
 
 
 @contextlib.contextmanager

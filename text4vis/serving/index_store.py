@@ -72,7 +72,7 @@ class Settings:
             raise SearchError(f"{where}: no search index of format {FORMAT}; build it with tools/search.py index")
         get: Callable[[str], Any] = values.get
         model, dims, window, stride = map(get, ("model", "dims", "window", "stride"))
-        sound = isinstance(model, dict) and isinstance(dims, int) and 0 < dims <= _MOST_DIMS
+        sound = isinstance(model, dict) and _is_count(dims) and 0 < dims <= _MOST_DIMS
         if not sound or not all(_is_number(value) and value >= LEAST_SECONDS for value in (window, stride)):
             raise SearchError(f"{where}: its settings are damaged; build the index anew")
         return cls(model, dims, float(window), float(stride))

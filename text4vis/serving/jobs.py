@@ -183,7 +183,7 @@ class WorkList:
             record = json.loads(line)
             if isinstance(record, dict):
                 return record
-        except ValueError:
+        except (ValueError, RecursionError):
             pass
         raise WorkListError(f"{self.path}:{self._lines}: not a JSON object; delete the line, and its item is done anew")
 

@@ -3,8 +3,8 @@
     python predict_onnx.py model.onnx clip.mp4 [more.mp4 …]
 
 Prints video, class and probability for the five most probable classes; where a video may show several classes, or none,
-for those that reach their threshold. Needs predict_onnx_frames.py and
-predict_onnx_video.py beside it, which read the videos: copy the three files together.
+for those that reach their threshold. Needs predict_onnx_frames.py,
+predict_onnx_video.py and predict_onnx_headers.py beside it, which read the videos: copy the four files together.
 """
 
 import argparse
