@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from benchmarks.contenders import Setup
 from benchmarks.figures import Figure, Processes, against, interleaved
+from benchmarks.recipe import Setup
 from benchmarks.store import FarStore, far_store
 from shards.index import read_local_manifest
 from text4vis.common.console import console
