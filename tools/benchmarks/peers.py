@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -33,6 +34,7 @@ from text4vis.config.schema import Config
 
 _EXTRA = "pip install 'text4vis[peers]'"
 _BUCKET_KEYS = {"aws_access_key_id": "key", "aws_secret_access_key": "secret", "region_name": "us-east-1"}
+_BUCKET_VARIABLES = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
 class Sample(TypedDict):
@@ -44,13 +46,24 @@ class Sample(TypedDict):
 
 
 @dataclass(frozen=True)
+class FarData:
+    """Where a peer's data lie in a far store, and an empty folder that is the peer's own.
+
+    address: of the store, by HTTP and as an endpoint of S3. path: below it, whose first part is the bucket.
+    """
+
+    address: str
+    path: str
+    cache: Path
+
+
+@dataclass(frozen=True)
 class Peer:
     """A loader to compare with.
 
-    module: what must be importable. install: the command for it. process: the helper process that it runs in.
-    producers: gives the number of batches that it makes at the same time, from the number of workers.
-    prepare(workload, folder): writes the data in its format, None if it reads ours. train: the loader, with the folder
-    of that data.
+    module: what must be importable. install: the command for it. train: the loader, given the folder of its data.
+    prepare(workload, folder): writes these data, None if it reads ours. epoch: one pass over a far store, for those
+    that read one. has_workers: whether each worker process makes batches of its own.
     """
 
     name: str
@@ -58,6 +71,7 @@ class Peer:
     install: str
     train: Callable[[Path, Setup], AbstractContextManager[Batches]]
     prepare: Callable[[Workload, Path], None] | None = None
+    epoch: Callable[[Setup, FarData], Iterable[torch.Tensor]] | None = None
     has_workers: bool = True
 
     @property
@@ -67,14 +81,16 @@ class Peer:
         except ModuleNotFoundError:
             return False
 
-    @property
-    def process(self) -> str:
-        return self.name
-
     def contender(self, folder: Path) -> Contender:
+        """folder: what `prepare` has returned."""
         return partial(self.train, folder / self.module)
 
+    def far_path(self, workload: Workload, folder: Path) -> str:
+        """`FarData.path` of the data that it reads, in a store that serves the parent of our shards or of `folder`."""
+        return workload.shards.name if self.prepare is None else f"{folder.name}/{self.module}"
+
     def producers(self, setup: Setup) -> int:
+        """Batches that are made at the same time."""
         return setup.workers if self.has_workers else 1
 
 
@@ -173,6 +189,11 @@ def webdataset_epoch(setup: Setup, addresses: list[str], *, repeats: bool = Fals
     return map(channels_first, loader)
 
 
+def webdataset_far(setup: Setup, far: FarData) -> Iterator[torch.Tensor]:
+    """By HTTP, with curl, as it does by default."""
+    return webdataset_epoch(setup, [f"{far.address}/{far.path}/{Path(tar).name}" for tar in setup.workload.tars])
+
+
 @contextmanager
 def webdataset_train(_: Path, setup: Setup) -> Iterator[Batches]:
     yield webdataset_epoch(setup, setup.workload.tars, repeats=True)
@@ -245,15 +266,12 @@ def write_litdata(workload: Workload, folder: Path) -> None:
     cache.merge()
 
 
-def litdata_epoch(setup: Setup, source: str, cache: Path | None = None, endpoint: str | None = None) -> DataLoader:
-    """One pass over a folder, or an s3:// address of `endpoint` with an empty cache."""
+def litdata_epoch(setup: Setup, source: str, **options: Any) -> DataLoader:
+    """One pass over a folder or an address."""
     from litdata import StreamingDataLoader, StreamingDataset
 
     _one_thread_a_worker()
-    options = {} if endpoint is None else {"storage_options": {"endpoint_url": endpoint, **_BUCKET_KEYS}}
-    dataset = StreamingDataset(
-        source, cache_dir=None if cache is None else str(cache), transform=SampleFrames(setup.train), **options
-    )
+    dataset = StreamingDataset(source, transform=SampleFrames(setup.train), **options)
     return StreamingDataLoader(
         dataset,
         batch_size=setup.batch_size,
@@ -262,6 +280,15 @@ def litdata_epoch(setup: Setup, source: str, cache: Path | None = None, endpoint
         persistent_workers=True,
         multiprocessing_context=WORKER_START,
     )
+
+
+def litdata_far(setup: Setup, far: FarData) -> Iterable[torch.Tensor]:
+    """By S3: it does not read its format by HTTP. Its fast client would refuse a store without TLS."""
+    from litdata.streaming import downloader
+
+    downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = "true"
+    options = {"endpoint_url": far.address, **_BUCKET_KEYS}
+    return litdata_epoch(setup, f"s3://{far.path}", cache_dir=str(far.cache), storage_options=options)
 
 
 @contextmanager
@@ -282,10 +309,7 @@ def write_streaming(workload: Workload, folder: Path) -> None:
 
 
 def streaming_epoch(setup: Setup, local: str, remote: str | None = None) -> DataLoader:
-    """One pass over a folder, or an s3:// address that is fetched into an empty folder.
-
-    The address of the store is in S3_ENDPOINT_URL.
-    """
+    """One pass over a folder, or over an address that is fetched into an empty folder."""
     from streaming import StreamingDataset
     from streaming.base.util import clean_stale_shared_memory
 
@@ -310,6 +334,12 @@ def streaming_epoch(setup: Setup, local: str, remote: str | None = None) -> Data
         persistent_workers=True,
         multiprocessing_context=WORKER_START,
     )
+
+
+def streaming_far(setup: Setup, far: FarData) -> Iterable[torch.Tensor]:
+    """By S3: it does not read by HTTP."""
+    os.environ |= {"S3_ENDPOINT_URL": far.address, **_BUCKET_VARIABLES}
+    return streaming_epoch(setup, str(far.cache), f"s3://{far.path}")
 
 
 @contextmanager
@@ -373,12 +403,12 @@ def _files(sample: Mapping[str, Any]) -> dict[str, bytes]:
     return {name: value for name, value in sample.items() if isinstance(value, bytes)}
 
 
-WEBDATASET = Peer("WebDataset", "webdataset", _EXTRA, webdataset_train)
+WEBDATASET = Peer("WebDataset", "webdataset", _EXTRA, webdataset_train, epoch=webdataset_far)
 SPDL = Peer("SPDL", "spdl", _EXTRA, spdl_train, has_workers=False)
-LITDATA = Peer("LitData", "litdata", _EXTRA, litdata_train, write_litdata)
+LITDATA = Peer("LitData", "litdata", _EXTRA, litdata_train, write_litdata, litdata_far)
 # It asks for numpy below 2.2 and transformers below 5, but runs with later ones.
-STREAMING = Peer(
-    "Streaming", "streaming", f"{_EXTRA} && pip install --no-deps mosaicml-streaming", streaming_train, write_streaming
-)
+_STREAMING = f"{_EXTRA} && pip install --no-deps mosaicml-streaming"
+STREAMING = Peer("Streaming", "streaming", _STREAMING, streaming_train, write_streaming, streaming_far)
 ENERGON = Peer("Energon", "megatron.energon", _EXTRA, energon_train, write_energon)
-PEERS = (WEBDATASET, SPDL, LITDATA, STREAMING, ENERGON)
+# By their names on the command line, those of `benchmarks.PEERS`.
+PEERS = {"webdataset": WEBDATASET, "spdl": SPDL, "litdata": LITDATA, "streaming": STREAMING, "energon": ENERGON}
