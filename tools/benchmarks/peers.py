@@ -326,6 +326,9 @@ def streaming_epoch(setup: Setup, local: str, remote: str | None = None) -> Data
     _one_thread_a_worker()
     clean_stale_shared_memory()
     dataset = Videos(SampleFrames(setup.train), local=local, remote=remote, batch_size=setup.batch_size, shuffle=False)
+    for stream in dataset.streams:
+        # Forked workers would share the connection that fetched the index, and get each other's shards.
+        stream._downloader.clean_up()
     return DataLoader(
         dataset,
         setup.batch_size,

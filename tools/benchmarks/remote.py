@@ -305,11 +305,12 @@ def _epoch_figures(name: str, series: list[Run], rates: dict[str, list[float]]) 
     figures = [Figure("remote", f"whole shards, {name}", "videos/s", rates[name], ratios, target)]
     if kind == "warm":
         return figures
-    stalls = [one.stall_seconds / one.seconds for one in series]
+    if not others:
+        stalls = [one.stall_seconds / one.seconds for one in series]
+        figures.append(Figure("remote", f"whole shards, {name}: share of stalls", "", stalls, target="at most 0.05"))
     first = [one.first_seconds for one in series]
     return [
         *figures,
-        Figure("remote", f"whole shards, {name}: share of stalls", "", stalls, target="" if others else "at most 0.05"),
         Figure("remote", f"whole shards, {name}: first batch", "s", first),
         _per_video(f"whole shards, {name}: CPU", series, lambda one: 1e3 * one.cpu_seconds, "ms"),
         _per_video(f"whole shards, {name}: requests", series, lambda one: one.requests, "requests"),
