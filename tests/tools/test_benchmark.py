@@ -39,7 +39,7 @@ NUM_FAR_PEERS = sum(peer.is_installed and peer.epoch is not None for peer in PEE
 FIGURES = {"loader": 3 * (4 + NUM_PEERS) + (NUM_PEERS > 0), "views": 2, "read": 4, "build": 3, "open": 2, "order": 2}
 FIGURES |= {
     "position": 2,
-    "remote": 43 + 8 * NUM_FAR_PEERS,
+    "remote": 45 + 10 * NUM_FAR_PEERS,
     "step": 4,
     "memory": 16,
     "resume": 7,

@@ -76,7 +76,7 @@ class OpenCvFrames:
         self._seen[video] += 1
         return drawn(self.config, num_frames, self._seen[video] - 1, video)
 
-    def show(self, draw: augmentation.Draw, encoded: Sequence[bytes], output_TSSC: np.ndarray) -> None:
+    def show(self, draw: augmentation.Draw, encoded: Sequence[bytes | memoryview], output_TSSC: np.ndarray) -> None:
         """Decodes the T drawn frames, and crops, resizes and flips them into `output_TSSC`, (T, S, S, 3) uint8."""
         side = self.config.data.input_size
         for frame_SSC, data in zip(output_TSSC, encoded, strict=True):
@@ -95,14 +95,14 @@ class OpenCvFrames:
         data = self.config.data
         return np.empty((*shape, data.num_segments, data.input_size, data.input_size, 3), np.uint8)
 
-    def sample(self, video: int, num_frames: int, read: Callable[[int], bytes]) -> torch.Tensor:
+    def sample(self, video: int, num_frames: int, read: Callable[[int], bytes | memoryview]) -> torch.Tensor:
         """The next sample of a video, (T, S, S, 3) uint8. read(frame): the bytes of a stored frame."""
         draw, output_TSSC = self.draw(video, num_frames), self.empty()
         self.show(draw, [read(index) for index in draw.indices.tolist()], output_TSSC)
         return torch.from_numpy(output_TSSC)
 
 
-def _decoded(data: bytes) -> np.ndarray:
+def _decoded(data: bytes | memoryview) -> np.ndarray:
     if data[:2] == _JPEG_START:
         return simplejpeg.decode_jpeg(data, colorspace="RGB")
     image_HWC = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
