@@ -21,6 +21,7 @@ KNOWN = {
     "megatron": "megatron-energon",
     "nvidia": "nvidia-dali-cuda130",
     "open_clip": "open_clip_torch",
+    "spdl": "spdl",
     "streaming": "mosaicml-streaming",
 }
 
