@@ -19,8 +19,11 @@ WITHIN = {"onnx_ir": "onnxscript"}
 KNOWN = {
     "cv2": "opencv-python-headless",
     "decord": "decord2",
+    "megatron": "megatron-energon",
     "nvidia": "nvidia-dali-cuda130",
     "open_clip": "open_clip_torch",
+    "spdl": "spdl",
+    "streaming": "mosaicml-streaming",
 }
 
 

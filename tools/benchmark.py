@@ -47,6 +47,14 @@ def parse_arguments() -> argparse.Namespace:
     add("--seconds", type=float, default=8, metavar="S", help="shortest duration of a throughput measurement")
     add("--batch-size", type=int, default=32, metavar="B", help="videos in a training batch")
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="threads or worker processes")
+    add(
+        "--peers",
+        nargs="*",
+        default=benchmarks.PEERS,
+        choices=benchmarks.PEERS,
+        metavar="NAME",
+        help="loaders of others, for loader and remote; what is not installed is left out",
+    )
     data = parser.add_argument_group("data")
     add = data.add_argument
     add("--work", type=Path, default=Path("bench"), metavar="DIR", help="folder for the data that are made")
@@ -137,6 +145,7 @@ def main() -> None:
             workers=arguments.workers,
             processes=processes,
             work=arguments.work,
+            peers=arguments.peers,
             rounds=arguments.runs,
             seconds=arguments.seconds,
             index_videos=arguments.index_videos,

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 import torch
 from benchmarks import NAMES, contenders, engine, gpu, store
-from benchmarks.contenders import Setup
 from benchmarks.data import make_workload, multiplied, open_workload
 from benchmarks.engine import EngineSetup
 from benchmarks.figures import Figure, against, compared, interleaved, machine, pss_of_tree, run_fresh
 from benchmarks.lock_time import lock_time, preloaded
+from benchmarks.peers import PEERS
+from benchmarks.recipe import OpenCvFrames, Setup
 from benchmarks.scale import scale
 from benchmarks.suites import SUITES
 
@@ -34,9 +35,21 @@ TINY = (
     "--order-samples 1000 --step-videos 1 --ranks 2 --scale-videos 1000 --world-sizes 1 8 "
     "--predict-videos 4 --predict-minutes 0.2 --search-windows 3000"
 )
-FIGURES = {"loader": 5, "views": 2, "read": 4, "build": 3, "open": 2, "order": 2, "position": 2}
-FIGURES |= {"remote": 31, "step": 4, "memory": 16, "resume": 7, "scale": 14, "predict": 6, "stored": 14, "search": 2}
-FIGURES |= {"lock": 9}
+NUM_PEERS = sum(peer.is_installed for peer in PEERS.values())
+NUM_FAR_PEERS = sum(peer.is_installed and peer.epoch is not None for peer in PEERS.values())
+FIGURES = {"loader": 3 * (4 + NUM_PEERS) + (NUM_PEERS > 0), "views": 2, "read": 4, "build": 3, "open": 2, "order": 2}
+FIGURES |= {
+    "position": 2,
+    "remote": 49 + 10 * NUM_FAR_PEERS,
+    "step": 4,
+    "memory": 16,
+    "resume": 7,
+    "scale": 14,
+    "predict": 6,
+    "stored": 14,
+    "search": 2,
+    "lock": 9,
+}
 # Two blocks at 224 px, the size of the recipe that the benchmarks train.
 SMALL_VIT = {
     "embed_dim": 64,
@@ -171,7 +184,6 @@ def test_bad_data_is_named(tmp_path, monkeypatch, capsys):
     [
         (contenders.ours_train, (2, 1, 8, 3, 224, 224), torch.uint8),
         (contenders.original_train, (2, 8 * 3, 224, 224), torch.float32),
-        (contenders.webdataset_train, (2, 8, 3, 224, 224), torch.uint8),
         (contenders.tensor_train, (2, 8, 3, 224, 224), torch.uint8),
         (contenders.ours_views, (1, 12, 8, 3, 224, 224), torch.uint8),
         (contenders.original_views, (1, 12 * 8 * 3, 224, 224), torch.float32),
@@ -199,6 +211,7 @@ def test_the_alternatives_show_the_frames_that_our_loader_shows(workload):
     mean, std = (np.array(values)[:, None, None] for values in (contenders._MEAN, contenders._STD))
     original = contenders.OriginalTrain(workload, setup.train)
     tensors = contenders.TensorTrain(workload, setup.train)
+    frames = OpenCvFrames(setup.train)
     with build_loader(setup.train, "train") as loader:
         for batch, _ in zip(loader, workload.videos, strict=False):
             video = int(batch.ids[0])
@@ -206,6 +219,9 @@ def test_the_alternatives_show_the_frames_that_our_loader_shows(workload):
             theirs_TCHW = (original[video].numpy().reshape(8, 3, 224, 224) * std + mean) * 255
             assert np.abs(ours_TCHW - theirs_TCHW).mean() < 6
             assert np.abs(ours_TCHW - tensors[video].numpy()).mean() < 3
+            files = [workload.frame(video, index).read_bytes() for index in range(workload.videos[video][1])]
+            peers_TCHW = frames.sample(video, len(files), files.__getitem__).permute(0, 3, 1, 2).numpy()
+            assert np.abs(ours_TCHW - peers_TCHW).mean() < 3
 
 
 def test_a_multiplied_index_reads_the_stored_frames(workload, work):

@@ -20,10 +20,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.contenders import Batches, Contender, Setup, decode_only, throughput
+from benchmarks.contenders import decode_only
 from benchmarks.data import make_workload
 from benchmarks.engine import EngineSetup
 from benchmarks.figures import Figure, interleaved, run_fresh
+from benchmarks.recipe import Batches, Contender, Setup
+from benchmarks.speed import throughput
 from text4vis.cluster import distributed
 from text4vis.cluster.stop import StopRequest
 from text4vis.config.loading import config_from_dict

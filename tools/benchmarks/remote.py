@@ -1,25 +1,33 @@
-"""Benchmarks of training from a far store, by ranges and by whole shards, at several latencies, against local files."""
+"""Benchmarks of training from a far store, by ranges and by whole shards, at several latencies: against local files,
+against the same client that only fetches, and against loaders that others made."""
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import os
 import shutil
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from benchmarks.contenders import Setup
 from benchmarks.figures import Figure, Processes, against, interleaved
+from benchmarks.peers import LITDATA, FarData, Peer, installed, prepare
+from benchmarks.recipe import Setup
+from benchmarks.speed import cpu_seconds
 from benchmarks.store import FarStore, far_store
 from shards.index import read_local_manifest
 from text4vis.common.console import console
 from text4vis.config.schema import Config
-from text4vis.data.loader import Batch, build_loader
-from text4vis.data.prefetch import settled
+from text4vis.data.loader import build_loader
+from text4vis.data.prefetch import pipelined, settled
+from text4vis.data.reading import PlanReader
 
 PAUSES_MS = (0, 30, 80)
 _S3_PAUSE_MS = 30
@@ -37,14 +45,23 @@ _STALL_SECONDS = 0.1
 _WINDOW_BATCH = 8  # so that a batch takes far less than a stall
 
 
+_S3_VARIABLES = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+_ALONE = "the client alone"
+_WITH_STEPS = "with steps"
+
+# Opens a loader and gives the number of videos of each of its batches.
+OpenBatches = Callable[[], AbstractContextManager[Iterator[int]]]
+Open = Callable[[Config], AbstractContextManager[Iterator[int]]]
+
+
 @dataclass(frozen=True)
 class Run:
     """One measurement of a loader.
 
-    cpu_seconds: CPU time of the whole process. loop_seconds: CPU time of the thread that talks to the store, an upper
-    bound of its time under Python's lock. stall_seconds: sum of the waits for a batch that were a tenth of a second
-    longer than the median wait. first_seconds: time to the first batch, opening included. requests, sent_bytes: what
-    the store served during the measurement.
+    cpu_seconds: processor time of the process and its workers. loop_seconds: that of the thread that talks to the
+    store, an upper bound of its time under Python's lock. stall_seconds: sum of the waits for a batch that were a tenth
+    of a second longer than the median wait. first_seconds: time to the first batch, opening included. requests,
+    sent_bytes: what the store served during the measurement.
     """
 
     videos: int
@@ -61,6 +78,28 @@ class Run:
         return self.videos / self.seconds
 
 
+@contextmanager
+def our_batches(config: Config) -> Iterator[Iterator[int]]:
+    with build_loader(config, "train") as loader:
+        yield (len(batch.ids) for batch in loader)
+
+
+@contextmanager
+def client_batches(config: Config) -> Iterator[Iterator[int]]:
+    """Plans what our loader does, fetches it in the same way, compares the checksums, and drops it."""
+    with build_loader(config, "train") as loader, ThreadPoolExecutor(1) as thread:
+        dataset, reader = loader.dataset, PlanReader(loader.dataset, loader.planner, thread)
+        picked = dataset.ahead(loader.planner.batches(0), lambda batch: batch[0])
+        begun = pipelined(picked, reader.begin, lambda batch: batch, reader.batches_ahead)
+        yield (len(batch.fetched.result()[1].result()) for batch in begun)
+
+
+@contextmanager
+def peer_batches(peer: Peer, setup: Setup, far: FarData) -> Iterator[Iterator[int]]:
+    assert peer.epoch is not None
+    yield map(len, peer.epoch(setup, far))
+
+
 def _loop_seconds() -> float:
     """CPU time of the threads that talk to stores."""
     threads = [thread.native_id for thread in threading.enumerate() if thread.name == "shards-loop"]
@@ -68,57 +107,62 @@ def _loop_seconds() -> float:
 
 
 def _wait_times(
-    batches: Iterable[Batch], seconds: float | None, videos: int | None, step_seconds: float = 0.0
+    batches: Iterable[int], seconds: float | None, videos: int | None, step_seconds: float = 0.0
 ) -> tuple[int, list[float]]:
     waits, count, started = [], 0, time.perf_counter()
     last = started
-    for batch in batches:
+    for size in batches:
         now = time.perf_counter()
         waits.append(now - last)
         time.sleep(step_seconds)
-        last, count = time.perf_counter(), count + len(batch.ids)
+        last, count = time.perf_counter(), count + size
         if (seconds is not None and now - started >= seconds) or (videos is not None and count >= videos):
             break
     return count, waits
 
 
 def measure(
-    config: Config,
+    open_batches: OpenBatches,
     store: FarStore,
     seconds: float | None,
     videos: int | None,
-    endpoint: str | None,
+    variables: dict[str, str],
     *,
     step_seconds: float = 0.0,
 ) -> Run:
-    """Measures `seconds` after a warm-up, or the first `videos` with the opening. endpoint: of s3:// addresses.
+    """Measures `seconds` after a warm-up, or the first `videos` with the opening. variables: of the environment.
 
     step_seconds: what the training of a batch would take; then no batch is taken.
     """
     served = store.counts()
-    if endpoint is not None:
-        os.environ |= {"AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
-        os.environ["AWS_DEFAULT_REGION"] = "us-east-1"
-    opened, cpu = time.perf_counter(), time.process_time()
-    with build_loader(config, "train") as loader, settled():
-        batches = iter(loader)
+    os.environ |= variables
+    opened, cpu = time.perf_counter(), cpu_seconds()
+    with open_batches() as coming, settled():
+        batches = iter(coming)
         first = next(batches)
         first_seconds = time.perf_counter() - opened
         if seconds is None:
             loop = 0.0
-            count, waits = _wait_times(batches, None, (videos or 0) - len(first.ids), step_seconds)
-            count += len(first.ids)
+            count, waits = _wait_times(batches, None, (videos or 0) - first, step_seconds)
+            count += first
         else:
             for _ in range(_WARM_UP_BATCHES):
                 next(batches)
             served = store.counts()
-            opened, cpu, loop = time.perf_counter(), time.process_time(), _loop_seconds()
+            opened, cpu, loop = time.perf_counter(), cpu_seconds(), _loop_seconds()
             count, waits = _wait_times(batches, seconds, None)
-        elapsed, usual = time.perf_counter() - opened, statistics.median(waits)
+        elapsed, usual = time.perf_counter() - opened, statistics.median(waits or [0.0])
         stalls = sum(wait for wait in waits if wait > usual + _STALL_SECONDS)
-        used = time.process_time() - cpu, _loop_seconds() - loop
+        used = cpu_seconds() - cpu, _loop_seconds() - loop
         requests, sent = (after - before for after, before in zip(store.counts(), served, strict=True))
         return Run(count, elapsed, *used, stalls, first_seconds, requests, sent)
+
+
+def measure_peer(peer: Peer, setup: Setup, far: FarData, store: FarStore) -> Run:
+    """Measures a cold epoch of a peer, whose library is imported before."""
+    importlib.import_module(peer.module)
+    shutil.rmtree(far.cache, ignore_errors=True)
+    return measure(partial(peer_batches, peer, setup, far), store, None, len(setup.workload.videos), {})
 
 
 @dataclass(frozen=True)
@@ -134,16 +178,28 @@ class _Bench:
 
 
 def remote(
-    setup: Setup, processes: Processes, work: Path, *, rounds: int, seconds: float, large_index: Path
+    setup: Setup,
+    processes: Processes,
+    work: Path,
+    *,
+    peers: Iterable[Peer],
+    rounds: int,
+    seconds: float,
+    large_index: Path,
 ) -> list[Figure]:
     """Ranges against the local loader, cold and warm epochs of whole shards, and the first batch of a large data set.
 
-    large_index: a folder that `multiplied` has written.
+    peers: whose cold epochs are measured too, if they read far stores. large_index: a folder that `multiplied` has
+    written.
     """
+    found = installed(peer for peer in peers if peer.epoch is not None)
+    folder = prepare(found, setup.workload, work)
     with far_store(setup.workload.shards.parent, work / "store", PAUSES_MS) as store:
         console().print(f"remote: the store is {store.kind}, on the same cores as the loader")
         bench = _Bench(setup, processes, work, rounds, store)
-        figures = _ranges(bench, seconds) + _windows(bench)
+        figures = _ranges(bench, seconds)
+        with far_store(work, work / "peers-store", PAUSES_MS[1:]) as peers_store:
+            figures += _windows(bench, _peer_epochs(bench, found, folder, peers_store))
     return figures + _first_batch(bench, large_index)
 
 
@@ -178,30 +234,36 @@ def _first_batch(bench: _Bench, folder: Path) -> list[Figure]:
 def _ranges(bench: _Bench, seconds: float) -> list[Figure]:
     folder, cache = bench.setup.workload.shards, str(bench.work / "index-cache")
 
-    def run(address: str, store: FarStore = bench.store, endpoint: str | None = None) -> Callable[[], Run]:
-        config = bench.setup.config(train=address, cache_dir=cache)
+    def run(
+        address: str, store: FarStore = bench.store, endpoint: str | None = None, batches: Open = our_batches
+    ) -> Callable[[float], Run]:
+        open_batches = partial(batches, bench.setup.config(train=address, cache_dir=cache))
+        variables = {"AWS_ENDPOINT_URL": endpoint, **_S3_VARIABLES} if endpoint else {}
         process = "s3" if endpoint else "threads"
-        return lambda: bench.processes.run(process, measure, config, store, seconds, None, endpoint)
+        return lambda lasting: bench.processes.run(process, measure, open_batches, store, lasting, None, variables)
 
     runs = {"local": run(str(folder))} | {f"HTTP, {pause} ms": run(bench.served(pause)) for pause in PAUSES_MS}
+    alone = f"{_HTTP}, {_ALONE}"
+    runs[alone] = run(bench.served(PAUSES_MS[0]), batches=client_batches)
     bucket = folder.parent  # nginx answers as S3 does, and doesn't look at signatures
     with far_store(bucket.parent, bench.work / "s3-store", [_S3_PAUSE_MS]) as store:
         runs[_S3] = run(f"s3://{bucket.name}/{folder.name}", store, store.addresses[_S3_PAUSE_MS])
         for each in runs.values():
-            each()  # warms up: imports libraries, fetches the index
-        results = interleaved("remote", runs, bench.rounds)
+            each(0.0)  # warms up: imports libraries, fetches the index
+        results = interleaved("remote", {name: partial(each, seconds) for name, each in runs.items()}, bench.rounds)
     rates = {name: [one.rate for one in series] for name, series in results.items()}
-    figures = [Figure("remote", "ranges, local", "videos/s", rates["local"])]
+    figures = [Figure("remote", f"ranges, {name}", "videos/s", rates[name]) for name in ("local", alone)]
     for name, (base, target) in _TARGETS.items():
         ratios = against(rates[name], rates[base])
         figures.append(Figure("remote", f"ranges, {name} (to {base})", "videos/s", rates[name], ratios, target))
     for name, series in results.items():
         figures.append(_per_video(f"ranges, {name}: CPU", series, lambda one: 1e3 * one.cpu_seconds, "ms", "at most 5"))
+        if name != "local":
+            figures.append(_per_video(f"ranges, {name}: requests", series, lambda one: one.requests, "requests"))
     series = results[_HTTP]
     return [
         *figures,
         _per_video(f"ranges, {_HTTP}: CPU of the loop's thread", series, lambda one: 1e3 * one.loop_seconds, "ms"),
-        _per_video(f"ranges, {_HTTP}: requests", series, lambda one: one.requests, "requests"),
         _per_video(f"ranges, {_HTTP}: fetched", series, lambda one: one.sent_bytes / 1e3, "kB"),
     ]
 
@@ -210,43 +272,71 @@ def _per_video(what: str, series: list[Run], of: Callable[[Run], float], unit: s
     return Figure("remote", what, f"{unit}/video", [of(one) / one.videos for one in series], target=target)
 
 
-def _windows(bench: _Bench) -> list[Figure]:
-    """A cold epoch with an empty cache, then a warm one from the cache; and a cold one with a step after each batch
-    that takes twice as long as a batch of the first: does fetching ahead bridge what a window begins with?"""
+def _peer_epochs(
+    bench: _Bench, peers: Iterable[Peer], folder: Path, peers_store: FarStore
+) -> dict[str, Callable[[], Run]]:
+    """Cold epochs of the peers. folder: their data, which lie in `peers_store`; those that read ours use that store."""
+    setup = replace(bench.setup, batch_size=_WINDOW_BATCH)
+    epochs: dict[str, Callable[[], Run]] = {}
+    for pause, peer in itertools.product(PAUSES_MS[1:], peers):
+        store = bench.store if peer.prepare is None else peers_store
+        path = peer.far_path(setup.workload, folder)
+        far = FarData(store.addresses[pause], path, (bench.work / "peers-cache" / peer.module).resolve())
+        run = partial(bench.processes.run, peer.name, measure_peer, peer, setup, far, store)
+        epochs[f"{pause} ms, cold, {peer.name}"] = run
+    return epochs
+
+
+def _windows(bench: _Bench, peer_epochs: dict[str, Callable[[], Run]]) -> list[Figure]:
+    """Cold epochs with an empty cache, warm ones from the cache; cold ones of the client alone and of the peers; and
+    cold ones with a step after each batch that takes twice as long as a batch of a free one: does fetching ahead bridge
+    what a window begins with?"""
     cache, num_videos = bench.work / "shard-cache", len(bench.setup.workload.videos)
 
-    def epoch(pause_ms: int, *, is_cold: bool, step_seconds: float = 0.0) -> Run:
+    def epoch(pause_ms: int, *, is_cold: bool, batches: Open = our_batches, step_seconds: float = 0.0) -> Run:
         if is_cold:
             shutil.rmtree(cache, ignore_errors=True)
         whole = {"cache_dir": str(cache), "cache_bytes": 10**12, "shuffle": "shards:8", "batch_size": _WINDOW_BATCH}
-        config = bench.setup.config(train=bench.served(pause_ms), **whole)
+        open_batches = partial(batches, bench.setup.config(train=bench.served(pause_ms), **whole))
         measured = partial(measure, step_seconds=step_seconds)
-        return bench.processes.run("threads", measured, config, bench.store, None, num_videos, None)
+        return bench.processes.run("threads", measured, open_batches, bench.store, None, num_videos, {})
 
     def with_steps(pause_ms: int) -> Run:
         free = epoch(pause_ms, is_cold=True)
         return epoch(pause_ms, is_cold=True, step_seconds=2 * _WINDOW_BATCH / free.rate)
 
-    runs = {
-        f"{pause} ms, {'cold' if is_cold else 'warm'}": partial(epoch, pause, is_cold=is_cold)
-        for pause in PAUSES_MS[1:]
-        for is_cold in (True, False)
-    }
-    runs |= {f"{pause} ms, cold, with steps": partial(with_steps, pause) for pause in PAUSES_MS[1:]}
-    results = interleaved("remote: whole shards", runs, bench.rounds)
+    runs: dict[str, Callable[[], Run]] = {}
+    for pause in PAUSES_MS[1:]:
+        runs[f"{pause} ms, cold"] = partial(epoch, pause, is_cold=True)
+        runs[f"{pause} ms, warm"] = partial(epoch, pause, is_cold=False)
+        runs[f"{pause} ms, cold, {_ALONE}"] = partial(epoch, pause, is_cold=True, batches=client_batches)
+        runs[f"{pause} ms, cold, {_WITH_STEPS}"] = partial(with_steps, pause)
+    results = interleaved("remote: whole shards", runs | peer_epochs, bench.rounds)
     shutil.rmtree(cache, ignore_errors=True)
-    figures = []
-    for name, series in results.items():
-        figures.append(Figure("remote", f"whole shards, {name}", "videos/s", [one.rate for one in series]))
-        if "cold" in name:
-            stalls = [one.stall_seconds / one.seconds for one in series]
-            what = f"whole shards, {name}: share of stalls"
-            figures.append(Figure("remote", what, "", stalls, target="at most 0.05"))
-        if name.endswith("cold"):
-            first = [one.first_seconds for one in series]
-            figures += [
-                Figure("remote", f"whole shards, {name}: first batch", "s", first),
-                _per_video(f"whole shards, {name}: CPU", series, lambda one: 1e3 * one.cpu_seconds, "ms"),
-                _per_video(f"whole shards, {name}: fetched", series, lambda one: one.sent_bytes / 1e3, "kB"),
-            ]
-    return figures
+    shutil.rmtree(bench.work / "peers-cache", ignore_errors=True)
+    rates = {name: [one.rate for one in series] for name, series in results.items()}
+    return list(itertools.chain.from_iterable(_epoch_figures(name, series, rates) for name, series in results.items()))
+
+
+def _epoch_figures(name: str, series: list[Run], rates: dict[str, list[float]]) -> list[Figure]:
+    """Those of one kind of epoch over whole shards. rates: videos a second of all of them."""
+    pause, kind, *others = name.split(", ")
+    are_ours = others in ([], [_WITH_STEPS])
+    ratios = None if are_ours else against(rates[f"{pause}, cold"], rates[name])
+    target = "at least 1.8" if others == [LITDATA.name] else ""
+    figures = [Figure("remote", f"whole shards, {name}", "videos/s", rates[name], ratios, target)]
+    if kind == "warm":
+        return figures
+    if are_ours:
+        stalls = [one.stall_seconds / one.seconds for one in series]
+        figures.append(Figure("remote", f"whole shards, {name}: share of stalls", "", stalls, target="at most 0.05"))
+    if others == [_WITH_STEPS]:
+        return figures
+    first = [one.first_seconds for one in series]
+    return [
+        *figures,
+        Figure("remote", f"whole shards, {name}: first batch", "s", first),
+        _per_video(f"whole shards, {name}: CPU", series, lambda one: 1e3 * one.cpu_seconds, "ms"),
+        _per_video(f"whole shards, {name}: requests", series, lambda one: one.requests, "requests"),
+        _per_video(f"whole shards, {name}: fetched", series, lambda one: one.sent_bytes / 1e3, "kB"),
+    ]

@@ -35,7 +35,9 @@ http {{
   client_body_temp_path {work}/body; proxy_temp_path {work}/proxy; fastcgi_temp_path {work}/fastcgi;
   uwsgi_temp_path {work}/uwsgi; scgi_temp_path {work}/scgi;
   log_by_lua_block {{
-    ngx.shared.counts:incr("requests", 1, 0); ngx.shared.counts:incr("bytes", tonumber(ngx.var.body_bytes_sent), 0)
+    if ngx.var.uri ~= "/counts" then
+      ngx.shared.counts:incr("requests", 1, 0); ngx.shared.counts:incr("bytes", tonumber(ngx.var.body_bytes_sent), 0)
+    end
   }}
   {servers}
 }}

@@ -16,7 +16,6 @@ import numpy as np
 import webdataset as wds
 
 from benchmarks import contenders, engine
-from benchmarks.contenders import Contender, Setup, throughput
 from benchmarks.data import Workload, make_workload, multiplied
 from benchmarks.engine import EngineSetup
 from benchmarks.figures import (
@@ -31,13 +30,17 @@ from benchmarks.figures import (
 )
 from benchmarks.gpu import gpu
 from benchmarks.lock import lock
+from benchmarks.peers import PEERS, installed, prepare
 from benchmarks.prediction import predict
+from benchmarks.recipe import Contender, Setup
 from benchmarks.remote import remote
 from benchmarks.scale import scale
 from benchmarks.search import search
+from benchmarks.speed import Speed, memory, speed
 from benchmarks.stored import stored
 from shards.plan import epoch_order
 from shards.writer import build_shards
+from text4vis.common.progress import track
 from text4vis.config.schema import Config
 from text4vis.data import augmentation
 from text4vis.data.loader import build_loader
@@ -49,11 +52,12 @@ class Task:
     """What to measure, and for how long.
 
     find_workload: makes or opens the data, for the benchmarks that read it. batch_size, workers: of the loaders. work:
-    folder for temporary data. rounds: repetitions of each contender. seconds: shortest duration of a throughput
-    measurement. index_videos, index_frames: size of the index for `open` and `position`. order_samples: length of the
-    permutation. model, step_videos, precision: see `EngineSetup`. ranks: numbers of ranks for `memory`. scale_videos,
-    world_sizes: sizes of data sets and jobs for `scale`. clips: videos for `predict`, or None. predict_videos,
-    predict_minutes: how many of them, and the length of its long file. search_windows: size of the index for `search`.
+    folder for temporary data. peers: names of loaders of others, see `benchmarks.PEERS`. rounds: repetitions of each
+    contender. seconds: shortest duration of a throughput measurement. index_videos, index_frames: size of the index for
+    `open` and `position`. order_samples: length of the permutation. model, step_videos, precision: see `EngineSetup`.
+    ranks: numbers of ranks for `memory`. scale_videos, world_sizes: sizes of data sets and jobs for `scale`. clips:
+    videos for `predict`, or None. predict_videos, predict_minutes: how many of them, and the length of its long file.
+    search_windows: size of the index for `search`.
     """
 
     find_workload: Callable[[], Workload]
@@ -61,6 +65,7 @@ class Task:
     workers: int
     processes: Processes
     work: Path
+    peers: Sequence[str]
     rounds: int
     seconds: float
     index_videos: int
@@ -92,39 +97,70 @@ class Task:
         return multiplied(shards, self.work, num_videos=self.index_videos, num_frames=self.index_frames)
 
 
-def _throughputs(
-    task: Task, benchmark: str, by_threads: dict[str, Contender], by_processes: dict[str, Contender]
-) -> dict[str, list[float]]:
-    def run(process: str, contender: Contender, producers: int) -> Callable[[], float]:
-        return lambda: task.processes.run(process, throughput, contender, task.setup, task.seconds, producers)
+@dataclass(frozen=True)
+class _Entry:
+    """A loader that takes part: the helper process that it runs in, and the batches that it makes at the same time."""
 
-    runs = {name: run("threads", contender, 1) for name, contender in by_threads.items()}
-    runs |= {name: run("workers", contender, task.setup.workers) for name, contender in by_processes.items()}
-    return interleaved(benchmark, runs, task.rounds)
+    contender: Contender
+    process: str
+    producers: int = 1
+
+
+def _speeds(task: Task, benchmark: str, entries: dict[str, _Entry]) -> dict[str, list[Speed]]:
+    def run(entry: _Entry) -> Callable[[], Speed]:
+        arguments = entry.contender, task.setup, task.seconds, entry.producers
+        return lambda: task.processes.run(entry.process, speed, *arguments)
+
+    return interleaved(benchmark, {name: run(entry) for name, entry in entries.items()}, task.rounds)
+
+
+def _rates(speeds: dict[str, list[Speed]]) -> dict[str, list[float]]:
+    return {name: [one.rate for one in series] for name, series in speeds.items()}
 
 
 def loader(task: Task) -> list[Figure]:
-    """Training loaders, 8 x 224 px, the released recipe."""
-    by_threads: dict[str, Contender] = {"ours": contenders.ours_train, "decode only (limit)": contenders.decode_only}
-    by_processes: dict[str, Contender] = {
-        "original recipe": contenders.original_train,
-        "WebDataset + OpenCV": contenders.webdataset_train,
-        "torchvision v2 tensors": contenders.tensor_train,
+    """Training loaders, 8 x 224 px, the released recipe: videos a second, processor time a video, and memory."""
+    setup = task.setup
+    peers = installed(PEERS[name] for name in task.peers)
+    folder = prepare(peers, setup.workload, task.work)
+    entries = {
+        "ours": _Entry(contenders.ours_train, "threads"),
+        "decode only (limit)": _Entry(contenders.decode_only, "threads"),
+        "original recipe": _Entry(contenders.original_train, "workers", setup.workers),
+        "torchvision v2 tensors": _Entry(contenders.tensor_train, "workers", setup.workers),
     }
-    targets = {
-        "decode only (limit)": "at least 0.70",
-        "original recipe": "at least 5",
-        "WebDataset + OpenCV": "at least 1.3",
-    }
-    return compared("loader", "videos/s", _throughputs(task, "loader", by_threads, by_processes), targets)
+    entries |= {peer.name: _Entry(peer.contender(folder), peer.name, peer.producers(setup)) for peer in peers}
+    speeds = _speeds(task, "loader", entries)
+    rates = _rates(speeds)
+    targets = {"decode only (limit)": "at least 0.80", "original recipe": "at least 5", "WebDataset": "at least 1.3"}
+    figures = compared("loader", "videos/s", rates, targets)
+    if peers:
+        best = [max(rates[peer.name][turn] for peer in peers) for turn in range(task.rounds)]
+        name = f"the best of {', '.join(peer.name for peer in peers)}"
+        figures.append(Figure("loader", name, "videos/s", best, against(rates["ours"], best), "at least 2.0"))
+    for name, series in speeds.items():
+        figures.append(Figure("loader", f"{name}: CPU", "ms/video", [one.cpu_milliseconds for one in series]))
+    return figures + _memory(setup, entries)
+
+
+def _memory(setup: Setup, entries: dict[str, _Entry]) -> list[Figure]:
+    """Once each, in processes that share no libraries with others."""
+    figures = []
+    for name, entry in track(entries.items(), "loader: memory", len(entries), unit="run"):
+        used = run_fresh(memory, entry.contender, setup, entry.producers, imported=False)
+        target = "at most 700" if name == "ours" else ""
+        figures.append(Figure("loader", f"{name}: memory", "MB", [used / 1e6], target=target))
+    return figures
 
 
 def views(task: Task) -> list[Figure]:
     """Evaluation loaders, 4 clips x 3 crops."""
-    by_threads: dict[str, Contender] = {"ours, 12 views": contenders.ours_views}
-    by_processes: dict[str, Contender] = {"original recipe, 12 views": contenders.original_views}
-    targets = {"original recipe, 12 views": "at least 6"}
-    return compared("views", "videos/s", _throughputs(task, "views", by_threads, by_processes), targets)
+    entries = {
+        "ours, 12 views": _Entry(contenders.ours_views, "threads"),
+        "original recipe, 12 views": _Entry(contenders.original_views, "workers", task.setup.workers),
+    }
+    rates = _rates(_speeds(task, "views", entries))
+    return compared("views", "videos/s", rates, {"original recipe, 12 views": "at least 6"})
 
 
 @dataclass(frozen=True)
@@ -319,6 +355,7 @@ SUITES: dict[str, Callable[[Task], list[Figure]]] = {
         task.setup,
         task.processes,
         task.work,
+        peers=[PEERS[name] for name in task.peers],
         rounds=task.rounds,
         seconds=task.seconds,
         large_index=task.large_index,
