@@ -180,8 +180,8 @@ def read_something(folder: Path, _labels: Path | None, _split: int) -> Official:
             path, what, lambda data: [(str(video["id"]), text_of(video.get("template") or "")) for video in data]
         )
         for video, template in videos:
-            if template := template or answers.get(video):
-                entry = Entry((video,), (label_of(template, f"{path}: {video}"),))
+            if label := template or answers.get(video):
+                entry = Entry((video,), (label_of(label, f"{path}: {video}"),))
                 official.splits.setdefault(split, []).append(entry)
             else:
                 official.unlabelled[split] += 1

@@ -155,7 +155,10 @@ def check_preprocess(preprocess: Any, where: str) -> None:
     for name in ("mean", "std"):
         value = preprocess.get(name)
         numbers = value if isinstance(value, list) else [value] * 3
-        sound = [type(number) in (int, float) and 0 <= number <= 255 for number in numbers]
+        sound = [
+            isinstance(number, int | float) and not isinstance(number, bool) and 0 <= number <= 255
+            for number in numbers
+        ]
         if value is not None and (len(sound) != 3 or not all(sound) or (name == "std" and 0 in numbers)):
             raise ConfigError(f"{where}: preprocess_cfg.{name}: {value!r:.80}; expected three numbers, 0 to 1")
     for name, known in (("interpolation", _INTERPOLATION), ("resize_mode", _RESIZE)):

@@ -6,10 +6,10 @@ import itertools
 import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 
+from benchmarks.figures import pss_of_tree
 from benchmarks.recipe import Contender, Setup
 from text4vis.data.prefetch import settled
 
@@ -34,19 +34,6 @@ def cpu_seconds() -> float:
         except psutil.NoSuchProcess:
             continue
         total += used.user + used.system + used.children_user + used.children_system
-    return total
-
-
-def memory_bytes() -> int:
-    """Memory of this process and all that it has started: what several share is counted once (PSS)."""
-    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
-    total = 0
-    for process in processes:
-        try:
-            rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="ascii")
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        total += next(int(line.split()[1]) << 10 for line in rollup.splitlines() if line.startswith("Pss:"))
     return total
 
 
@@ -76,4 +63,4 @@ def memory(contender: Contender, setup: Setup, producers: int) -> int:
     with contender(setup) as batches, settled():
         for _ in range(_WARM_UP_TURNS * producers):
             next(batches)
-        return memory_bytes()
+        return pss_of_tree(os.getpid())
