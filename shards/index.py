@@ -256,6 +256,13 @@ def _open_table(role: str, path: Path, entry: dict[str, Any], dtype: np.dtype) -
 
 def check_crc32(path: Path, expected: int) -> None:
     """Raises ShardError if the file's CRC-32 is another."""
+    actual = crc32_of(path)
+    if actual != expected:
+        raise ShardError(f"{path}: has the CRC-32 {actual:#010x}, the manifest says {expected:#010x}; {_REBUILD}")
+
+
+def crc32_of(path: Path) -> int:
+    """CRC-32 of a file. Raises ShardError if it cannot be read."""
     actual = 0
     try:
         with path.open("rb") as file:
@@ -263,8 +270,7 @@ def check_crc32(path: Path, expected: int) -> None:
                 actual = isal_zlib.crc32(chunk, actual)
     except OSError as error:
         raise ShardError(f"{path}: cannot be read: {error.strerror}; check the disk or mount") from error
-    if actual != expected:
-        raise ShardError(f"{path}: has the CRC-32 {actual:#010x}, the manifest says {expected:#010x}; {_REBUILD}")
+    return actual
 
 
 def _check_videos(where: str, manifest: Manifest, videos: np.ndarray, num_members: int, names_bytes: int) -> None:

@@ -14,7 +14,7 @@ from shards.address import join_address, local_path, scheme_of
 from shards.cache import ShardCache, entry_name, fetch_once
 from shards.cached import CachedShards
 from shards.format import MANIFEST, PACKETS_ROLE, Manifest, ShardError, video_key
-from shards.index import MAX_MANIFEST_BYTES, Index, check_crc32, open_index, read_local_manifest
+from shards.index import MAX_MANIFEST_BYTES, Index, crc32_of, open_index, read_local_manifest
 from shards.local import LocalShards, ShardSource
 from shards.remote import RemoteFiles, RemoteShards
 from shards.rows import WHOLE_TABLE_BYTES, FarRows, cannot_keep, prepare_rows
@@ -179,15 +179,11 @@ def _fetch_index(remote: RemoteFiles, manifest: Manifest, role: str, folder: Pat
         copy = Path(f"/proc/self/fd/{descriptor}")
         remote.download(name, size, descriptor)
         with suppress(ShardError):
-            check_crc32(copy, crc32)
-            return
+            if crc32_of(copy) == crc32:
+                return
         remote.download(name, size, descriptor)  # damage on the way is gone now
-        try:
-            check_crc32(copy, crc32)
-        except ShardError:
-            raise ShardError(
-                f"{remote.place(name)}: is not the file that {MANIFEST} describes; upload it again"
-            ) from None
+        if crc32_of(copy) != crc32:
+            raise ShardError(f"{remote.place(name)}: is not the file that {MANIFEST} describes; upload it again")
 
     try:
         if role in ("members", PACKETS_ROLE) and size > WHOLE_TABLE_BYTES and not path.exists():

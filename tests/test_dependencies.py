@@ -78,6 +78,14 @@ def test_no_name_or_syntax_is_newer_than_the_oldest_python():
     pytest.importorskip("vermin", reason="pip install -e '.[dev]'")
     oldest = re.search(r'^requires-python = ">=(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
     folders = ("shards", "text4vis", "tools", "tests")
-    command = [sys.executable, "-m", "vermin", f"-t={oldest}-", "--violations", "--no-tips", *folders]
+    command = [
+        sys.executable,
+        "-c",
+        "import vermin; vermin.main()",
+        f"-t={oldest}-",
+        "--violations",
+        "--no-tips",
+        *folders,
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout

@@ -309,7 +309,8 @@ def _parse_adapters(data: bytes, folder: Path) -> None:
 
 
 def _card_seeds(folder: Path) -> list[bytes]:
-    calibration = {"temperature": 1.5, "answers": {"90": 0.5, "95": None}, "videos": 100}
+    answers = [{"accuracy": 90.0, "threshold": 0.5}, {"accuracy": 95.0, "threshold": None}]
+    calibration = {"temperature": 1.5, "answers": answers, "sets": [{"coverage": 90.0, "threshold": 0.2}]}
     return [json.dumps({"evaluation": {"calibration": calibration}, "figures": {"top1": 50.0}}).encode()]
 
 
@@ -405,7 +406,7 @@ TARGETS = {
     "search-lines": Target(_line_seeds, _parse_lines, (SearchError,), JSON_TOKENS, True),
     "work-list": Target(_work_seeds, written("work.jsonl", _parse_work), (WorkListError,), (*JSON_TOKENS, b"\n")),
     "captions": Target(
-        lambda folder: [b'video,caption\na.mp4,"a dog, running"\nb/a.mp4,x\n', b"video_id,x,sentence\r\nc,,y\r\n"],
+        lambda folder: [b'video,caption\nc.mkv,"a dog, running"\nb/a.mp4,x\n', b"video_id,x,sentence\r\nc,,y\r\n"],
         written("captions.csv", _parse_captions),
         (SearchError,),
         (b'"', b"\n", b",", b"\xef\xbb\xbf", b"../", b"/", b"\r"),

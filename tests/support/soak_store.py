@@ -57,6 +57,7 @@ LIMITS = {"sockets": 2.0, "tasks": 0.5, "threads": 0.1, "files": 0.1, "memory_MB
 WARM_UP_SHARE = 0.25
 ROUNDS_BETWEEN_LOOKS = 20
 QUIET_SECONDS = 30.0
+REQUESTS_OF_PEACE = 30
 _CACHE_SHARE = 0.6
 
 
@@ -93,7 +94,8 @@ class Weather:
     """Which requests of a store fail, and how. share: of the requests that fail by themselves.
 
     burst_requests, calm_requests: so many requests in a row are refused, so many in a row are not. most_in_a_row: the
-    same bytes are refused at most so often, one time after another, so that a reader's attempts suffice.
+    same bytes are refused at most so often; the next REQUESTS_OF_PEACE for them are not, so that the attempts of all
+    who ask for them at the same time suffice.
     """
 
     share: float
@@ -103,7 +105,7 @@ class Weather:
     pause_seconds: float
     draw: random.Random = field(default_factory=lambda: random.Random(0))
     counts: Counter[str] = field(default_factory=Counter)
-    in_a_row: Counter[str] = field(default_factory=Counter)
+    asked: Counter[str] = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def answer(self, handler: BaseHTTPRequestHandler, body: bytes) -> bool:
@@ -121,10 +123,11 @@ class Weather:
                 name = ("503", "429")[cycle % 2]
             elif self.draw.random() < self.share:
                 name = self.draw.choice(list(FAULTS))
-            if name is None or self.in_a_row[wanted] == self.most_in_a_row:
-                self.in_a_row.pop(wanted, None)
+            asked = self.asked[wanted]
+            if name is not None or asked:
+                self.asked[wanted] = (asked + 1) % (self.most_in_a_row + REQUESTS_OF_PEACE)
+            if name is None or asked >= self.most_in_a_row:
                 return None
-            self.in_a_row[wanted] += 1
             self.counts[name] += 1
             return name
 
