@@ -25,6 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import FunctionType
 
+import fuzz_page
 import fuzz_shards
 import fuzz_text4vis
 from fuzz_changes import Target, mutated
@@ -32,7 +33,7 @@ from fuzz_changes import Target, mutated
 CASE_SECONDS = 20
 CASE_BYTES = 2 << 30
 
-TARGETS = fuzz_shards.TARGETS | fuzz_text4vis.TARGETS
+TARGETS = fuzz_shards.TARGETS | fuzz_text4vis.TARGETS | fuzz_page.TARGETS
 
 
 def attempt(target: Target, data: bytes, folder: Path) -> str:

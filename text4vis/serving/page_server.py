@@ -11,12 +11,15 @@ import asyncio
 import logging
 import os
 import socket
+import warnings
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from aiohttp import web
+from aiohttp import BadContentDispositionHeader, BadContentDispositionParam, web
+from aiohttp.http import HttpProcessingError
 from yarl import URL
 
 from text4vis.serving.footage import PredictionError
@@ -54,6 +57,9 @@ def serve_page(page: Page, port: int, announce: Callable[[str], None]) -> None:
 
 
 def _application(page: Page) -> web.Application:
+    logging.getLogger("aiohttp.server").addFilter(_is_ours)
+    for category in (BadContentDispositionHeader, BadContentDispositionParam):  # words of a request, in the terminal
+        warnings.simplefilter("ignore", category)
     app = web.Application(middlewares=[_own_requests], client_max_size=page.upload_bytes + _FORM_BYTES)
     script = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
     turns = ThreadPoolExecutor(1)  # one question at a time
@@ -69,6 +75,11 @@ def _application(page: Page) -> web.Application:
 
     app.add_routes([web.get("/", blank), web.post("/", ask), web.get("/page.js", code)])
     return app
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Whether a traceback that aiohttp logs is of an error in this program, and not of a request that is no HTTP."""
+    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
 
 
 @web.middleware
@@ -95,8 +106,9 @@ async def _ask(page: Page, turns: ThreadPoolExecutor, request: web.Request) -> w
             await request.content.readany()
         limit = size_in_words(page.upload_bytes)
         return _html(page.show(error=f"The video is larger than {limit}; choose a smaller one."), 413)
-    except (ValueError, LookupError) as error:
-        return _html(page.show(error=f"The form cannot be read ({error}); send it with this page."), 400)
+    except (ValueError, LookupError, RuntimeError, zlib.error, HttpProcessingError) as error:
+        reason = error.message if isinstance(error, HttpProcessingError) else error
+        return _html(page.show(error=f"The form cannot be read ({reason}); send it with this page."), 400)
     except OSError as error:
         reason = f"{error.strerror or error}; TMPDIR names the folder where uploads are kept meanwhile"
         return _html(page.show(error=f"The video cannot be stored ({reason})."), 507)
