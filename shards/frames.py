@@ -29,6 +29,7 @@ from shards.video import (
     decoded_frames,
     is_timed,
     opened_video,
+    packets_of,
     probe_video,
     refuse_more_frames,
     timing_of,
@@ -80,7 +81,7 @@ class PacketTable:
         key_pts: list[int] = []
         discards = certain = False
         last_pts = last_duration = 0
-        for packet in container.demux(stream):
+        for packet in packets_of(container, stream):
             discards |= packet.is_discard
             if packet.size == 0 or packet.is_discard:
                 continue
@@ -354,7 +355,7 @@ class _Feed(Iterator[av.VideoFrame]):
             early = round(_EARLY_SECONDS / (self._stream.time_base or 1))
             for target in (key, key - early):
                 self._container.seek(target, stream=self._stream, backward=True)
-                self._packets = self._container.demux(self._stream)
+                self._packets = packets_of(self._container, self._stream)
                 if packet := self._packet_of(key):
                     break
         if packet is None:

@@ -15,7 +15,7 @@ from isal import isal_zlib
 from shards.format import HIDDEN_PACKET, KEY_PACKET, PACKET_DTYPE, STREAM_DTYPE, rows_crc32
 from shards.frames import PacketTable, decode_by_table, decode_frames
 from shards.packets import NO_PACKETS, Packets, SparseVideo, VideoParts
-from shards.video import RgbConverter, VideoError, VideoInfo, opened_video, probe_video
+from shards.video import RgbConverter, VideoError, VideoInfo, opened_video, packets_of, probe_video
 
 # Their packets lie in the file as a decoder takes them, and only a table tells where. In other containers a header
 # comes before each packet, so that a demuxer has to read them all.
@@ -69,7 +69,7 @@ def _listed(data: bytes) -> tuple[PacketTable, Packets] | None:
         rows: list[tuple[int, int, int, int, int]] = []
         pieces: list[tuple[int, int, bool]] = []  # first byte, one past the last, whether opening may read it
         seen: dict[int, int] = {}
-        for packet in container.demux():
+        for packet in packets_of(container):
             if not packet.size:
                 continue
             start = packet.pos

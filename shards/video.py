@@ -225,13 +225,18 @@ def _played(container: InputContainer) -> av.VideoStream:
     return max(known, key=rank)
 
 
+def packets_of(container: InputContainer, *streams: av.VideoStream) -> Iterator[av.Packet]:
+    """The packets of these streams, or of all. PyAV loses memory of a `demux` that is left early and not closed."""
+    yield from container.demux(*streams)
+
+
 def decoded_frames(container: InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
     """Decoded frames in order. Packets before a recording's first key frame that do not decode give no frame.
 
     An empty packet, as AVI and Ogg have them, repeats the frame before it: that one stays on the screen.
     """
     started = False
-    for packet in container.demux(stream):
+    for packet in packets_of(container, stream):
         if packet.size == 0 and packet.dts is not None:  # without a time it is the end
             continue
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import signal
 import subprocess
@@ -292,6 +294,27 @@ def io_of(data: bytes):
     import io
 
     return io.BytesIO(data)
+
+
+def test_reading_videos_loses_no_memory(tmp_path):
+    """PyAV loses 150 bytes and more of packets that are left early and not closed."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2"):
+        pytest.skip("needs glibc 2.33")
+    fields = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    libc.mallinfo2.restype = type(
+        "Info", (ctypes.Structure,), {"_fields_": [(n, ctypes.c_size_t) for n in fields.split()]}
+    )
+    write_video(tmp_path / "v.mp4", "mpeg4", {"g": "4"}, frames=8)
+
+    def read(times: int) -> int:
+        for _ in range(times):
+            sample_frames(tmp_path / "v.mp4", lambda timing: np.array([0, timing.num_frames // 2]))
+        gc.collect()
+        return libc.mallinfo2().uordblks
+
+    before = read(100)
+    assert read(500) - before < 100 * 500
 
 
 def test_bad_videos_are_named(videos, tmp_path):

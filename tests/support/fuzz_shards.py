@@ -8,16 +8,17 @@ import tarfile
 import tempfile
 import zlib
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
+import fsspec
 import numpy as np
 from frame_folders import jpeg
 from fuzz_changes import JSON_TOKENS, Target, from_text, written
 from PIL import Image
-from shard_data import make_dataset, read_everything, serve
+from shard_data import make_dataset, read_everything
 from videos import encode
 
 import shards.opening
@@ -224,17 +225,13 @@ def _parse_packets(data: bytes, folder: Path) -> None:
 
 # A far data set: the rows and shards of it that are kept here.
 
-_OPEN: dict[Path, tuple[str, list[list[bytes]]]] = {}
-_SERVERS = ExitStack()
 
-
+@cache
 def _far(folder: Path) -> tuple[str, list[list[bytes]]]:
-    """Address and content of a far data set, served by a thread."""
-    if folder not in _OPEN:
-        content = make_dataset(folder / "served" / "data", [2, 1, 3], frame_bytes=30)
-        server = _SERVERS.enter_context(serve(folder / "served"))
-        _OPEN[folder] = f"{server.address}/data", content
-    return _OPEN[folder]
+    """Address and content of a data set in fsspec's store in memory, which answers without a network."""
+    content = make_dataset(folder / "served", [2, 1, 3], frame_bytes=30)
+    fsspec.filesystem("memory").put(str(folder / "served"), f"/{folder.name}/data", recursive=True)
+    return f"memory://{folder.name}/data", content
 
 
 def _far_seeds(folder: Path, kind: str) -> list[bytes]:

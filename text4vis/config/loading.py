@@ -230,7 +230,10 @@ def _refuse_former_start(key: str, value: str, found: str, origin: str) -> None:
     it is there from the working folder, but not from the recipe's.
     """
     here = Path(value).absolute()
-    if Path(found).exists() or not here.exists():
+    try:
+        if Path(found).exists() or not here.exists():
+            return
+    except OSError:  # the name is too long, or a folder is closed: who opens it says so
         return
     there = os.path.relpath(here, Path(origin).parent)
     raise ConfigError(

@@ -73,13 +73,23 @@ def _application(page: Page) -> web.Application:
     async def ask(request: web.Request) -> web.Response:
         return await _ask(page, turns, request)
 
-    app.add_routes([web.get("/", blank), web.post("/", ask), web.get("/page.js", code)])
+    async def nothing(_: web.Request) -> web.Response:
+        raise web.HTTPNotFound
+
+    plain: Any = {"expect_handler": _refuse_expectation}
+    routes = [web.get("/", blank, **plain), web.post("/", ask, **plain), web.get("/page.js", code, **plain)]
+    app.add_routes([*routes, web.route("*", "/{path:.*}", nothing, **plain)])
     return app
 
 
 def _is_ours(record: logging.LogRecord) -> bool:
     """Whether a traceback that aiohttp logs is of an error in this program, and not of a request that is no HTTP."""
     return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+
+
+async def _refuse_expectation(_: web.Request) -> None:
+    """Clients with an Expect header send their request without it then. aiohttp fails on words that are not UTF-8."""
+    raise web.HTTPExpectationFailed
 
 
 @web.middleware
