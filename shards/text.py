@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from typing import Any
 
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 # Matches too much rather than too little: text that follows an address without a space may belong to a token in it.
@@ -40,3 +42,14 @@ def printable(text: str) -> str:
         character if character.isprintable() else character.encode("unicode_escape", "surrogatepass").decode()
         for character in text
     )
+
+
+def json_text(value: Any, **options: Any) -> str:
+    """JSON that can be written as UTF-8. Where a file's name is not UTF-8, it is ASCII with escapes, which are read
+    back as that name. options: of json.dumps."""
+    text = json.dumps(value, ensure_ascii=False, **options)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, **options)
+    return text

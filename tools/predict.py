@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import csv
 import glob
-import json
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -39,7 +38,7 @@ from shards.files import require_file
 from shards.folders import find_videos as list_videos
 from shards.format import ShardError
 from shards.list_lines import is_video_file
-from shards.text import redact, shown
+from shards.text import json_text, printable, redact, shown
 from shards.walk import describe, is_hidden
 from text4vis import cluster, saved, serving  # faces: they load torch where it is first needed
 from text4vis.common.console import console, table
@@ -109,7 +108,8 @@ def find_videos(arguments: argparse.Namespace) -> list[str]:
     """The videos that the command's VIDEO arguments and list stand for, each once, in order. Raises PredictionError."""
     given = list(arguments.videos)
     if arguments.list is not None:
-        given += [line for line in arguments.list.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = arguments.list.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
+        given += [line for line in lines if line.strip()]
     found: list[str] = []
     for argument in given:
         if scheme_of(argument) is not None or not any(character in argument for character in "*?["):
@@ -177,8 +177,13 @@ def recognise(
         yield taken.popleft(), answer
 
 
+def name_of(video: str) -> str:
+    """What the output calls a video: the path itself, by which the file is found again; an address without secrets."""
+    return video if scheme_of(video) is None else redact(video)
+
+
 def rows_of(video: str, answer: Answer, top: int) -> list[Row]:
-    name = redact(video)
+    name = name_of(video)
     if isinstance(answer, serving.PredictionError):
         return [{"video": name, "error": str(answer)}]
     if isinstance(answer, serving.Timeline):
@@ -206,26 +211,32 @@ def draw(video: str, answer: Answer, picture: Path) -> None:
 def show(rows: list[Row], screen: Console) -> None:
     if "error" in rows[0]:
         screen.print("not recognised:", style="red", end=" ")
-        screen.print(rows[0]["error"])
+        screen.print(shown(rows[0]["error"]))
         return
     if "start" in rows[0]:
         drawn = table(("seconds", "class"), ("%",))
         for row in rows:
             best = row["top"][0]
             seconds = f"{row['start']:.1f} to {row['end']:.1f}"
-            drawn.add_row(seconds, best["class"], f"{100 * best['probability']:.1f}")
+            drawn.add_row(seconds, printable(best["class"]), f"{100 * best['probability']:.1f}")
     else:
         drawn = table(("class",), ("%",))
         for entry in rows[0].get("present") or rows[0]["top"]:
-            drawn.add_row(entry["class"], f"{100 * entry['probability']:.1f}")
-    screen.print(rows[0]["video"], style="bold")
+            drawn.add_row(printable(entry["class"]), f"{100 * entry['probability']:.1f}")
+    screen.print(printable(rows[0]["video"]), style="bold")
     if rows[0].get("sure") is False:
         screen.print("unsure", style="yellow")
     if rows[0].get("present") == []:
         screen.print("none of the classes; the likeliest are", style="yellow")
     screen.print(drawn)
     if (candidates := rows[0].get("candidates")) is not None:
-        screen.print(f"one of: {', '.join(candidates) or 'none of the classes'}")
+        screen.print(f"one of: {', '.join(map(printable, candidates)) or 'none of the classes'}")
+
+
+def cell(text: str) -> str:
+    """Text for a spreadsheet: what it would take for a formula begins with an apostrophe, control characters are
+    escapes. JSON has texts as they are."""
+    return f"'{printable(text)}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else printable(text)
 
 
 def write_csv(path: Path, rows: list[Row]) -> None:
@@ -233,11 +244,11 @@ def write_csv(path: Path, rows: list[Row]) -> None:
         writer = csv.writer(file)
         writer.writerow(["video", "start", "end", "rank", "class", "probability", "error"])
         for row in rows:
-            head = [row["video"], row.get("start", ""), row.get("end", "")]
+            head = [cell(row["video"]), row.get("start", ""), row.get("end", "")]
             for rank, entry in enumerate(row["present"] if "present" in row else row.get("top", []), start=1):
-                writer.writerow([*head, rank, entry["class"], entry["probability"], ""])
+                writer.writerow([*head, rank, cell(entry["class"]), entry["probability"], ""])
             if "error" in row:
-                writer.writerow([*head, "", "", "", row["error"]])
+                writer.writerow([*head, "", "", "", cell(row["error"])])
 
 
 def record_of(rows: list[Row]) -> Row:
@@ -252,7 +263,7 @@ def record_of(rows: list[Row]) -> Row:
 
 def recognise_listed(recogniser: serving.Predictor, videos: list[str], arguments: argparse.Namespace) -> int:
     """Recognises this process's share of the videos, and waits for the others. Returns the number of failed ones."""
-    by_name = {redact(video): video for video in videos}
+    by_name = {name_of(video): video for video in videos}
     if len(by_name) < len(videos):
         raise serving.PredictionError(
             "--jsonl: several addresses differ only in what must not be written (passwords, ?…)"
@@ -298,7 +309,7 @@ def recognise_and_show(recogniser: serving.Predictor, videos: list[str], argumen
                 progress.update()
     finally:  # after Ctrl-C too: the predictions made so far
         if arguments.json:
-            arguments.json.write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+            arguments.json.write_text(json_text(rows, indent=1) + "\n", encoding="utf-8")
         if arguments.csv:
             write_csv(arguments.csv, rows)
     written = [str(path) for path in (arguments.json, arguments.csv) if path]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -333,6 +334,43 @@ def test_processes_share_a_list_and_the_same_command_goes_on(export, tmp_path):
     assert other.returncode == 1 and re.search(
         r"other settings \(classes: .*, now \[\"a cat\", \"a dog\"\]", other.stderr
     )
+
+
+HOSTILE = [
+    b"-rf.mp4", b"=1+1.mp4", b"a\nb.mp4", b"a\\nb.mp4", b"\x1b[31mred.mp4", "\u202e4pm.\u2028x.mp4".encode(),
+    b"\xff\xfe.mp4", b"<script>alert(1)</script>.mp4".replace(b"/", b"\\"), b"n" * 251 + b".mp4", b"{}$x$%s\".mp4",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_files_are_found_again_by_the_names_in_the_output(tmp_path):
+    """Names and classes made to hurt, of files that are read and of one that is not, in every kind of output."""
+    export = write_export(tmp_path / "export", ["=HYPERLINK(1)", "surf\u202e", "<b>"])
+    folder = tmp_path / "v"
+    paths = {str(folder / os.fsdecode(name)) for name in [*HOSTILE, b"broken\xff.mp4"]}
+    for path in paths:
+        write_video(folder / "one.mp4", 40, 4)
+        (folder / "one.mp4").rename(path)
+    (folder / os.fsdecode(b"broken\xff.mp4")).write_bytes(b"none")
+    (tmp_path / "list.txt").write_bytes(b"".join(os.fsencode(path) + b"\n" for path in paths if "\n" not in path))
+    arguments = ["--model", export, "--top", 2]
+    files = "--json", tmp_path / "a.json", "--csv", tmp_path / "a.csv", "--picture", tmp_path / "p.png"
+    once = predict(folder, *arguments, *files)
+    again = [predict(*given, *arguments, "--jsonl", tmp_path / "a.jsonl") for given in
+             ((folder,), ("--list", tmp_path / "list.txt", folder))]  # fmt: skip
+    for result in (once, *again):
+        assert result.returncode == 1 and "1 of 11 videos could not be read" in result.stderr, result.stderr
+        assert not [text for text in ("\x1b", "\u202e", "Traceback") if text in result.stdout + result.stderr]
+    records = lines_of(tmp_path / "a.jsonl")
+    assert len(records) == 11
+    assert {record["video"] for record in records} == paths
+    assert {row["video"] for row in json.loads((tmp_path / "a.json").read_text("utf-8"))} == paths
+    assert len(list(tmp_path.glob("p-*.png"))) == 10
+    with (tmp_path / "a.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len({row["video"] for row in rows}) == 10  # two names with the same escapes
+    assert {row["class"] for row in rows} <= {"'=HYPERLINK(1)", "surf\\u202e", "<b>", ""}
+    assert all(cell.isprintable() and cell[:1] not in "=+-@" for row in rows for cell in row.values() if cell)
 
 
 @pytest.mark.slow

@@ -50,7 +50,7 @@ CASE_SECONDS = 30  # of processor time
 SILENT_SECONDS = 300
 CHILD_BYTES = 2 << 30
 LARGEST_FILE = 1 << 20
-GROWTH_BYTES = 16 << 20  # of a child between its 1000th case and any later one
+GROWTH_BYTES = 32 << 20  # of a child between its 1000th case and any later one
 LOOK_EVERY = 500  # cases
 
 # Where numbers stand that a reader believes: boxes of MP4, chunks of AVI, elements of Matroska, packets of ASF and Ogg.

@@ -25,6 +25,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from shards.text import json_text
+
 Record = dict[str, Any]
 
 SYNC_SECONDS = 5.0
@@ -190,7 +192,7 @@ class WorkList:
     def _write(self, records: Sequence[Record]) -> None:
         """Appends lines. Cuts away the half line of a killed process: nobody else writes while we hold the lock."""
         os.ftruncate(self._file, self._end)
-        data = b"".join(map(_line, records))
+        data = "".join(f"{json_text(record)}\n" for record in records).encode()
         at = self._end
         while data:
             written = os.pwrite(self._file, data, at)
@@ -215,14 +217,6 @@ class WorkList:
 
     def _unlock(self, byte: int) -> None:
         fcntl.fcntl(self._file, fcntl.F_OFD_SETLK, _flock(fcntl.F_UNLCK, byte))
-
-
-def _line(record: Record) -> bytes:
-    """A line in UTF-8; where names of files are not UTF-8, in ASCII with escapes, so that they are read as written."""
-    try:
-        return (json.dumps(record, ensure_ascii=False) + "\n").encode()
-    except UnicodeEncodeError:
-        return (json.dumps(record) + "\n").encode()
 
 
 def _flock(kind: int, byte: int) -> bytes:
