@@ -1,5 +1,7 @@
 """How one request to a store is made: HTTP(S) and S3 by aiohttp, other stores by fsspec; all within one event loop.
 
+Small ranges of HTTP(S) and S3 are first asked for by `shards.ranges`, several in one call.
+
 Every body is checked for its length, and for HTTP and S3 the answered range and file size too, so a truncated body or
 a server that ignores ranges is never taken for the bytes asked for. Whether a failure may be gone at the next attempt
 is told by `is_transient`; trying again is up to the caller.
@@ -11,7 +13,7 @@ import asyncio
 import re
 import ssl
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,6 +25,8 @@ from yarl import URL
 
 from shards.address import join_address, scheme_of
 from shards.format import ShardError
+from shards.local import Range
+from shards.ranges import RangeClient, http_client, s3_client
 from shards.text import printable, redact, redact_text
 
 # Takes the pieces of a body in order, as they come.
@@ -34,6 +38,10 @@ _MIN_BYTES_PER_SECOND = 64 << 10
 _SMALL_BODY_BYTES = 1 << 20
 _SIGNATURE_SECONDS = 120.0  # S3 takes a signature for 15 minutes, and clocks differ
 _MAX_EXPLANATION_BYTES = 4096
+# Headers of a request that asks for an object and nothing special.
+_PLAIN_S3_HEADERS = frozenset(
+    ["authorization", "x-amz-date", "x-amz-content-sha256", "x-amz-security-token", "x-amz-checksum-mode"],
+) | {"accept-encoding", "user-agent", "amz-sdk-invocation-id", "amz-sdk-request"}
 _FINAL_STATUS = frozenset(range(300, 500)) - {408, 425, 429}
 # Names, because botocore is imported only when an s3 address is in use.
 _FINAL_ERROR_NAMES = frozenset(
@@ -160,6 +168,9 @@ class Store(Protocol):
         """One attempt to get some bytes of a file. With `write` each piece goes there as it comes, and the answer is
         empty. Raises what `is_transient` tells apart."""
 
+    async def get_ranges(self, name: str, ranges: Sequence[Range]) -> list[bytes] | None:
+        """The bytes of several small ranges of a file at once, or None: ask for each with `get` then."""
+
     async def close(self) -> None:
         """Closes its connections."""
 
@@ -186,6 +197,7 @@ class _HttpStore:
     def __init__(self, address: str, timeout_seconds: float, options: dict[str, Any]) -> None:
         self._address, self._timeout_seconds = address, timeout_seconds
         self._session: aiohttp.ClientSession | None = None
+        self._ranges: RangeClient | None = None
         self._urls: dict[str, URL] = {}
         self._filesystem = _asynchronous(scheme_of(address), options)
         # How many connections there are is decided by who asks, so that nothing waits within aiohttp.
@@ -219,6 +231,23 @@ class _HttpStore:
                 return body
             return await _collect(response, span, write)
 
+    async def get_ranges(self, name: str, ranges: Sequence[Range]) -> list[bytes] | None:
+        if self._ranges is None:
+            client = await self._range_client(name)
+            self._ranges = self._ranges or client  # who comes first makes it, and all use it
+        return await self._ranges.get(name, ranges, self._seconds(sum(stop - start for start, stop in ranges)))
+
+    async def _range_client(self, name: str) -> RangeClient:
+        """A client for the files beside `name`; one that never answers where only aiohttp can ask as it was told to."""
+        told = {**self._client_options, **self._options}
+        if not told.keys() <= {"connector", "headers", "proxy"} or told["connector"] is not None:
+            return RangeClient()
+        return http_client(self._address, {**told.get("headers", {}), **self._headers}, told.get("proxy"))
+
+    def _seconds(self, size: int) -> float:
+        """The most that a request for so many bytes may take."""
+        return self._timeout_seconds + size / _MIN_BYTES_PER_SECOND
+
     def _connected(self) -> aiohttp.ClientSession:
         if self._session is None:
             options = dict(self._client_options)
@@ -229,7 +258,7 @@ class _HttpStore:
     def _limits(self, span: Span) -> aiohttp.ClientTimeout:
         seconds, size = self._timeout_seconds, span.size or 0
         return aiohttp.ClientTimeout(
-            seconds + size / _MIN_BYTES_PER_SECOND,
+            self._seconds(size),
             sock_connect=seconds,
             sock_read=None if 0 < size <= _SMALL_BODY_BYTES else seconds,
         )
@@ -240,6 +269,7 @@ class _HttpStore:
         )
 
     async def close(self) -> None:
+        self._ranges = RangeClient()  # its connections end with the last reference
         if self._session is not None:
             await self._session.close()
 
@@ -340,6 +370,28 @@ class _S3Store(_HttpStore):
             self._options["ssl"] = verify if isinstance(verify, bool) else ssl.create_default_context(cafile=verify)
         self._client = client
 
+    async def _range_client(self, name: str) -> RangeClient:
+        url, headers = await self._target(name)
+        bucket, key, _ = self._filesystem.split_path(self._path(name))
+        signature = headers.get("Authorization")
+        is_in_host = url.path != f"/{bucket}/{key}"
+        is_plain = not url.query_string and {header.lower() for header in headers} <= _PLAIN_S3_HEADERS
+        if (
+            not is_plain
+            or "ssl" in self._options
+            or not (signature or "AWS4-HMAC-SHA256").startswith("AWS4-HMAC-SHA256")
+        ):
+            return RangeClient()
+        return s3_client(
+            bucket,
+            key.removesuffix(name).strip("/"),
+            self._client._request_signer._credentials if signature else None,
+            self._options.get("proxy"),
+            endpoint=str(url.origin()),
+            region=self._client.meta.region_name,
+            virtual_hosted_style_request=is_in_host,
+        )
+
     async def get(self, name: str, span: Span, write: Write | None = None) -> bytes:
         if span.total is None:
             return await self._read_by_botocore(name, span.start, span.stop)
@@ -396,6 +448,9 @@ class _OtherStore:
             return body
         write(body)
         return b""
+
+    async def get_ranges(self, name: str, ranges: Sequence[Range]) -> list[bytes] | None:
+        return None
 
     async def close(self) -> None:
         session = getattr(self._filesystem, "_session", None)  # of gcsfs and what is built like it

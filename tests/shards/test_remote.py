@@ -673,7 +673,7 @@ def test_faults_with_several_batches_in_flight(far, monkeypatch, fault, timeout_
     counter = itertools.count()
 
     def bursts(path, count):
-        return late(fault if path.endswith(".tar") and next(counter) % 60 < 20 else None)
+        return late(fault if path.endswith(".tar") and next(counter) % 60 < 10 else None)
 
     server.fault = bursts
     sockets = num_sockets()
@@ -700,7 +700,7 @@ def test_a_shard_that_changes_its_size_with_several_batches_in_flight(far, tmp_p
         batches = epoch_requests(0)
         read_overlapping(dataset, frames, batches[:3])
         for shard in (tmp_path / "served" / "data").glob("*.tar"):
-            shard.write_bytes(shard.read_bytes() + bytes(512))
+            shard.write_bytes(bytes(512) + shard.read_bytes())
         readings = [dataset.start(requests) for requests in batches[3:]]
         for reading in readings:
             with pytest.raises(ShardError, match=r"has \d+ bytes, the manifest says \d+"):
