@@ -16,13 +16,10 @@ from datetime import datetime, timedelta, timezone
 from functools import cache
 from typing import Any
 
-from shards.local import Range
+import obstore
+from obstore.store import HTTPStore, S3Store
 
-try:
-    import obstore
-    from obstore.store import HTTPStore, S3Store
-except ImportError:  # there is none for Python 3.10
-    obstore = None  # type: ignore[assignment]
+from shards.local import Range
 
 # obstore makes this many requests of a call at the same time.
 RANGES_A_CALL = 10
@@ -75,7 +72,7 @@ class RangeClient:
 
 def http_client(address: str, headers: Mapping[str, str], proxy: str | None) -> RangeClient:
     """For the files below an address of HTTP(S)."""
-    if obstore is None or _PLAIN_ADDRESS.fullmatch(address) is None:
+    if _PLAIN_ADDRESS.fullmatch(address) is None:
         return RangeClient()
     return RangeClient(HTTPStore(address, client_options=_options(headers, proxy), retry_config={"max_retries": 0}))
 
@@ -83,7 +80,7 @@ def http_client(address: str, headers: Mapping[str, str], proxy: str | None) -> 
 def s3_client(bucket: str, prefix: str, credentials: Any, proxy: str | None, **place: Any) -> RangeClient:
     """For the keys below a prefix of a bucket. credentials: botocore's, None to sign nothing. place: obstore's
     endpoint, region and virtual_hosted_style_request."""
-    if obstore is None or _PLAIN_ADDRESS.fullmatch(place["endpoint"]) is None or _PLAIN_NAME.fullmatch(bucket) is None:
+    if _PLAIN_ADDRESS.fullmatch(place["endpoint"]) is None or _PLAIN_NAME.fullmatch(bucket) is None:
         return RangeClient()
 
     async def current() -> Any:

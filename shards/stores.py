@@ -38,9 +38,10 @@ _MIN_BYTES_PER_SECOND = 64 << 10
 _SMALL_BODY_BYTES = 1 << 20
 _SIGNATURE_SECONDS = 120.0  # S3 takes a signature for 15 minutes, and clocks differ
 _MAX_EXPLANATION_BYTES = 4096
-# Headers of a request that asks for an object and nothing special.
+# Of a request to S3 that asks for an object and nothing special.
+_SIGNATURE = "AWS4-HMAC-SHA256 "
 _PLAIN_S3_HEADERS = frozenset(
-    ["authorization", "x-amz-date", "x-amz-content-sha256", "x-amz-security-token", "x-amz-checksum-mode"],
+    ["authorization", "x-amz-date", "x-amz-content-sha256", "x-amz-security-token", "x-amz-checksum-mode"]
 ) | {"accept-encoding", "user-agent", "amz-sdk-invocation-id", "amz-sdk-request"}
 _FINAL_STATUS = frozenset(range(300, 500)) - {408, 425, 429}
 # Names, because botocore is imported only when an s3 address is in use.
@@ -373,23 +374,22 @@ class _S3Store(_HttpStore):
     async def _range_client(self, name: str) -> RangeClient:
         url, headers = await self._target(name)
         bucket, key, _ = self._filesystem.split_path(self._path(name))
-        signature = headers.get("Authorization")
-        is_in_host = url.path != f"/{bucket}/{key}"
-        is_plain = not url.query_string and {header.lower() for header in headers} <= _PLAIN_S3_HEADERS
-        if (
-            not is_plain
-            or "ssl" in self._options
-            or not (signature or "AWS4-HMAC-SHA256").startswith("AWS4-HMAC-SHA256")
-        ):
+        is_plain = (
+            not url.query_string
+            and {header.lower() for header in headers} <= _PLAIN_S3_HEADERS
+            and headers.get("Authorization", _SIGNATURE).startswith(_SIGNATURE)
+            and "ssl" not in self._options
+        )
+        if not is_plain:
             return RangeClient()
         return s3_client(
             bucket,
             key.removesuffix(name).strip("/"),
-            self._client._request_signer._credentials if signature else None,
+            self._client._request_signer._credentials if "Authorization" in headers else None,
             self._options.get("proxy"),
             endpoint=str(url.origin()),
             region=self._client.meta.region_name,
-            virtual_hosted_style_request=is_in_host,
+            virtual_hosted_style_request=url.path != f"/{bucket}/{key}",
         )
 
     async def get(self, name: str, span: Span, write: Write | None = None) -> bytes:
