@@ -81,7 +81,7 @@ class RemoteFiles:
         """A request for the bytes start <= offset < stop of a file of `total` bytes; it raises ShardError."""
         return Request(stop - start, partial(self._fetch, name, Span(start, stop, total)))
 
-    def ranges(self, name: str, ranges: Sequence[Range], total: int) -> list[Request]:
+    def range_requests(self, name: str, ranges: Sequence[Range], total: int) -> list[Request]:
         """Requests for several ranges of a file of `total` bytes. Each is for a few of them, in their order, and its
         body is the list of their bytes. They raise ShardError."""
         requests = []
@@ -269,9 +269,9 @@ class RemoteShards:
         """Nothing is left open here: connections end with the loop."""
 
     def requests(self, shard: int, ranges: Sequence[Range]) -> list[Request]:
-        """The requests for some ranges of a shard, see `RemoteFiles.ranges`."""
+        """The requests for some ranges of a shard, see `RemoteFiles.range_requests`."""
         info = self._shards[shard]
-        return self.files.ranges(info.name, ranges, info.bytes)
+        return self.files.range_requests(info.name, ranges, info.bytes)
 
     def exact_requests(self, shard: int, ranges: Sequence[Range]) -> list[Request]:
         """A request for each range of a shard."""
