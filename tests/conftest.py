@@ -9,15 +9,15 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 
-# How long an example takes says how busy the machine is.
-hypothesis.settings.register_profile("text4vis", deadline=None)
-hypothesis.settings.load_profile("text4vis")
-
 # OpenMP threads that wait for each other in a busy loop take the cores from the threads they wait for: a step of two
 # threads beside other tests took up to 36 times longer. Read when torch is imported, here and in all programs.
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 from frame_folders import FrameFolders, make_frame_folders
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("text4vis", deadline=None)
+hypothesis.settings.load_profile("text4vis")
 
 
 @pytest.hookimpl(trylast=True)
