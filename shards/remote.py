@@ -12,6 +12,7 @@ import logging
 import os
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
 from functools import partial
 from itertools import chain
 from typing import Any, TypeVar
@@ -135,7 +136,7 @@ class RemoteFiles:
     async def _fetch_ranges(self, name: str, ranges: Sequence[Range], total: int) -> list[bytes]:
         # The first time each range is asked for by itself: then the file's size is compared.
         if len(ranges) > 1 and name in self._met:
-            bodies = await self._opened().get_ranges(name, ranges)
+            bodies = await (await self._opened().range_client(name)).get(name, ranges)
             if bodies is not None:
                 return bodies
         each = [asyncio.ensure_future(self._fetch(name, Span(*one, total))) for one in ranges]
@@ -166,7 +167,12 @@ class RemoteFiles:
                 await self._opened().get(name, Span(position, stop, total), write)
 
         try:
-            await attempt()
+            client = await self._opened().range_client(name)
+            async with aclosing(client.pieces(name, start, stop, total)) as pieces:
+                async for piece in pieces:
+                    write(piece)
+            if position < stop:
+                await attempt()
             return
         except Exception as error:
             first = error

@@ -1,6 +1,6 @@
 """How one request to a store is made: HTTP(S) and S3 by aiohttp, other stores by fsspec; all within one event loop.
 
-Small ranges of HTTP(S) and S3 are first asked for by `shards.ranges`, several in one call.
+What a `RangeClient` brings need not be asked for here: it costs less, and tells less.
 
 Every body is checked for its length, and for HTTP and S3 the answered range and file size too, so a truncated body or
 a server that ignores ranges is never taken for the bytes asked for. Whether a failure may be gone at the next attempt
@@ -13,7 +13,7 @@ import asyncio
 import re
 import ssl
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,12 +21,12 @@ from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import fsspec
+from obstore.store import HTTPStore, S3Store
 from yarl import URL
 
 from shards.address import join_address, scheme_of
 from shards.format import ShardError
-from shards.local import Range
-from shards.ranges import RangeClient, http_client, s3_client
+from shards.ranges import RangeClient, http_store, s3_store
 from shards.text import printable, redact, redact_text
 
 # Takes the pieces of a body in order, as they come.
@@ -169,8 +169,8 @@ class Store(Protocol):
         """One attempt to get some bytes of a file. With `write` each piece goes there as it comes, and the answer is
         empty. Raises what `is_transient` tells apart."""
 
-    async def get_ranges(self, name: str, ranges: Sequence[Range]) -> list[bytes] | None:
-        """The bytes of several small ranges of a file at once, or None: ask for each with `get` then."""
+    async def range_client(self, name: str) -> RangeClient:
+        """A client for ranges of the file and its neighbours, always the same; it may be one that never answers."""
 
     async def close(self) -> None:
         """Closes its connections."""
@@ -232,22 +232,22 @@ class _HttpStore:
                 return body
             return await _collect(response, span, write)
 
-    async def get_ranges(self, name: str, ranges: Sequence[Range]) -> list[bytes] | None:
+    async def range_client(self, name: str) -> RangeClient:
         if self._ranges is None:
-            client = await self._range_client(name)
-            self._ranges = self._ranges or client  # who comes first makes it, and all use it
-        return await self._ranges.get(name, ranges, self._seconds(sum(stop - start for start, stop in ranges)))
+            try:
+                store = await self._range_store(name)
+            except Exception:  # of signing; whoever asks the store itself is told
+                return RangeClient(None, self._timeout_seconds, _MIN_BYTES_PER_SECOND)
+            if self._ranges is None:  # else another request was faster
+                self._ranges = RangeClient(store, self._timeout_seconds, _MIN_BYTES_PER_SECOND)
+        return self._ranges
 
-    async def _range_client(self, name: str) -> RangeClient:
-        """A client for the files beside `name`; one that never answers where only aiohttp can ask as it was told to."""
+    async def _range_store(self, name: str) -> HTTPStore | S3Store | None:
+        """obstore's store for the files beside `name`; None where only aiohttp can ask as it was told to."""
         told = {**self._client_options, **self._options}
         if not told.keys() <= {"connector", "headers", "proxy"} or told["connector"] is not None:
-            return RangeClient()
-        return http_client(self._address, {**told.get("headers", {}), **self._headers}, told.get("proxy"))
-
-    def _seconds(self, size: int) -> float:
-        """The most that a request for so many bytes may take."""
-        return self._timeout_seconds + size / _MIN_BYTES_PER_SECOND
+            return None
+        return http_store(self._address, {**told.get("headers", {}), **self._headers}, told.get("proxy"))
 
     def _connected(self) -> aiohttp.ClientSession:
         if self._session is None:
@@ -259,7 +259,7 @@ class _HttpStore:
     def _limits(self, span: Span) -> aiohttp.ClientTimeout:
         seconds, size = self._timeout_seconds, span.size or 0
         return aiohttp.ClientTimeout(
-            self._seconds(size),
+            seconds + size / _MIN_BYTES_PER_SECOND,
             sock_connect=seconds,
             sock_read=None if 0 < size <= _SMALL_BODY_BYTES else seconds,
         )
@@ -270,7 +270,8 @@ class _HttpStore:
         )
 
     async def close(self) -> None:
-        self._ranges = RangeClient()  # its connections end with the last reference
+        if self._ranges is not None:
+            self._ranges.close()
         if self._session is not None:
             await self._session.close()
 
@@ -371,7 +372,7 @@ class _S3Store(_HttpStore):
             self._options["ssl"] = verify if isinstance(verify, bool) else ssl.create_default_context(cafile=verify)
         self._client = client
 
-    async def _range_client(self, name: str) -> RangeClient:
+    async def _range_store(self, name: str) -> S3Store | None:
         url, headers = await self._target(name)
         bucket, key, _ = self._filesystem.split_path(self._path(name))
         is_plain = (
@@ -381,8 +382,8 @@ class _S3Store(_HttpStore):
             and "ssl" not in self._options
         )
         if not is_plain:
-            return RangeClient()
-        return s3_client(
+            return None
+        return s3_store(
             bucket,
             key.removesuffix(name).strip("/"),
             self._client._request_signer._credentials if "Authorization" in headers else None,
@@ -449,8 +450,8 @@ class _OtherStore:
         write(body)
         return b""
 
-    async def get_ranges(self, name: str, ranges: Sequence[Range]) -> list[bytes] | None:
-        return None
+    async def range_client(self, name: str) -> RangeClient:
+        return RangeClient(None, self._timeout_seconds, _MIN_BYTES_PER_SECOND)
 
     async def close(self) -> None:
         session = getattr(self._filesystem, "_session", None)  # of gcsfs and what is built like it

@@ -17,7 +17,7 @@ from shard_data import hang_up_fault, make_dataset, read_everything, serve, stat
 import shards.ranges
 import shards.remote
 from shards.local import join_ranges
-from shards.ranges import MAX_RANGE_BYTES, RangeClient, http_client, s3_client
+from shards.ranges import MAX_RANGE_BYTES, RangeClient, http_store, s3_store
 from shards.reader import open_dataset
 from shards.stores import Span, open_store
 
@@ -33,15 +33,15 @@ def server(tmp_path):
         yield server
 
 
-def ask(client: RangeClient, name: str = "a.tar", ranges=RANGES, seconds: float = 10, times: int = 1) -> list:
+def ask(client: RangeClient, name: str = "a.tar", ranges=RANGES, times: int = 1) -> list:
     async def main():
-        return [await client.get(name, ranges, seconds) for _ in range(times)]
+        return [await client.get(name, ranges) for _ in range(times)]
 
     return asyncio.run(main())
 
 
 def client_of(server) -> RangeClient:
-    return http_client(f"{server.address}/data", {}, None)
+    return RangeClient(http_store(f"{server.address}/data", {}, None), 10, 64 << 10)
 
 
 def expected(ranges=RANGES) -> list[bytes]:
@@ -91,7 +91,9 @@ def test_a_server_without_ranges_or_without_an_answer(server):
     assert ask(client_of(server)) == [None]
     server.ranges, released = True, threading.Event()
     server.fault = lambda path, count: lambda handler, body: released.wait(10) and False
-    assert ask(client_of(server), seconds=0.2) == [None]
+    client = client_of(server)
+    client._timeout_seconds = 0.2
+    assert ask(client) == [None]
     released.set()
     server.die()
     assert ask(client_of(server)) == [None]
@@ -106,7 +108,7 @@ def test_what_clients_write_in_several_ways_is_not_asked_for(server, name):
     "address", ["http://u:p@h/x", "http://h/x?token=1", "http://h/x y", "http://[::1]/x", "http://h/%41", "ftp://h/x"]
 )
 def test_addresses_that_say_more_are_left_to_others(address):
-    assert http_client(address, {}, None)._store is None
+    assert http_store(address, {}, None) is None
 
 
 def test_large_ranges_are_left_to_others(server):
@@ -123,12 +125,45 @@ def test_a_forked_child_leaves_it_to_others(server):
     assert ask(client) == [expected()]
 
 
+def pieces_of(client: RangeClient, start: int, stop: int, total: int = len(CONTENT), name: str = "a.tar") -> bytes:
+    async def main():
+        return b"".join([bytes(piece) async for piece in client.pieces(name, start, stop, total)])
+
+    return asyncio.run(main())
+
+
+def test_a_large_range_comes_in_pieces(server, monkeypatch):
+    monkeypatch.setattr(shards.ranges, "_PIECE_BYTES", 1000)
+    client = client_of(server)
+    for start, stop in [(0, len(CONTENT)), (0, 1), (17, 9001), (len(CONTENT) - 1, len(CONTENT))]:
+        assert pieces_of(client, start, stop) == CONTENT[start:stop]
+    requests = server.requests.total()
+    assert pieces_of(client, 0, 10, name="a b.tar") == b"" and server.requests.total() == requests
+
+
+@pytest.mark.parametrize("fault", [status_fault(503), hang_up_fault, other_range, too_short, truncated_fault])
+def test_pieces_end_where_the_first_is_not_as_it_should_be(server, fault):
+    client = client_of(server)
+    server.fault = lambda path, count: fault
+    assert CONTENT[5:9005].startswith(pieces_of(client, 5, 9005))
+    server.fault = lambda path, count: None
+    assert pieces_of(client, 5, 9005) == b"", "put aside: it has never answered"
+    client._aside_until = 0
+    assert pieces_of(client, 5, 9005) == CONTENT[5:9005]
+
+
+def test_nothing_comes_of_a_file_of_another_size_or_a_server_without_ranges(server):
+    assert pieces_of(client_of(server), 0, 10, total=len(CONTENT) + 1) == b""
+    server.ranges = False
+    assert pieces_of(client_of(server), 0, 10) == b""
+
+
 def store_answers(address: str, options: dict, name: str = "a.tar") -> list[bytes] | None:
     async def main():
         store = open_store(address, timeout_seconds=5, storage_options=options)
         try:
             assert await store.get(name, Span(*RANGES[0], len(CONTENT))) == expected()[0]
-            return await store.get_ranges(name, RANGES)
+            return await (await store.range_client(name)).get(name, RANGES)
         finally:
             await store.close()
 
@@ -200,7 +235,7 @@ def test_a_bucket_may_be_named_by_the_host(server):
     async def frozen():
         return credentials
 
-    client = s3_client(
+    store = s3_store(
         "bucket",
         "data",
         SimpleNamespace(get_frozen_credentials=frozen),
@@ -209,7 +244,7 @@ def test_a_bucket_may_be_named_by_the_host(server):
         region="eu-north-1",
         virtual_hosted_style_request=True,
     )
-    assert ask(client) == [expected()]
+    assert ask(RangeClient(store, 10, 64 << 10)) == [expected()]
     assert {headers["path"] for headers in seen} == {"/data/a.tar"}
 
 
