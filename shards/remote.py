@@ -12,12 +12,15 @@ import logging
 import os
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
 from functools import partial
+from itertools import chain
 from typing import Any, TypeVar
 
 from shards.address import join_address
 from shards.format import SampleError, ShardError, ShardInfo
 from shards.local import Check, Extent, Range, join_ranges
+from shards.ranges import MAX_RANGE_BYTES, RANGES_A_CALL
 from shards.stores import RangesIgnoredError, Span, Store, WriteError, explain, is_transient, open_store
 from shards.text import redact
 from shards.transfer import Request, Transfer, Transfers
@@ -51,6 +54,10 @@ class RemoteFiles:
         self._retries = retries
         self._timeout_seconds = timeout_seconds
         self._storage_options = dict(storage_options or {})
+        self._met: set[str] = set()
+        # One at a time where the bounds are narrower than a call may be.
+        bounds = (RANGES_A_CALL, transfers.requests_in_flight, transfers.bytes_in_flight // MAX_RANGE_BYTES)
+        self._ranges_a_call = max(1, min(bounds))
         self.where = redact(address)
         self.renew()
 
@@ -74,6 +81,16 @@ class RemoteFiles:
     def request(self, name: str, start: int, stop: int, total: int) -> Request:
         """A request for the bytes start <= offset < stop of a file of `total` bytes; it raises ShardError."""
         return Request(stop - start, partial(self._fetch, name, Span(start, stop, total)))
+
+    def range_requests(self, name: str, ranges: Sequence[Range], total: int) -> list[Request]:
+        """Requests for several ranges of a file of `total` bytes. Each is for a few of them, in their order, and its
+        body is the list of their bytes. They raise ShardError."""
+        requests = []
+        for first in range(0, len(ranges), self._ranges_a_call):
+            some = ranges[first : first + self._ranges_a_call]
+            fetch = partial(self._fetch_ranges, name, some, total)
+            requests.append(Request(sum(stop - start for start, stop in some), fetch, connections=len(some)))
+        return requests
 
     def part(self, name: str, start: int, stop: int, total: int, descriptor: int) -> Request:
         """A request that writes these bytes of a file of `total` bytes to the same place of an open local file; it
@@ -116,6 +133,21 @@ class RemoteFiles:
             first = error
         return await self._again(name, first, lambda: self._opened().get(name, span))
 
+    async def _fetch_ranges(self, name: str, ranges: Sequence[Range], total: int) -> list[bytes]:
+        # The first time each range is asked for by itself: then the file's size is compared.
+        if len(ranges) > 1 and name in self._met:
+            bodies = await (await self._opened().range_client(name)).get(name, ranges)
+            if bodies is not None:
+                return bodies
+        each = [asyncio.ensure_future(self._fetch(name, Span(*one, total))) for one in ranges]
+        try:
+            bodies = await asyncio.gather(*each)
+        finally:
+            for fetch in each:  # the others, where one has failed
+                fetch.cancel()
+        self._met.add(name)
+        return bodies
+
     async def _store_part(self, name: str, start: int, stop: int, total: int, descriptor: int) -> None:
         position = start
 
@@ -135,7 +167,12 @@ class RemoteFiles:
                 await self._opened().get(name, Span(position, stop, total), write)
 
         try:
-            await attempt()
+            client = await self._opened().range_client(name)
+            async with aclosing(client.pieces(name, start, stop, total)) as pieces:
+                async for piece in pieces:
+                    write(piece)
+            if position < stop:
+                await attempt()
             return
         except Exception as error:
             first = error
@@ -190,17 +227,19 @@ class _RemoteFetch:
         for (shard, _, _), joined in zip(wanted, self._joined, strict=True):
             self._first.append(len(requests))
             requests += source.requests(shard, joined)
+        self._first.append(len(requests))
         self._transfer = source.files.submit(requests, first=first)
 
     def read(self, number: int, check: Check) -> list[bytes]:
         shard, ranges, _ = self._wanted[number]
-        joined, first = self._joined[number], self._first[number]
-        bodies = self._transfer.result()[first : first + len(joined)]
-        chunks = _cut(ranges, joined, bodies)
+        joined = self._joined[number]
+        bodies = self._transfer.result()[self._first[number] : self._first[number + 1]]
+        chunks = _cut(ranges, joined, list(chain.from_iterable(bodies)))
         complaint = check(chunks)
         if complaint is not None:
             # Damage on the way is gone at the second attempt; damage in the store is not.
-            again = self._source.files.submit(self._source.requests(shard, joined))
+            # This time each range is asked for by itself, and what the file's size is now.
+            again = self._source.files.submit(self._source.exact_requests(shard, joined))
             chunks = _cut(ranges, joined, again.result())
             complaint = check(chunks)
         if complaint is not None:
@@ -236,7 +275,12 @@ class RemoteShards:
         """Nothing is left open here: connections end with the loop."""
 
     def requests(self, shard: int, ranges: Sequence[Range]) -> list[Request]:
-        """The requests for some ranges of a shard."""
+        """The requests for some ranges of a shard, see `RemoteFiles.range_requests`."""
+        info = self._shards[shard]
+        return self.files.range_requests(info.name, ranges, info.bytes)
+
+    def exact_requests(self, shard: int, ranges: Sequence[Range]) -> list[Request]:
+        """A request for each range of a shard."""
         info = self._shards[shard]
         return [self.files.request(info.name, start, stop, info.bytes) for start, stop in ranges]
 

@@ -1,5 +1,7 @@
 """How one request to a store is made: HTTP(S) and S3 by aiohttp, other stores by fsspec; all within one event loop.
 
+What a `RangeClient` brings need not be asked for here: it costs less, and tells less.
+
 Every body is checked for its length, and for HTTP and S3 the answered range and file size too, so a truncated body or
 a server that ignores ranges is never taken for the bytes asked for. Whether a failure may be gone at the next attempt
 is told by `is_transient`; trying again is up to the caller.
@@ -19,10 +21,12 @@ from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import fsspec
+from obstore.store import HTTPStore, S3Store
 from yarl import URL
 
 from shards.address import join_address, scheme_of
 from shards.format import ShardError
+from shards.ranges import RangeClient, http_store, s3_store
 from shards.text import printable, redact, redact_text
 
 # Takes the pieces of a body in order, as they come.
@@ -34,6 +38,11 @@ _MIN_BYTES_PER_SECOND = 64 << 10
 _SMALL_BODY_BYTES = 1 << 20
 _SIGNATURE_SECONDS = 120.0  # S3 takes a signature for 15 minutes, and clocks differ
 _MAX_EXPLANATION_BYTES = 4096
+# Of a request to S3 that asks for an object and nothing special.
+_SIGNATURE = "AWS4-HMAC-SHA256 "
+_PLAIN_S3_HEADERS = frozenset(
+    ["authorization", "x-amz-date", "x-amz-content-sha256", "x-amz-security-token", "x-amz-checksum-mode"]
+) | {"accept-encoding", "user-agent", "amz-sdk-invocation-id", "amz-sdk-request"}
 _FINAL_STATUS = frozenset(range(300, 500)) - {408, 425, 429}
 # Names, because botocore is imported only when an s3 address is in use.
 _FINAL_ERROR_NAMES = frozenset(
@@ -160,6 +169,9 @@ class Store(Protocol):
         """One attempt to get some bytes of a file. With `write` each piece goes there as it comes, and the answer is
         empty. Raises what `is_transient` tells apart."""
 
+    async def range_client(self, name: str) -> RangeClient:
+        """A client for ranges of the file and its neighbours, always the same; it may be one that never answers."""
+
     async def close(self) -> None:
         """Closes its connections."""
 
@@ -186,6 +198,7 @@ class _HttpStore:
     def __init__(self, address: str, timeout_seconds: float, options: dict[str, Any]) -> None:
         self._address, self._timeout_seconds = address, timeout_seconds
         self._session: aiohttp.ClientSession | None = None
+        self._ranges: RangeClient | None = None
         self._urls: dict[str, URL] = {}
         self._filesystem = _asynchronous(scheme_of(address), options)
         # How many connections there are is decided by who asks, so that nothing waits within aiohttp.
@@ -219,6 +232,23 @@ class _HttpStore:
                 return body
             return await _collect(response, span, write)
 
+    async def range_client(self, name: str) -> RangeClient:
+        if self._ranges is None:
+            try:
+                store = await self._range_store(name)
+            except Exception:  # of signing; whoever asks the store itself is told
+                return RangeClient(None, self._timeout_seconds, _MIN_BYTES_PER_SECOND)
+            if self._ranges is None:  # else another request was faster
+                self._ranges = RangeClient(store, self._timeout_seconds, _MIN_BYTES_PER_SECOND)
+        return self._ranges
+
+    async def _range_store(self, name: str) -> HTTPStore | S3Store | None:
+        """obstore's store for the files beside `name`; None where only aiohttp can ask as it was told to."""
+        told = {**self._client_options, **self._options}
+        if not told.keys() <= {"connector", "headers", "proxy"} or told["connector"] is not None:
+            return None
+        return http_store(self._address, {**told.get("headers", {}), **self._headers}, told.get("proxy"))
+
     def _connected(self) -> aiohttp.ClientSession:
         if self._session is None:
             options = dict(self._client_options)
@@ -240,6 +270,8 @@ class _HttpStore:
         )
 
     async def close(self) -> None:
+        if self._ranges is not None:
+            self._ranges.close()
         if self._session is not None:
             await self._session.close()
 
@@ -340,6 +372,27 @@ class _S3Store(_HttpStore):
             self._options["ssl"] = verify if isinstance(verify, bool) else ssl.create_default_context(cafile=verify)
         self._client = client
 
+    async def _range_store(self, name: str) -> S3Store | None:
+        url, headers = await self._target(name)
+        bucket, key, _ = self._filesystem.split_path(self._path(name))
+        is_plain = (
+            not url.query_string
+            and {header.lower() for header in headers} <= _PLAIN_S3_HEADERS
+            and headers.get("Authorization", _SIGNATURE).startswith(_SIGNATURE)
+            and "ssl" not in self._options
+        )
+        if not is_plain:
+            return None
+        return s3_store(
+            bucket,
+            key.removesuffix(name).strip("/"),
+            self._client._request_signer._credentials if "Authorization" in headers else None,
+            self._options.get("proxy"),
+            endpoint=str(url.origin()),
+            region=self._client.meta.region_name,
+            virtual_hosted_style_request=url.path != f"/{bucket}/{key}",
+        )
+
     async def get(self, name: str, span: Span, write: Write | None = None) -> bytes:
         if span.total is None:
             return await self._read_by_botocore(name, span.start, span.stop)
@@ -396,6 +449,9 @@ class _OtherStore:
             return body
         write(body)
         return b""
+
+    async def range_client(self, name: str) -> RangeClient:
+        return RangeClient(None, self._timeout_seconds, _MIN_BYTES_PER_SECOND)
 
     async def close(self) -> None:
         session = getattr(self._filesystem, "_session", None)  # of gcsfs and what is built like it

@@ -25,12 +25,14 @@ BYTES_IN_FLIGHT = 256 << 20
 class Request(NamedTuple):
     """One thing to fetch. size: bytes that it counts against the bound. fetch: makes the coroutine that does it.
 
+    connections: requests to the store that it makes at the same time.
     is_kept: whether it counts until its body is taken, not only while it is under way: one that is written has none.
     """
 
     size: int
     fetch: Callable[[], Awaitable[Any]]
     is_kept: bool = True
+    connections: int = 1
 
 
 class Transfer:
@@ -112,7 +114,7 @@ class _Loop:
     thread: threading.Thread | None = None
     queue: deque[_Queued] = field(default_factory=deque)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
-    workers: int = 0
+    in_flight: int = 0
     held_bytes: int = 0
     closers: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
 
@@ -231,21 +233,24 @@ class Transfers:
         self._admit(running)
 
     def _admit(self, running: _Loop) -> None:
-        while running.workers < self.requests_in_flight and (first := self._next(running)) is not None:
-            running.workers += 1
+        while (first := self._next(running)) is not None:
             task = running.loop.create_task(self._work(running, first))
             running.tasks.add(task)
             task.add_done_callback(running.tasks.discard)
 
-    def _next(self, running: _Loop, idle: int = 0) -> _Queued | None:
-        """Takes a request from the queue if the bound allows: always if nothing else is under way."""
+    def _next(self, running: _Loop) -> _Queued | None:
+        """Takes a request from the queue if the bounds allow: always if nothing else is under way."""
         while running.queue:
-            size = running.queue[0].request.size
-            if size and running.workers > idle and running.held_bytes + size > self.bytes_in_flight:
+            size, connections = running.queue[0].request.size, running.queue[0].request.connections
+            if running.in_flight and (
+                running.in_flight + connections > self.requests_in_flight
+                or (size and running.held_bytes + size > self.bytes_in_flight)
+            ):
                 return None
             running.held_bytes += size  # until the transfer is taken, whether or not the request is made
             queued = running.queue.popleft()
             if not queued.transfer.has_failed:
+                running.in_flight += connections
                 return queued
             queued.transfer.end_one()
         return None
@@ -259,23 +264,21 @@ class Transfers:
                 running.held_bytes -= request.size
 
     async def _work(self, running: _Loop, queued: _Queued | None) -> None:
-        """Makes one request after another, until there is none or the bound forbids it."""
-        try:
-            while queued is not None:
-                transfer, position, request = queued
-                try:
-                    body = await self._body(running, transfer, request)
-                    transfer.put(position, body)
-                    del body
-                except asyncio.CancelledError:
-                    transfer.fail(ValueError("the data set was closed while it was being read"))
-                    raise
-                except Exception as error:
-                    transfer.fail(error)
-                finally:
-                    transfer.end_one()
-                del transfer, request, queued  # else an idle worker's frame would keep a batch alive
-                queued = self._next(running, idle=1)
-        finally:
-            running.workers -= 1
-        self._admit(running)
+        """Makes one request after another, until there is none or the bounds forbid it."""
+        while queued is not None:
+            transfer, position, request = queued
+            try:
+                body = await self._body(running, transfer, request)
+                transfer.put(position, body)
+                del body
+            except asyncio.CancelledError:
+                transfer.fail(ValueError("the data set was closed while it was being read"))
+                raise
+            except Exception as error:
+                transfer.fail(error)
+            finally:
+                running.in_flight -= request.connections
+                transfer.end_one()
+            del transfer, request, queued  # else an idle worker's frame would keep a batch alive
+            queued = self._next(running)
+            self._admit(running)  # a request of several makes room for several

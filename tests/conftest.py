@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 # OpenMP threads that wait for each other in a busy loop take the cores from the threads they wait for: a step of two
@@ -13,6 +14,10 @@ import pytest
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 from frame_folders import FrameFolders, make_frame_folders
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("text4vis", deadline=None)
+hypothesis.settings.load_profile("text4vis")
 
 
 @pytest.hookimpl(trylast=True)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from text4vis.config.keys import schema
@@ -38,7 +38,6 @@ def test_the_printed_configuration_gives_the_same_one(recipe, monkeypatch):
     assert any(value.endswith(recipe.name) for value in origin.values()) and "default" in origin.values()
 
 
-@settings(deadline=None)
 @given(st.text(max_size=20))
 def test_any_text_survives_being_printed(tmp_path_factory, text):
     path = tmp_path_factory.mktemp("page") / "c.yaml"

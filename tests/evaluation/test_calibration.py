@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from text4vis.evaluation.calibration import (
@@ -106,7 +106,6 @@ def test_the_threshold_keeps_the_accuracy_and_no_lower_one_does():
 
 
 @given(st.integers(1, 60), st.sampled_from([80, 90, 95]), st.integers(0, 99))
-@settings(deadline=None)
 def test_sets_of_classes_cover_what_they_were_fitted_on(num_videos, coverage, seed):
     scores, labels = drawn(num_videos, 1.5, seed)
     threshold = threshold_for_coverage(scores, labels, coverage)

@@ -4,7 +4,7 @@ import warnings
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score
 
@@ -37,7 +37,6 @@ def scored_videos(draw):
     return scores, rng.integers(0, num_classes, num_videos)
 
 
-@settings(deadline=None)
 @given(scored_videos())
 def test_map_equals_scikit_learn_over_the_classes_present(data):
     scores, labels = data

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import expit
 
@@ -45,7 +45,6 @@ def charades_map(submission_NC, truth_NC):
     return 100 * np.mean(precisions)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 40), st.integers(1, 7))
 def test_map_is_that_of_charades(seed, num_videos, num_classes):
     rng = np.random.default_rng(seed)
@@ -93,7 +92,6 @@ def test_the_scale_stays_finite_and_upright_where_pairs_are_told_apart_without_a
     assert 0 < slope < 100 and np.isfinite(intercept)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 25), st.sampled_from([3, 1000]))
 def test_no_other_threshold_has_a_better_f1(seed, num_videos, levels):
     rng = np.random.default_rng(seed)

@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -343,7 +343,6 @@ def tick_labels(chart: Chart, kind: str) -> list[float]:
 
 
 @pytest.mark.slow
-@settings(deadline=None)
 @given(
     st.lists(st.one_of(st.none(), st.floats(allow_nan=True, allow_infinity=True, width=64)), min_size=1, max_size=3),
     st.integers(1, 900),

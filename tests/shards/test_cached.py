@@ -44,8 +44,8 @@ class Files:
             raise self.errors[int(name)]
         os.pwrite(descriptor, self.data[name], 0)
 
-    def request(self, name: str, start: int, stop: int, total: int) -> tuple[str, int, int]:
-        return name, start, stop
+    def range_requests(self, name: str, ranges: list, total: int) -> list[tuple[str, int, int]]:
+        return [(name, start, stop) for start, stop in ranges]
 
     def submit(self, requests: list, *, first: bool = False) -> SimpleNamespace:
         self.ranges.append(([(int(name), start, stop) for name, start, stop in requests], first))
@@ -53,7 +53,7 @@ class Files:
         def result() -> list[bytes]:
             if not self.has_ranges:
                 raise RangesIgnoredError("the whole file")
-            return [self.data[name][start:stop] for name, start, stop in requests]
+            return [[self.data[name][start:stop]] for name, start, stop in requests]
 
         return SimpleNamespace(result=result)
 

@@ -37,6 +37,7 @@ import shards.remote
 import shards.stores
 from shards.format import ShardError
 from shards.local import join_ranges
+from shards.ranges import RangeClient
 from shards.remote import RemoteFiles
 from shards.transfer import Transfers
 
@@ -213,12 +214,19 @@ def test_short_writes_are_completed(server, stored, monkeypatch):
         assert read_everything(dataset) == stored
 
 
+class OneClientStore:
+    """Of a kind that has no client for ranges."""
+
+    async def range_client(self, name: str) -> RangeClient:
+        return RangeClient(None, 1, 1)
+
+
 def test_nothing_is_written_after_a_download_has_failed(tmp_path, monkeypatch):
     """The descriptor may be that of another file by then."""
     monkeypatch.setattr(shards.remote, "PART_BYTES", 5)
     ended = []
 
-    class HalfStore:
+    class HalfStore(OneClientStore):
         async def get(self, name, span, write):
             if span.start == 0:
                 raise FileNotFoundError("no such part")
@@ -673,7 +681,7 @@ def test_faults_with_several_batches_in_flight(far, monkeypatch, fault, timeout_
     counter = itertools.count()
 
     def bursts(path, count):
-        return late(fault if path.endswith(".tar") and next(counter) % 60 < 20 else None)
+        return late(fault if path.endswith(".tar") and next(counter) % 60 < 10 else None)
 
     server.fault = bursts
     sockets = num_sockets()
@@ -700,7 +708,7 @@ def test_a_shard_that_changes_its_size_with_several_batches_in_flight(far, tmp_p
         batches = epoch_requests(0)
         read_overlapping(dataset, frames, batches[:3])
         for shard in (tmp_path / "served" / "data").glob("*.tar"):
-            shard.write_bytes(shard.read_bytes() + bytes(512))
+            shard.write_bytes(bytes(512) + shard.read_bytes())
         readings = [dataset.start(requests) for requests in batches[3:]]
         for reading in readings:
             with pytest.raises(ShardError, match=r"has \d+ bytes, the manifest says \d+"):
@@ -853,7 +861,7 @@ def test_a_part_that_breaks_off_is_asked_for_from_there_and_a_whole_file_again(t
     """A server without ranges can only send a whole file from its beginning."""
     asked, total = [], 20
 
-    class Breaking:
+    class Breaking(OneClientStore):
         async def get(self, name, span, write):
             asked.append(span.start)
             breaks_off = len(asked) == 1
@@ -867,3 +875,27 @@ def test_a_part_that_breaks_off_is_asked_for_from_there_and_a_whole_file_again(t
         asyncio.run(files._store_part("x.tar", start, total, total, file.fileno()))
         assert os.pread(file.fileno(), total, 0)[start:] == bytes(range(start, total))
     assert asked == [start, asked_again_from]
+
+
+@pytest.mark.parametrize(("come", "asked"), [(0, [10]), (4, [14]), (10, [])])
+def test_what_the_range_client_brought_is_not_asked_for_again(tmp_path, come, asked):
+    spans = []
+
+    class Store:
+        async def range_client(self, name):
+            return self
+
+        async def pieces(self, name, start, stop, total):
+            for first in range(start, start + come, 2):
+                yield bytes([first, first + 1])
+
+        async def get(self, name, span, write):
+            spans.append(span.start)
+            write(bytes(range(span.start, span.stop)))
+
+    files = RemoteFiles("http://h", Transfers(), retries=0, timeout_seconds=1, storage_options=None)
+    files._store = Store()
+    with (tmp_path / "part").open("w+b") as file:
+        asyncio.run(files._store_part("x.tar", 10, 20, 30, file.fileno()))
+        assert os.pread(file.fileno(), 30, 0)[10:] == bytes(range(10, 20))
+    assert spans == asked

@@ -46,7 +46,7 @@ FIGURES |= {
     "resume": 7,
     "scale": 14,
     "predict": 6,
-    "stored": 14,
+    "stored": 10,
     "search": 2,
     "lock": 9,
 }
