@@ -269,6 +269,40 @@ def test_other_sites_and_broken_forms_are_refused(recogniser):
     assert asyncio.run(statuses()) == [200, 200, 422, 403, 403, 403, 403, 400]
 
 
+def test_requests_that_are_no_forms_or_no_http_are_refused_without_a_traceback(recogniser, caplog):
+    """As fuzzing found them: damaged parts, encodings that are not true, an Expect that is not UTF-8, no HTTP."""
+
+    def form(fields: bytes, body: bytes = b"x") -> bytes:
+        text = b"--b\r\n" + fields + b"\r\n\r\n" + body + b"\r\n--b--\r\n"
+        head = b"POST / HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+        return head + b"Content-Length: %d\r\n\r\n" % len(text) + text
+
+    requests = {
+        form(b"Content-Disposition: form-data"): 400,
+        form(b'Content-Disposition: form-data; name="labels"\r\nContent-Transfer-Encoding: none'): 400,
+        form(b'Content-Disposition: form-data; name="labels"\r\nno header'): 400,
+        b"POST / HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/x-www-form-urlencoded\r\n"
+        b"Content-Length: 5\r\nContent-Encoding: gzip\r\n\r\nask=x": 400,
+        b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nExpect: \xff\r\n\r\n": 417,
+        b"PUT / HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 0\r\n\r\n": 404,
+        b"\xff\xfe / HTTP/9\r\n\r\n": 400,
+    }
+
+    async def answer(port: int, request: bytes) -> int:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(request)
+        answer = await reader.readline()
+        writer.close()
+        return int(answer.split()[1])
+
+    async def answers() -> list[int]:
+        async with TestServer(_application(Page(recogniser, "m"))) as server:
+            return [await answer(server.port, request) for request in requests]
+
+    assert asyncio.run(answers()) == list(requests.values())
+    assert not [record for record in caplog.records if record.exc_info]
+
+
 def test_unsure_answers_say_so(export, video):
     recogniser = text4vis.load(export)
     recogniser.calibration = Calibration(1.0, {80.0: 0.0, 95.0: 1.0, 99.0: None}, {})

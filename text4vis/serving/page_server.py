@@ -84,7 +84,7 @@ def _application(page: Page) -> web.Application:
 
 def _is_ours(record: logging.LogRecord) -> bool:
     """Whether a traceback that aiohttp logs is of an error in this program, and not of a request that is no HTTP."""
-    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+    return not (record.exc_info and isinstance(record.exc_info[1], (HttpProcessingError, web.RequestPayloadError)))
 
 
 async def _refuse_expectation(_: web.Request) -> None:
@@ -116,8 +116,8 @@ async def _ask(page: Page, turns: ThreadPoolExecutor, request: web.Request) -> w
             await request.content.readany()
         limit = size_in_words(page.upload_bytes)
         return _html(page.show(error=f"The video is larger than {limit}; choose a smaller one."), 413)
-    except (ValueError, LookupError, RuntimeError, zlib.error, HttpProcessingError) as error:
-        reason = error.message if isinstance(error, HttpProcessingError) else error
+    except (ValueError, LookupError, RuntimeError, zlib.error, HttpProcessingError, web.RequestPayloadError) as error:
+        reason = " ".join(str(error).split())
         return _html(page.show(error=f"The form cannot be read ({reason}); send it with this page."), 400)
     except OSError as error:
         reason = f"{error.strerror or error}; TMPDIR names the folder where uploads are kept meanwhile"
