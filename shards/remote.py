@@ -21,7 +21,7 @@ from shards.address import join_address
 from shards.format import SampleError, ShardError, ShardInfo
 from shards.local import Check, Extent, Range, join_ranges
 from shards.ranges import MAX_RANGE_BYTES, RANGES_A_CALL
-from shards.stores import RangesIgnoredError, Span, Store, WriteError, explain, is_transient, open_store
+from shards.stores import RangesIgnoredError, Span, Store, WriteError, explain, is_transient, is_wrong_clock, open_store
 from shards.text import redact
 from shards.transfer import Request, Transfer, Transfers
 
@@ -202,6 +202,8 @@ class RemoteFiles:
             raise error
         if is_transient(error):
             fix = f"gave up after {number} attempts; check that the server is up and reachable, then start again"
+        elif is_wrong_clock(error):
+            fix = "the store takes no signature of another time: set this machine's clock (`date -u` shows it)"
         else:
             fix = "check the address, the credentials and the storage options"
         # The original exception, whose text may hold secrets, is not chained.

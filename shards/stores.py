@@ -37,6 +37,7 @@ _MIN_BYTES_PER_SECOND = 64 << 10
 # Below this size only the whole request has a time limit: one on each wait for data would cost a timer per piece.
 _SMALL_BODY_BYTES = 1 << 20
 _SIGNATURE_SECONDS = 120.0  # S3 takes a signature for 15 minutes, and clocks differ
+_WRONG_CLOCK = "RequestTimeTooSkewed"
 _MAX_EXPLANATION_BYTES = 4096
 # Of a request to S3 that asks for an object and nothing special.
 _SIGNATURE = "AWS4-HMAC-SHA256 "
@@ -81,15 +82,27 @@ _FINAL_ERRORS = (
 )
 
 
+def _answer(error: BaseException) -> Mapping[str, Any]:
+    """The store's answer that an error of botocore carries; empty without one."""
+    for source in (error, error.__cause__):
+        response = getattr(source, "response", None)
+        if isinstance(response, Mapping):
+            return response
+    return {}
+
+
 def _status(error: BaseException) -> int | None:
     """HTTP status that an error of aiohttp or botocore carries."""
     if isinstance(error, aiohttp.ClientResponseError):
         return error.status
-    for source in (error, error.__cause__):
-        response = getattr(source, "response", None)
-        if isinstance(response, Mapping):
-            return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    return None
+    return _answer(error).get("ResponseMetadata", {}).get("HTTPStatusCode")
+
+
+def is_wrong_clock(error: BaseException) -> bool:
+    """Whether S3 refuses a signature because this machine's clock differs from the store's."""
+    if isinstance(error, aiohttp.ClientResponseError):
+        return error.message == _WRONG_CLOCK
+    return _answer(error).get("Error", {}).get("Code") == _WRONG_CLOCK
 
 
 def is_transient(error: BaseException) -> bool:

@@ -43,7 +43,7 @@ from shards.text import shown
 from text4vis.cluster import interrupt
 from text4vis.cluster.interrupt import Interrupts
 from text4vis.common.console import console, table
-from text4vis.common.programs import print_any_name, unnameable
+from text4vis.common.programs import prepare_output, unnameable
 from text4vis.config.keys import classifier_keys, keys_of, schema
 from text4vis.config.loading import Origins, resolve_config
 from text4vis.config.paths import same_path
@@ -208,7 +208,7 @@ def several_words(report: dict[str, Any]) -> str:
 
 def main() -> int:
     """Returns the exit code."""
-    print_any_name()
+    prepare_output()
     arguments = parse_arguments()
     try:
         config, origins = resolve_config(arguments.config, arguments.set)

@@ -32,7 +32,7 @@ from shards.format import ShardError
 from shards.text import shown
 from text4vis.cluster.interrupt import Interrupts
 from text4vis.cluster.stop import EXIT_CODE, NonFiniteError, Stopped, StopRequest
-from text4vis.common.programs import print_any_name, unnameable
+from text4vis.common.programs import prepare_output, unnameable
 from text4vis.config.loading import Origins, resolve_config
 from text4vis.config.page import print_config
 from text4vis.config.schema import Config, ConfigError
@@ -68,7 +68,7 @@ def train(arguments: argparse.Namespace, config: Config, output: Path, stop: Sto
 
 def main() -> int:
     """Returns the exit code."""
-    print_any_name()
+    prepare_output()
     arguments = parse_arguments()
     try:
         config, origins = resolve_config(arguments.config, arguments.set)

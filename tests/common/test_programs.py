@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from launch import ROOT
+from shard_data import make_dataset
 
 from text4vis.common.programs import run_program
 
@@ -80,3 +81,21 @@ def test_a_name_that_the_locale_lacks_is_named():
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False, cwd=ROOT
     )
     assert done.returncode == 1 and done.stderr.startswith("-c: error: '\\u8d70': ") and "LC_ALL=C.UTF-8" in done.stderr
+
+
+def test_a_mapped_file_that_is_cut_while_it_is_read_is_named_by_its_signal(tmp_path):
+    """The kernel then kills whoever looks at it; no exception could be raised."""
+    make_dataset(tmp_path / "data", [3000])
+    program = (
+        "import os, sys\nimport numpy as np\nfrom shards.reader import open_dataset\n"
+        "from text4vis.common.programs import run_program\n"
+        "def main():\n    with open_dataset(sys.argv[1]) as dataset:\n        os.truncate(sys.argv[2], 128)\n"
+        "        dataset.read(0, np.array([2900]))\nrun_program(main)"
+    )
+    (members,) = (tmp_path / "data").glob("index/members*.npy")
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "data", members],
+        cwd=ROOT, text=True, capture_output=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGBUS
+    assert done.stderr.startswith("Fatal Python error: Bus error") and 'shards/index.py", line' in done.stderr

@@ -575,6 +575,25 @@ def test_s3_that_cannot_be_reached_or_refuses(tmp_path):
         open_dataset("s3://b/d", storage_options=s3_options(closed), retries=1, timeout_seconds=2)
 
 
+@pytest.mark.parametrize("refused", ["manifest.json", "000000.tar"])
+def test_s3_that_finds_the_clock_wrong(tmp_path, stored, refused):
+    """The first request is botocore's, the others are ours."""
+
+    def fault(handler, body):
+        message = "The difference between the request time and the current time is too large."
+        handler.answer(403, f"<Error><Code>RequestTimeTooSkewed</Code><Message>{message}</Message></Error>".encode())
+        return True
+
+    with serve(tmp_path) as server:
+        server.fault = lambda path, count: fault if path.endswith(refused) else None
+        with (
+            pytest.raises(ShardError, match=rf"{refused}: .*: set this machine's clock"),
+            open_dataset("s3://served/data", storage_options=s3_options(server.address)) as dataset,
+        ):
+            dataset.read(0, np.array([0]))
+        assert server.requests[f"served/data/{refused}"] == 1
+
+
 def test_missing_driver_is_named():
     files = RemoteFiles("oci://b/x", Transfers(), retries=0, timeout_seconds=1, storage_options=None)
     with pytest.raises(ShardError, match=r"oci://b/x/manifest.json: ImportError: .*nstall"):

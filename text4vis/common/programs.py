@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import io
 import sys
 from collections.abc import Callable
@@ -11,10 +12,16 @@ from typing import NoReturn
 from shards.text import shown
 
 EXIT_CODE_OF_CTRL_C = 130
+STDERR = 2  # whatever sys.stderr is at the time
 
 
-def print_any_name() -> None:
-    """Where output takes no UTF-8, characters that it lacks are printed as escapes; Python would raise an error."""
+def prepare_output() -> None:
+    """What a program says in all circumstances.
+
+    Where output takes no UTF-8, characters that it lacks are printed as escapes; Python would raise an error. A signal
+    that kills the process (SIGBUS: a mapped file was cut; SIGSEGV) is named on stderr, with the lines that it came in.
+    """
+    faulthandler.enable(STDERR)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() != "utf-8":
             stream.reconfigure(errors="backslashreplace")
@@ -34,7 +41,7 @@ def run_program(main: Callable[[], int | None], *errors: type[Exception], stoppe
     errors: end it with one line and code 1. Ctrl-C ends it with the line `stopped` and code 130, without a traceback.
     """
     name = Path(sys.argv[0]).stem
-    print_any_name()
+    prepare_output()
     try:
         sys.exit(main())
     except UnicodeEncodeError as error:
