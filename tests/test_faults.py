@@ -12,12 +12,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from fail_disk import files
+from fail_disk import answers, files, windows
 from faults import build, compiler, failing, jumping
 from frame_folders import make_frame_folders
 from launch import ROOT
 from project import TRAIN, losses, weights
 from shard_data import make_dataset, serve
+from tiny import write_export
+from videos import write_video
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C compiler")
 
@@ -103,6 +105,37 @@ def test_far_shards_are_read_whatever_the_cache_does(library, tmp_path, name, va
             assert text.split()[-2:] == [str(size)] * 2
         code, text = call(library, {}, *words)
         assert code == 0 and text.split()[-2:] == [str(size)] * 2
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """A folder of three videos, and a model that names them."""
+    base = tmp_path_factory.mktemp("clips")
+    (base / "clips").mkdir()
+    for number in range(3):
+        write_video(base / "clips" / f"clip{number}.mp4", 6 + number, number)
+    return base / "clips", write_export(base, ["one", "two", "three"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("words", "result"), [
+    (("predict.py", "CLIPS", "--jsonl"), answers), (("search.py", "index", "CLIPS", "--output"), windows),
+])  # fmt: skip
+def test_a_prediction_list_and_an_index_are_finished_by_the_same_command(library, clips, tmp_path, words, result):
+    folder, export = clips
+    program, *others = (folder if word == "CLIPS" else word for word in words)
+    calm, out = tmp_path / "calm", tmp_path / "out"
+
+    def command(output):
+        return [ROOT / "tools" / program, *others, output, "--model", export]
+
+    assert call(library, {}, *command(calm))[0] == 0
+    code, text = call(library, failing(out, "write", after=1), *command(out))
+    assert code == 1 and "Traceback" not in text
+    assert [line for line in text.splitlines() if str(out) in line and "nput/output error" in line], text
+    code, text = call(library, {}, *command(out))
+    assert code == 0, text
+    assert result(out) == result(calm)
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ from typing import Any, BinaryIO, TypeAlias
 import numpy as np
 
 from shards.files import sync, write_atomically
-from text4vis.serving.jobs import WorkList
+from text4vis.serving.jobs import WorkList, disk_errors
 
 VIDEOS, VECTORS, MODEL = "videos.jsonl", "vectors", "model.json"
 KEY = "file"
@@ -299,11 +299,12 @@ class IndexWriter:
                 self._folder.mkdir(exist_ok=True)
                 self._stream = (self._folder / self._part).open("xb")
                 sync(self._folder)
-            for vectors_WD in self._pending:
-                self._stream.write(vectors_WD.data)
-                self._num_rows += len(vectors_WD)
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
+            with disk_errors(self._folder / self._part):
+                for vectors_WD in self._pending:
+                    self._stream.write(vectors_WD.data)
+                    self._num_rows += len(vectors_WD)
+                self._stream.flush()
+                os.fsync(self._stream.fileno())
         self._work.append(self._records)
         self._pending, self._records, self._last_flush = [], [], time.monotonic()
 

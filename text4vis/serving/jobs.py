@@ -22,6 +22,7 @@ import os
 import struct
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,20 @@ _BEGIN = b'{"settings": '
 
 
 class WorkListError(Exception):
-    """A file that is no work list, belongs to other settings, or cannot be locked. The message names the fix."""
+    """A file that is no work list, belongs to other settings, or cannot be locked, read or written. The message names
+    the fix."""
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Names the file in errors of calls that know only its descriptor. Raises WorkListError."""
+    try:
+        yield
+    except OSError as error:
+        raise WorkListError(
+            f"{path}: {error.strerror}; what was written stays: look after the disk (df, dmesg), then give the same "
+            "command again"
+        ) from error
 
 
 class WorkList:
@@ -173,12 +187,16 @@ class WorkList:
     def _new_lines(self) -> Iterator[Record]:
         """Parses the complete lines behind those that were read."""
         rest = b""
-        while piece := os.pread(self._file, _PIECE, self._end + len(rest)):
+        while piece := self._piece(self._end + len(rest)):
             *lines, rest = (rest + piece).split(b"\n")
             for line in lines:
                 self._end += len(line) + 1
                 self._lines += 1
                 yield self._parse(line)
+
+    def _piece(self, offset: int) -> bytes:
+        with disk_errors(self.path):
+            return os.pread(self._file, _PIECE, offset)
 
     def _parse(self, line: bytes) -> Record:
         try:
@@ -191,15 +209,17 @@ class WorkList:
 
     def _write(self, records: Sequence[Record]) -> None:
         """Appends lines. Cuts away the half line of a killed process: nobody else writes while we hold the lock."""
-        os.ftruncate(self._file, self._end)
         data = "".join(f"{json_text(record)}\n" for record in records).encode()
         at = self._end
-        while data:
-            written = os.pwrite(self._file, data, at)
-            at, data = at + written, data[written:]
+        with disk_errors(self.path):
+            os.ftruncate(self._file, at)
+            while data:
+                written = os.pwrite(self._file, data, at)
+                at, data = at + written, data[written:]
 
     def _sync(self) -> None:
-        os.fsync(self._file)
+        with disk_errors(self.path):
+            os.fsync(self._file)
         self._last_sync = time.monotonic()
 
     def _lock(self, byte: int, *, wait: bool = True) -> bool:
