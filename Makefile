@@ -50,7 +50,7 @@ constraints:
 	rm -rf .newest && $(PYTHON) -m venv .newest && .newest/bin/pip install --quiet --editable '.[dev]'
 	PATH="$(CURDIR)/.newest/bin:$$PATH" .newest/bin/python -m $(PYTEST) -q
 	version=$$(.newest/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])') && { grep '^#' constraints.txt; \
-	    .newest/bin/pip freeze --exclude-editable | sed "s/+.*//; s/\$$/ ; python_version == \"$$version\"/"; } > .newest/new
+	    .newest/bin/pip freeze --exclude-editable | sed "s/+.*//; s/\$$/ ; python_version >= \"$$version\"/"; } > .newest/new
 	mv .newest/new constraints.txt && rm -rf .newest
 
 # The lowest versions that pyproject.toml allows, in an environment of their own, with the tests of `make check`.
