@@ -18,6 +18,10 @@ SLOW = {"model-config", "tokenizer", "two-reports", "kept-rows", "kept-shards", 
 QUICK = settings(max_examples=200, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 
+# Some of what they begin with is refused: addresses of shells, uploads that are too large.
+WITH_REFUSED_SEEDS = ("address", "page-form", "page-http")
+
+
 @pytest.fixture(scope="module")
 def seeded(tmp_path_factory):
     """For each target its folder and its valid files, all of which it accepts."""
@@ -33,7 +37,7 @@ def seeded(tmp_path_factory):
 def test_damaged_files_give_documented_errors(name, seeded):
     target, (folder, seeds) = TARGETS[name], seeded[name]
     outcomes = {attempt(target, data, folder) for data in seeds}
-    assert name == "address" or outcomes == {"accepted"}
+    assert name in WITH_REFUSED_SEEDS or outcomes == {"accepted"}
 
     @settings(QUICK, max_examples=25 if name in SLOW else 200)
     @given(st.integers(0, 2**64 - 1))
