@@ -47,7 +47,9 @@ def test_other_errors_are_mistakes_of_ours_and_keep_their_traceback():
 
 def test_ctrl_c_in_a_real_process():
     program = (
-        "import time\nfrom text4vis.common.programs import run_program\n"
+        "import signal, time\nfrom text4vis.common.programs import run_program\n"
+        # Where the tests were started in the background, a shell has them ignore it.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def main():\n    print('ready', flush=True)\n    time.sleep(60)\nrun_program(main)"
     )
     process = subprocess.Popen(
