@@ -129,6 +129,7 @@ def _remote_files(address: str, options: Options, transfers: Transfers) -> Remot
         retries=options.retries,
         timeout_seconds=options.timeout_seconds,
         storage_options=options.storage_options,
+        has_checksums=options.verify,
     )
 
 

@@ -38,6 +38,7 @@ class RemoteFiles:
 
     retries: attempts after the first. timeout_seconds: limit on connecting, on each wait for data, and, with time
     for the bytes at 64 KiB a second added, on a whole request. storage_options: passed to fsspec's file system.
+    has_checksums: whether who reads ranges compares them with checksums.
     """
 
     def __init__(
@@ -48,12 +49,14 @@ class RemoteFiles:
         retries: int,
         timeout_seconds: float,
         storage_options: Mapping[str, Any] | None,
+        has_checksums: bool = True,
     ) -> None:
         self._address = address
         self._transfers = transfers
         self._retries = retries
         self._timeout_seconds = timeout_seconds
         self._storage_options = dict(storage_options or {})
+        self._has_checksums = has_checksums
         self._met: set[str] = set()
         # One at a time where the bounds are narrower than a call may be.
         bounds = (RANGES_A_CALL, transfers.requests_in_flight, transfers.bytes_in_flight // MAX_RANGE_BYTES)
@@ -134,8 +137,9 @@ class RemoteFiles:
         return await self._again(name, first, lambda: self._opened().get(name, span))
 
     async def _fetch_ranges(self, name: str, ranges: Sequence[Range], total: int) -> list[bytes]:
-        # The first time each range is asked for by itself: then the file's size is compared.
-        if len(ranges) > 1 and name in self._met:
+        # The first time each range is asked for by itself: then the file's size is compared. Later only checksums tell
+        # that a file was replaced; who does without them compares the size each time.
+        if len(ranges) > 1 and self._has_checksums and name in self._met:
             bodies = await (await self._opened().range_client(name)).get(name, ranges)
             if bodies is not None:
                 return bodies

@@ -735,6 +735,18 @@ def test_a_shard_that_changes_its_size_with_several_batches_in_flight(far, tmp_p
         wait_until(lambda: num_tasks(dataset) == 0)
 
 
+def test_without_checksums_a_shard_of_another_size_is_named_at_each_use(far, tmp_path):
+    server, _ = far
+    with open_served(server, verify=False) as dataset:
+        batches = epoch_requests(0)
+        for requests in batches:
+            dataset.start(requests).result()
+        for shard in (tmp_path / "served" / "data").glob("*.tar"):
+            shard.write_bytes(bytes(512) + shard.read_bytes())
+        with pytest.raises(ShardError, match=r"has \d+ bytes, the manifest says \d+"):
+            dataset.start(batches[0]).result()
+
+
 def test_latency_costs_memory_and_not_time(far):
     """A store may answer nothing before all twelve batches of 16 ranges have been asked for."""
     server, frames = far
