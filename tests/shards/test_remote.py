@@ -772,24 +772,31 @@ def test_latency_costs_memory_and_not_time(far):
 def test_the_bounds_hold(far):
     """Never more requests or bytes in flight than allowed, and all comes although a batch is larger than the bound."""
     server, frames = far
-    busy, most = [0], [0]
     lock = threading.Lock()
+    for options, enough, limit in [
+        ({"requests_in_flight": 5}, 2, 5),
+        ({"bytes_in_flight": 10_000}, 2, 3),
+        ({}, 21, 192),  # without narrow bounds much more is in flight
+    ]:
+        counts, reached = {"busy": 0, "most": 0}, threading.Event()
 
-    def watch(handler, body):
-        with lock:
-            busy[0] += 1
-            most[0] = max(most[0], busy[0])
-        time.sleep(0.02)
-        with lock:
-            busy[0] -= 1
-        return False
+        def watch(handler, body, counts=counts, enough=enough, reached=reached):
+            with lock:
+                counts["busy"] += 1
+                counts["most"] = max(counts["most"], counts["busy"])
+            if counts["most"] >= enough:
+                reached.set()
+            reached.wait(1)  # no answer before enough are in flight, however slow the machine
+            time.sleep(0.02)
+            with lock:
+                counts["busy"] -= 1
+            return False
 
-    for options, limit in [({"requests_in_flight": 5}, 5), ({"bytes_in_flight": 10_000}, 3), ({}, 192)]:
         with open_served(server, **options) as dataset:
-            server.fault, most[0] = lambda path, count: watch, 0
+            server.fault = lambda path, count, watch=watch: watch
             read_overlapping(dataset, frames, epoch_requests(1))
-            assert 1 < most[0] <= limit
-    assert most[0] > 20  # without narrow bounds much more is in flight
+        server.fault = lambda path, count: None
+        assert enough <= counts["most"] <= limit, options
 
 
 @pytest.mark.slow
