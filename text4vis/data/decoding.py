@@ -25,8 +25,8 @@ from text4vis.data.finishing import Decoded
 from text4vis.data.plan import VideoPlan
 from text4vis.data.reading import ReadVideo, undecodable
 
-# Of one run of DALI, whose output is one block of memory: blocks of a whole batch, 36 MB, leave gaps as large as they.
-RUN_FRAMES = 64
+# The most of one run of DALI. A run's output is one block of memory, and blocks as large as a batch leave large gaps.
+RUN_FRAMES = 128
 
 Run = TypeVar("Run")
 Done_co = TypeVar("Done_co", covariant=True)

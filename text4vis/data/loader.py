@@ -197,9 +197,7 @@ class Loader:
         """Decodes and finishes on the CPU; what is left to do is the copy to the GPU, if there is one."""
         pinned = self._target.type == "cuda"
         finisher = CpuFinisher(self.planner.views_shape, finishes, self._finish_threads, pinned=pinned)
-        regions = self._decoded(
-            reader, lambda: CpuDecoder(self.dataset, decodes, num_threads=self._num_threads)
-        )
+        regions = self._decoded(reader, lambda: CpuDecoder(self.dataset, decodes, num_threads=self._num_threads))
         for videos, frames_BVTSS3 in pipelined(regions, finisher.start, Finishing.result, 1, gradual=True):
             yield videos, partial(frames_BVTSS3.to, non_blocking=True), frames_BVTSS3
 
