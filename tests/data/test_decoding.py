@@ -11,7 +11,8 @@ from batches import build, settings, take
 from frame_folders import make_frame_folders
 from PIL import Image
 
-from shards.format import ShardError
+from shards.format import SampleError, ShardError
+from text4vis.data import decoding
 from text4vis.data.decoding import CpuDecoder
 from text4vis.data.loader import build_loader
 from text4vis.data.reading import PlanReader
@@ -62,20 +63,39 @@ def test_a_frame_that_does_not_decode_is_named(tmp_path):
     assert folders.names[1] in str(error.value) and "frame 1 does not decode" in str(error.value)
 
 
-def test_two_batches_are_decoded_at_once_and_come_out_in_order(shards, stored_videos):
-    """As the loader does it: the second batch is started before the first is finished."""
+def test_two_batches_are_decoded_at_once_and_come_out_in_order(shards, stored_videos, monkeypatch):
+    """As the loader does it: the second batch is started before the first is finished; each takes several runs."""
+    monkeypatch.setattr(decoding, "RUN_FRAMES", 3)
     for folder in (shards, stored_videos / "shards"):
         with build_loader(settings(folder), "train") as loader, ThreadPoolExecutor(2) as threads:
             reader = PlanReader(loader.dataset, loader.planner, threads)
             batches = [reader.read(picked) for picked in itertools.islice(loader.planner.batches(), 2)]
-            options = {"num_threads": 1, "max_frames": loader.planner.max_frames}
-            decoder = CpuDecoder(loader.dataset, threads, **options)
+            decoder = CpuDecoder(loader.dataset, threads, num_threads=1)
             decoded = [decoder.finish(run) for run in [decoder.start(videos) for videos in batches]]
             for videos, images in zip(batches, decoded, strict=True):
                 assert [plan for plan, _ in images] == [video.plan for video in videos]
-                alone = CpuDecoder(loader.dataset, threads, **options)
+                alone = CpuDecoder(loader.dataset, threads, num_threads=1)
                 for video, (plan, ours) in zip(videos, images, strict=True):
                     assert [image.shape for image in ours] == [(*f.geometry.region[2:], 3) for f in plan.frames]
                     ((_, expected),) = alone.finish(alone.start([video]))
                     for mine, theirs in zip(ours, expected, strict=True):
                         np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("bad", [0, 1, 3])
+def test_a_batch_that_fails_leaves_the_next_one_whole(shards, monkeypatch, bad):
+    """Runs of a batch behind the one that failed wait in the same graph as those of the next batch."""
+    monkeypatch.setattr(decoding, "RUN_FRAMES", 3)
+    with build_loader(settings(shards, batch_size=4), "train") as loader, ThreadPoolExecutor(1) as threads:
+        reader = PlanReader(loader.dataset, loader.planner, threads)
+        first, second = (reader.read(picked) for picked in itertools.islice(loader.planner.batches(), 2))
+        file = first[bad].files[0]
+        first[bad].files[0] = file[:2] + bytes(len(file) - 2)
+        decoder = CpuDecoder(loader.dataset, threads, num_threads=1)
+        runs = [decoder.start(videos) for videos in (first, second)]
+        with pytest.raises(SampleError, match="does not decode"):
+            decoder.finish(runs[0])
+        after = [image for _, images in decoder.finish(runs[1]) for image in images]
+        again = decoder.finish(decoder.start(second))
+        for image, expected in zip(after, [image for _, images in again for image in images], strict=True):
+            np.testing.assert_array_equal(image, expected)

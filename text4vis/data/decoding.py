@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +24,9 @@ from text4vis.data import dali
 from text4vis.data.finishing import Decoded
 from text4vis.data.plan import VideoPlan
 from text4vis.data.reading import ReadVideo, undecodable
+
+# The most of one run of DALI. A run's output is one block of memory, and blocks as large as a batch leave large gaps.
+RUN_FRAMES = 128
 
 Run = TypeVar("Run")
 Done_co = TypeVar("Done_co", covariant=True)
@@ -68,25 +71,24 @@ class Graph:
 class CpuRun:
     """A batch that is being decoded.
 
-    stored_frames: waits for the regions of all stored frames. stored_videos: by row of the batch, a video's regions.
+    stored_frames: DALI's runs in order, each of which waits for the regions of the next stored frames. stored_videos:
+    by row of the batch, a video's regions.
     """
 
     videos: list[ReadVideo]
-    stored_frames: Callable[..., list[dali.Tensor]] | None
+    stored_frames: list[Callable[..., list[dali.Tensor]]]
     stored_videos: dict[int, Future[list[np.ndarray]]] = field(default_factory=dict)
 
 
 class CpuDecoder:
     """Decodes on the CPU. Its images are the regions that the plan asks for, not resized: (H, W, 3) uint8 arrays.
 
-    threads: decode stored videos. num_threads: DALI's. max_frames: the most frames of a batch.
+    threads: decode stored videos. num_threads: DALI's.
     """
 
-    def __init__(
-        self, dataset: ShardDataset, threads: ThreadPoolExecutor, *, num_threads: int, max_frames: int
-    ) -> None:
+    def __init__(self, dataset: ShardDataset, threads: ThreadPoolExecutor, *, num_threads: int) -> None:
         self._dataset, self._threads = dataset, threads
-        self._graph = Graph(lambda: dali.region_graph(num_threads=num_threads, batch_size=max_frames))
+        self._graph = Graph(lambda: dali.region_graph(num_threads=num_threads, batch_size=RUN_FRAMES))
 
     def start(self, videos: list[ReadVideo]) -> CpuRun:
         """Starts DALI on the stored frames, PyAV on the stored videos."""
@@ -96,19 +98,17 @@ class CpuDecoder:
             for row, video in enumerate(videos)
             if video.is_stored_video
         }
-        if not stored_frames:
-            return CpuRun(videos, None, stored_videos)
         encoded = [data for video in stored_frames for data in video.files]
         regions = [frame.geometry.region for video in stored_frames for frame in video.plan.frames]
-        waiting = self._graph.start(lambda graph: dali.start_regions(graph, encoded, regions))
-        return CpuRun(videos, waiting, stored_videos)
+        runs = [
+            self._graph.start(partial(dali.start_regions, encoded=encoded[part], regions=regions[part]))
+            for part in (slice(first, first + RUN_FRAMES) for first in range(0, len(encoded), RUN_FRAMES))
+        ]
+        return CpuRun(videos, runs, stored_videos)
 
     def finish(self, run: CpuRun) -> Decoded:
         """The videos and, for each, its k images. Raises SampleError, RuntimeError."""
-        try:
-            stored_frames = iter(run.stored_frames(dali.outputs) if run.stored_frames else ())
-        except RuntimeError as error:
-            raise explained(self._dataset, run.videos, error) from error
+        stored_frames = self._stored_frames(run)
         decoded = []
         for row, (plan, _, is_stored_video) in enumerate(run.videos):
             if is_stored_video:
@@ -117,6 +117,19 @@ class CpuDecoder:
                 images = [np.asarray(next(stored_frames)) for _ in plan.frames]
             decoded.append((plan, images))
         return decoded
+
+    def _stored_frames(self, run: CpuRun) -> Iterator[dali.Tensor]:
+        """Takes what all of DALI's runs give, after a failure too: the next batch's runs may wait in the same graph."""
+        tensors: list[dali.Tensor] = []
+        errors: list[RuntimeError] = []
+        for outputs in run.stored_frames:
+            try:
+                tensors += outputs(dali.outputs)
+            except RuntimeError as error:
+                errors.append(error)
+        if errors:
+            raise explained(self._dataset, run.videos, errors[0]) from errors[0]
+        return iter(tensors)
 
 
 def planned_regions(dataset: ShardDataset, video: ReadVideo) -> list[np.ndarray]:

@@ -148,7 +148,7 @@ class Loader:
         hand_over = HandOver(CudaGpu(self._target)) if self._target.type == "cuda" else SameMemory()
         running = Prefetcher(
             self._batches(hand_over),
-            self.config.data.prefetch,
+            self.config.data.prefetch - 1,  # one more is finished, or nearly so, behind the one that waits for room
             f"{self.split}-loader",
             lambda batch: hand_over.receive(batch.frames, batch.ready),
         )
@@ -195,11 +195,9 @@ class Loader:
         self, reader: PlanReader, decodes: ThreadPoolExecutor, finishes: ThreadPoolExecutor
     ) -> Iterator[Made]:
         """Decodes and finishes on the CPU; what is left to do is the copy to the GPU, if there is one."""
-        num_frames, pinned = self.planner.max_frames, self._target.type == "cuda"
+        pinned = self._target.type == "cuda"
         finisher = CpuFinisher(self.planner.views_shape, finishes, self._finish_threads, pinned=pinned)
-        regions = self._decoded(
-            reader, lambda: CpuDecoder(self.dataset, decodes, num_threads=self._num_threads, max_frames=num_frames)
-        )
+        regions = self._decoded(reader, lambda: CpuDecoder(self.dataset, decodes, num_threads=self._num_threads))
         for videos, frames_BVTSS3 in pipelined(regions, finisher.start, Finishing.result, 1, gradual=True):
             yield videos, partial(frames_BVTSS3.to, non_blocking=True), frames_BVTSS3
 
