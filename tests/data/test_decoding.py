@@ -65,7 +65,7 @@ def test_a_frame_that_does_not_decode_is_named(tmp_path):
 
 def test_two_batches_are_decoded_at_once_and_come_out_in_order(shards, stored_videos, monkeypatch):
     """As the loader does it: the second batch is started before the first is finished; each takes several runs."""
-    monkeypatch.setattr(decoding, "RUN_FRAMES", 3)
+    monkeypatch.setattr(decoding, "FRAMES_A_THREAD", 3)
     for folder in (shards, stored_videos / "shards"):
         with build_loader(settings(folder), "train") as loader, ThreadPoolExecutor(2) as threads:
             reader = PlanReader(loader.dataset, loader.planner, threads)
@@ -85,7 +85,7 @@ def test_two_batches_are_decoded_at_once_and_come_out_in_order(shards, stored_vi
 @pytest.mark.parametrize("bad", [0, 1, 3])
 def test_a_batch_that_fails_leaves_the_next_one_whole(shards, monkeypatch, bad):
     """Runs of a batch behind the one that failed wait in the same graph as those of the next batch."""
-    monkeypatch.setattr(decoding, "RUN_FRAMES", 3)
+    monkeypatch.setattr(decoding, "FRAMES_A_THREAD", 3)
     with build_loader(settings(shards, batch_size=4), "train") as loader, ThreadPoolExecutor(1) as threads:
         reader = PlanReader(loader.dataset, loader.planner, threads)
         first, second = (reader.read(picked) for picked in itertools.islice(loader.planner.batches(), 2))

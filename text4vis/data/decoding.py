@@ -25,8 +25,9 @@ from text4vis.data.finishing import Decoded
 from text4vis.data.plan import VideoPlan
 from text4vis.data.reading import ReadVideo, undecodable
 
-# The most of one run of DALI. A run's output is one block of memory, and blocks as large as a batch leave large gaps.
-RUN_FRAMES = 128
+# The most of one run of DALI for each of its threads: enough that they end at nearly the same time. A run's output is
+# one block of memory, and blocks as large as a batch leave large gaps.
+FRAMES_A_THREAD = 64
 
 Run = TypeVar("Run")
 Done_co = TypeVar("Done_co", covariant=True)
@@ -88,7 +89,8 @@ class CpuDecoder:
 
     def __init__(self, dataset: ShardDataset, threads: ThreadPoolExecutor, *, num_threads: int) -> None:
         self._dataset, self._threads = dataset, threads
-        self._graph = Graph(lambda: dali.region_graph(num_threads=num_threads, batch_size=RUN_FRAMES))
+        self._run_frames = FRAMES_A_THREAD * num_threads
+        self._graph = Graph(lambda: dali.region_graph(num_threads=num_threads, batch_size=self._run_frames))
 
     def start(self, videos: list[ReadVideo]) -> CpuRun:
         """Starts DALI on the stored frames, PyAV on the stored videos."""
@@ -102,7 +104,7 @@ class CpuDecoder:
         regions = [frame.geometry.region for video in stored_frames for frame in video.plan.frames]
         runs = [
             self._graph.start(partial(dali.start_regions, encoded=encoded[part], regions=regions[part]))
-            for part in (slice(first, first + RUN_FRAMES) for first in range(0, len(encoded), RUN_FRAMES))
+            for part in (slice(i, i + self._run_frames) for i in range(0, len(encoded), self._run_frames))
         ]
         return CpuRun(videos, runs, stored_videos)
 
