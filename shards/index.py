@@ -27,6 +27,7 @@ from shards.format import (
     rows_crc32,
     video_crc32,
 )
+from shards.local import MountedFile
 
 # Far above any real manifest (1,400 shards take 150 kB); a hostile server cannot fill the memory.
 MAX_MANIFEST_BYTES = 256 << 20
@@ -51,13 +52,16 @@ class RowFetcher(Protocol):
 
 @dataclass(frozen=True)
 class LargeTable:
-    """A mapped table with some rows a video.
+    """A table with some rows a video.
 
-    rows (R,): all of them. first (N,), count (N,): which are those of a video. crc32 (N,): what `checksum` of its rows
-    must be. far: fetches rows; None where all are here.
+    rows (R,): all of them, mapped. file: where those of a video are read, for looking at mapped rows kills the process
+    if the file was cut or the disk fails. start: the first row's byte there. first (N,), count (N,): which rows are
+    those of a video. crc32 (N,): what `checksum` of them must be. far: fetches rows; None where all are here.
     """
 
     rows: np.ndarray
+    file: MountedFile
+    start: int
     first: np.ndarray
     count: np.ndarray
     crc32: np.ndarray
@@ -76,11 +80,23 @@ class LargeTable:
         """
         if self.far is not None:
             self.far.wait(video)
-        return self.rows[slice(*self.span(video))]
+        rows = self.read(video)
+        if len(rows) < self.count[video]:
+            raise ShardError(f"{self.file.path}: ends before the rows of video {video}; it was cut in use: {_REBUILD}")
+        return rows
+
+    def read(self, video: int) -> np.ndarray:
+        """Rows of a video as the file holds them now, fewer where it ends. Raises ShardError if it cannot be read."""
+        first, stop = (self.start + row * self.rows.itemsize for row in self.span(video))
+        try:
+            data = self.file.read(first, stop)
+        except OSError as error:
+            raise _unreadable(self.file.path, error) from error
+        return np.frombuffer(data, self.rows.dtype, len(data) // self.rows.itemsize)
 
     def is_sound(self, video: int) -> bool:
         """Whether the rows that are here are as they should be."""
-        return self.checksum(self.rows[slice(*self.span(video))]) == self.crc32[video]
+        return self.checksum(self.read(video)) == self.crc32[video]
 
 
 @dataclass(frozen=True)
@@ -191,12 +207,15 @@ def read_local_manifest(folder: Path) -> Manifest:
         raise ShardError(f"{path}: {error.strerror}; name a folder that build_shards wrote") from error
 
 
-def open_index(where: str, manifest: Manifest, files: dict[str, Path]) -> Index:
-    """Opens and checks the index tables; `files` holds a local path for each role. Raises ShardError."""
-    tables = {
+def open_index(where: str, manifest: Manifest, files: dict[str, Path], retries: int = 1) -> Index:
+    """Opens and checks the index tables; `files` holds a local path for each role. Raises ShardError.
+
+    retries: how often a table is opened again where its mount went stale or was away, once at least.
+    """
+    tables: dict[str, Any] = {
         role: _open_table(role, files[role], manifest.index[role], dtype) for role, dtype in manifest.dtypes.items()
     }
-    videos, members, names = tables["videos"], tables["members"], tables["names"]
+    videos, members, names = tables["videos"], tables["members"], np.asarray(tables["names"])
     if len(videos) != manifest.num_videos or len(members) != manifest.num_members or len(videos) == 0:
         raise ShardError(
             f"{where}: the index holds {len(videos)} videos with {len(members)} members, the manifest says "
@@ -217,24 +236,32 @@ def open_index(where: str, manifest: Manifest, files: dict[str, Path]) -> Index:
             f"{where}: the index has the fingerprint {identity[:16]}..., the manifest says "
             f"{manifest.fingerprint[:16]}...; they belong to different data sets: {_REBUILD}"
         )
-    member_table = LargeTable(members, videos["first_member"], videos["num_members"], videos["crc32"], video_crc32)
+    spans = videos["first_member"], videos["num_members"]
+    member_table = _large_table(members, files["members"], retries, *spans, videos["crc32"], video_crc32)
     index = Index(where, manifest, videos, member_table, names, labels)
-    return _with_packets(index, tables[STREAMS_ROLE], tables[PACKETS_ROLE]) if manifest.has_packets else index
-
-
-def _with_packets(index: Index, streams: np.ndarray, packets: np.ndarray) -> Index:
-    """The index of a data set whose stored videos can be read in parts. Raises ShardError."""
+    if not manifest.has_packets:
+        return index
+    streams, packets = np.asarray(tables[STREAMS_ROLE]), tables[PACKETS_ROLE]
     counts = streams["num_packets"].astype(np.int64)
-    if len(streams) != len(index.videos) or counts.sum() != len(packets):
+    if len(streams) != len(videos) or counts.sum() != len(packets):
         raise ShardError(
-            f"{index.where}: the index tells how {len(streams)} of {len(index.videos)} videos are read, by "
-            f"{counts.sum()} of its {len(packets)} packets; {_REBUILD}"
+            f"{where}: the index tells how {len(streams)} of {len(videos)} videos are read, by {counts.sum()} of its "
+            f"{len(packets)} packets; {_REBUILD}"
         )
-    table = LargeTable(packets, np.cumsum(counts) - counts, counts, streams["packets_crc32"], rows_crc32)
+    spans = np.cumsum(counts) - counts, counts
+    table = _large_table(packets, files[PACKETS_ROLE], retries, *spans, streams["packets_crc32"], rows_crc32)
     return replace(index, streams=streams, packet_table=table)
 
 
-def _open_table(role: str, path: Path, entry: dict[str, Any], dtype: np.dtype) -> np.ndarray:
+def _large_table(rows: np.memmap, path: Path, retries: int, *columns: Any) -> LargeTable:
+    """columns: `first`, `count`, `crc32` and `checksum`. Raises ShardError."""
+    try:
+        return LargeTable(np.asarray(rows), MountedFile(path, retries), rows.offset, *columns)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _open_table(role: str, path: Path, entry: dict[str, Any], dtype: np.dtype) -> np.memmap:
     try:
         size = path.stat().st_size
     except OSError as error:
@@ -242,7 +269,7 @@ def _open_table(role: str, path: Path, entry: dict[str, Any], dtype: np.dtype) -
     if size != entry["bytes"]:
         raise ShardError(f"{path}: has {size} bytes, the manifest says {entry['bytes']}; {_REBUILD}")
     try:
-        table = np.asarray(np.lib.format.open_memmap(path, mode="r"))
+        table = np.lib.format.open_memmap(path, mode="r")
     except Exception as error:
         # A damaged header makes numpy's parser raise almost anything.
         raise ShardError(f"{path}: not an index table ({type(error).__name__}: {error}); {_REBUILD}") from error
@@ -269,8 +296,12 @@ def crc32_of(path: Path) -> int:
             while chunk := file.read(1 << 20):
                 actual = isal_zlib.crc32(chunk, actual)
     except OSError as error:
-        raise ShardError(f"{path}: cannot be read: {error.strerror}; check the disk or mount") from error
+        raise _unreadable(path, error) from error
     return actual
+
+
+def _unreadable(path: Path, error: OSError) -> ShardError:
+    return ShardError(f"{path}: cannot be read: {error.strerror}; check the disk or mount")
 
 
 def _check_videos(where: str, manifest: Manifest, videos: np.ndarray, num_members: int, names_bytes: int) -> None:

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
@@ -20,6 +20,7 @@ from shards.format import SampleError, ShardError, ShardInfo
 # Says what is wrong with the bytes of the ranges that were read, or None.
 Check = Callable[[Sequence[bytes]], str | None]
 Range = tuple[int, int]  # first byte and one past the last
+Done = TypeVar("Done")
 # Two ranges closer than this are fetched as one: on a store with 10 ms to the first byte and 100 MB/s a connection,
 # a request costs as much as a megabyte; this stays well below and so never fetches much that nobody asked for.
 MAX_GAP_BYTES = 64 << 10
@@ -83,6 +84,39 @@ class OpenFile:
         # __init__ may have failed before there was a descriptor.
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)
+
+
+class MountedFile:
+    """A file that is opened again where its mount went stale or was away for a while. Raises OSError."""
+
+    def __init__(self, path: Path, retries: int) -> None:
+        self.path, self._retries = path, retries
+        self._file = OpenFile(path)
+
+    def read(self, start: int, stop: int) -> bytes:
+        """The bytes start <= offset < stop, fewer only where the file ends. Raises OSError."""
+        try:
+            return pread_exactly(self._file.descriptor, start, stop)
+        except OSError as error:
+            if error.errno not in _REOPEN_ERRORS:
+                raise
+        return _again(self._retries, lambda: self._read_reopened(start, stop))
+
+    def _read_reopened(self, start: int, stop: int) -> bytes:
+        self._file = OpenFile(self.path)
+        return pread_exactly(self._file.descriptor, start, stop)
+
+
+def _again(retries: int, read: Callable[[], Done]) -> Done:
+    """After a failure that reopening may mend. Apart from the first try: the retry machinery costs as much as it."""
+    retrying = Retrying(
+        stop=stop_after_attempt(max(1, retries)),
+        wait=wait_exponential_jitter(initial=_BACKOFF_SECONDS, max=_MAX_BACKOFF_SECONDS, jitter=_BACKOFF_SECONDS),
+        retry=retry_if_exception(lambda error: isinstance(error, OSError) and error.errno in _REOPEN_ERRORS),
+        reraise=True,
+    )
+    time.sleep(_BACKOFF_SECONDS)
+    return retrying(read)
 
 
 def pread_exactly(descriptor: int, start: int, stop: int) -> bytes:
@@ -191,7 +225,7 @@ class LocalShards:
             except OSError as error:
                 if error.errno not in _REOPEN_ERRORS:
                     raise
-                chunks = self._read_again(shard, ranges)
+                chunks = _again(self._retries, lambda: self._read_once(shard, ranges))
         except OSError as error:
             raise ShardError(
                 f"{self._paths[shard]}: cannot be read: {error.strerror}; check the disk or mount, then start again"
@@ -206,14 +240,3 @@ class LocalShards:
         if complaint is not None:
             raise SampleError(complaint)
         return chunks
-
-    def _read_again(self, shard: int, ranges: Sequence[Range]) -> list[bytes]:
-        """After a failure that reopening may mend. Apart from `read`: the retry machinery costs as much as a read."""
-        retrying = Retrying(
-            stop=stop_after_attempt(max(1, self._retries)),
-            wait=wait_exponential_jitter(initial=_BACKOFF_SECONDS, max=_MAX_BACKOFF_SECONDS, jitter=_BACKOFF_SECONDS),
-            retry=retry_if_exception(lambda error: isinstance(error, OSError) and error.errno in _REOPEN_ERRORS),
-            reraise=True,
-        )
-        time.sleep(_BACKOFF_SECONDS)
-        return retrying(self._read_once, shard, ranges)

@@ -90,7 +90,7 @@ def open_part(address: str, options: Options, transfers: Transfers) -> Part:
     folder = local_path(address)
     manifest = read_local_manifest(folder)
     files = {role: folder / manifest.index[role]["file"] for role in manifest.roles}
-    index = open_index(printable(str(folder)), manifest, files)
+    index = open_index(printable(str(folder)), manifest, files, options.retries)
     place = manifest.tars
     if place is None or place == ".":
         return Part(index, LocalShards(folder, manifest.shards, options.retries), str(folder))

@@ -163,8 +163,8 @@ class FarRows:
         return first, stop
 
     def _has(self, video: int) -> bool:
-        first, stop = self._table.span(video)
-        return bool(self._table.rows["size"][first:stop].all())
+        rows = self._table.read(video)
+        return len(rows) == self._table.count[video] and bool(rows["size"].all())
 
 
 def cannot_keep(folder: Path, remote: RemoteFiles, error: OSError) -> ShardError:

@@ -123,18 +123,27 @@ wanted = 0
 before = rchar()
 for sample in range(4):
     wanted += sum(map(len, dataset.read(sample, frames)))
-    dataset.read(sample, np.array([], np.int64))
 print((rchar() - before - own) / wanted)
 """
     ratio = float(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout)
     assert 1 <= ratio <= 1.05
 
 
+def is_tar(descriptor: int) -> bool:
+    return Path(f"/proc/self/fd/{descriptor}").readlink().suffix == ".tar"
+
+
 def test_repeated_frames_are_read_once(folder, monkeypatch):
     reads = []
     pread = os.pread
+
+    def counting(descriptor, *arguments):
+        if is_tar(descriptor):
+            reads.append(arguments)
+        return pread(descriptor, *arguments)
+
     with open_dataset(str(folder)) as dataset:
-        monkeypatch.setattr(os, "pread", lambda *arguments: (reads.append(arguments), pread(*arguments))[1])
+        monkeypatch.setattr(os, "pread", counting)
         got = dataset.read(3, np.array([5, 2, 5, 5, 2]))
         assert len(reads) == 2
         assert got[0] is got[2] and got[1] is got[4] and got[0] != got[1]
@@ -297,16 +306,28 @@ def test_file_replaced_while_in_use(folder):
             dataset.read(0, np.array([0]))
 
 
+def test_a_table_that_is_cut_in_use_is_named(tmp_path):
+    make_dataset(tmp_path / "data", [3000])
+    (members,) = (tmp_path / "data").glob("index/members*.npy")
+    with open_dataset(str(tmp_path / "data")) as dataset:
+        os.truncate(members, 128)
+        with pytest.raises(
+            ShardError, match=rf"{members}: ends before the rows of video 0; .* copy the data set again"
+        ):
+            dataset.read(0, np.array([2900]))
+
+
 @pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO])
-def test_stale_handles_are_opened_again(folder, monkeypatch, code):
+@pytest.mark.parametrize(("of_tar", "name"), [(True, "000000.tar"), (False, "index/members[^/]*.npy")])
+def test_stale_handles_are_opened_again(folder, monkeypatch, code, of_tar, name):
     monkeypatch.setattr(shards.local, "_BACKOFF_SECONDS", 0.001)
     pread, failures, opened = os.pread, [3], []
 
-    def failing(*arguments):
-        if failures[0] > 0:
+    def failing(descriptor, *arguments):
+        if is_tar(descriptor) == of_tar and failures[0] > 0:
             failures[0] -= 1
             raise OSError(code, os.strerror(code))
-        return pread(*arguments)
+        return pread(descriptor, *arguments)
 
     with open_dataset(str(folder), retries=3) as dataset:
         stored = dataset.read(0, np.array([0]))
@@ -316,7 +337,7 @@ def test_stale_handles_are_opened_again(folder, monkeypatch, code):
         assert dataset.read(0, np.array([0])) == stored
         assert len(opened) == 3
         failures[0] = 4
-        with pytest.raises(ShardError, match=rf"000000.tar: cannot be read: {os.strerror(code)}"):
+        with pytest.raises(ShardError, match=rf"{name}: cannot be read: {os.strerror(code)}"):
             dataset.read(0, np.array([0]))
 
 
@@ -569,8 +590,8 @@ def test_files_in_use_stay_open(tmp_path, monkeypatch):
     make_dataset(tmp_path / "d", [1] * 3, videos_per_shard=1)
     opened = []
     open_file = shards.local.OpenFile
-    monkeypatch.setattr(shards.local, "OpenFile", lambda path: (opened.append(path.name[5]), open_file(path))[1])
     with open_dataset(str(tmp_path / "d")) as dataset:
+        monkeypatch.setattr(shards.local, "OpenFile", lambda path: (opened.append(path.name[5]), open_file(path))[1])
         for sample in (0, 1, 0, 2, 0, 2, 1):
             dataset.read(sample, np.array([0]))
     assert opened == ["0", "1", "2", "1"]
@@ -580,11 +601,12 @@ def test_a_mount_is_tried_again_once_at_least_and_other_errors_are_not(folder, m
     monkeypatch.setattr(shards.local, "_BACKOFF_SECONDS", 0.001)
     pread, failures, tries = os.pread, [], []
 
-    def failing(*arguments):
-        tries.append(1)
-        if failures:
-            raise OSError(failures.pop(0), "failed")
-        return pread(*arguments)
+    def failing(descriptor, *arguments):
+        if is_tar(descriptor):
+            tries.append(1)
+            if failures:
+                raise OSError(failures.pop(0), "failed")
+        return pread(descriptor, *arguments)
 
     monkeypatch.setattr(os, "pread", failing)
     for retries, codes, expected in [

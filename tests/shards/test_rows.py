@@ -121,6 +121,16 @@ def test_what_is_missing_or_damaged_locally_is_fetched_again(server, stored, tmp
         assert read_everything(dataset) == stored
 
 
+def test_what_is_cut_off_locally_in_use_is_fetched_again(server, stored, tmp_path):
+    with open_served(server, tmp_path) as dataset:
+        assert read_everything(dataset) == stored
+        local = next((tmp_path / "cache" / "index").glob("*.rows"))
+        sound = local.read_bytes()
+        os.truncate(local, len(sound) // 2)
+        assert read_everything(dataset) == stored
+    assert local.read_bytes() == sound
+
+
 def test_damage_in_the_store_is_that_of_one_video(server, stored, tmp_path):
     far = members_file(tmp_path)
     sound = far.read_bytes()
