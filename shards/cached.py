@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shards.ahead import UpcomingShards
+from shards.answers import RangesIgnoredError
 from shards.cache import CacheFullError, ShardCache, entry_name
 from shards.format import Manifest, SampleError
 from shards.local import Check, Extent, Fetch, OpenFile, Range, pread_exactly
 from shards.remote import PART_BYTES, RemoteFiles, RemoteShards
-from shards.stores import RangesIgnoredError
 
 _log = logging.getLogger(__name__)
 

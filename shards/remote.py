@@ -18,10 +18,11 @@ from itertools import chain
 from typing import Any, TypeVar
 
 from shards.address import join_address
+from shards.answers import RangesIgnoredError, Span, WriteError, explain, is_transient, is_wrong_clock
 from shards.format import SampleError, ShardError, ShardInfo
 from shards.local import Check, Extent, Range, join_ranges
 from shards.ranges import MAX_RANGE_BYTES, RANGES_A_CALL
-from shards.stores import RangesIgnoredError, Span, Store, WriteError, explain, is_transient, is_wrong_clock, open_store
+from shards.stores import Store, open_store
 from shards.text import redact
 from shards.transfer import Request, Transfer, Transfers
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from shards.answers import RangesIgnoredError, WriteError
 from shards.format import SampleError, ShardError, table_header
 from shards.index import LargeTable
 from shards.local import join_ranges
 from shards.remote import RemoteFiles
-from shards.stores import RangesIgnoredError, WriteError
 from shards.transfer import Request, Transfer
 
 # A table up to this size costs less as one request at the start than as one for each video.

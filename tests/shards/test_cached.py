@@ -10,11 +10,11 @@ import pytest
 
 import shards.cached
 from shards.ahead import UpcomingShards
+from shards.answers import RangesIgnoredError
 from shards.cache import CacheFullError, ShardCache
 from shards.cached import CachedShards
 from shards.format import ShardError, ShardInfo
 from shards.local import Extent
-from shards.stores import RangesIgnoredError
 
 
 class Files:

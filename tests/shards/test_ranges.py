@@ -16,10 +16,11 @@ from shard_data import hang_up_fault, make_dataset, read_everything, serve, stat
 
 import shards.ranges
 import shards.remote
+from shards.answers import Span
 from shards.local import join_ranges
 from shards.ranges import MAX_RANGE_BYTES, RangeClient, http_store, s3_store
 from shards.reader import open_dataset
-from shards.stores import Span, open_store
+from shards.stores import open_store
 
 CONTENT = bytes(range(251)) * 40
 RANGES = [(30, 100), (700, 1900), (3, 20), (9000, 9001)]

@@ -32,6 +32,7 @@ from shard_data import (
     truncated_fault,
 )
 
+import shards.answers
 import shards.reader
 import shards.remote
 import shards.stores
@@ -347,10 +348,10 @@ def test_pauses_grow_up_to_a_bound(monkeypatch, failures):
     monkeypatch.setattr(asyncio, "sleep", sleep)
     monkeypatch.setattr(random, "uniform", lambda low, high: low * 1000 + high)
     if failures <= 8:
-        assert asyncio.run(files._fetch("x", shards.stores.Span(0, 1, 5))) == b"x"
+        assert asyncio.run(files._fetch("x", shards.answers.Span(0, 1, 5))) == b"x"
     else:
         with pytest.raises(ShardError, match="busy; gave up after 9 attempts"):
-            asyncio.run(files._fetch("x", shards.stores.Span(0, 1, 5)))
+            asyncio.run(files._fetch("x", shards.answers.Span(0, 1, 5)))
     assert pauses == [pause + 0.5 for pause in (0.5, 1, 2, 4, 8, 10, 10, 10)][: min(8, failures)]
 
 

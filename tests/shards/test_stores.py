@@ -11,8 +11,8 @@ from shard_data import serve
 from yarl import URL
 
 import shards.stores
+from shards.answers import BadBodyError, RangesIgnoredError, Span, WriteError, explain, is_transient
 from shards.format import ShardError
-from shards.stores import BadBodyError, RangesIgnoredError, Span, WriteError, explain, is_transient
 
 
 def response_error(status: int, message: str = "") -> aiohttp.ClientResponseError:

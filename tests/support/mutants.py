@@ -92,7 +92,7 @@ MODULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("shards/test_ahead.py", "shards/test_cached.py", "shards/test_cache.py", "shards/test_rows.py"),
     ),
     "remote": (
-        ("shards/remote.py", "shards/transfer.py", "shards/stores.py"),
+        ("shards/remote.py", "shards/transfer.py", "shards/stores.py", "shards/answers.py"),
         ("shards/test_stores.py", "shards/test_transfer.py", "shards/test_remote.py", "shards/test_cache.py"),
     ),
     "checkpoint": (
