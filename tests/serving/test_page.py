@@ -284,6 +284,9 @@ def test_requests_that_are_no_forms_or_no_http_are_refused_without_a_traceback(r
         b"POST / HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/x-www-form-urlencoded\r\n"
         b"Content-Length: 5\r\nContent-Encoding: gzip\r\n\r\nask=x": 400,
         b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nExpect: \xff\r\n\r\n": 417,
+        b"OPTIONS * HTTP/1.1\r\nHost: 127.0.0.1\r\nExpect: \xff\r\n\r\n": 417,
+        b"CONNECT x:1 HTTP/1.1\r\nHost: 127.0.0.1\r\nExpect: \xff\r\n\r\n": 417,
+        b"OPTIONS * HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n": 404,
         b"PUT / HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 0\r\n\r\n": 404,
         b"\xff\xfe / HTTP/9\r\n\r\n": 400,
     }
