@@ -340,12 +340,12 @@ class _Feed(Iterator[av.VideoFrame]):
         # Key frames of the wanted frames that the decoder has not got, by their times.
         self._lacking = {table.pts[number]: table.key_before(number) for number in wanted}
         self.is_at_its_end = False
-        self.begin = self.newest_key = -(1 << 63)
+        self.begin = self.newest_key = -(1 << 64)  # before any time
 
     def go_to(self, key: int) -> None:
         """Begins anew at a key frame behind all that was decoded."""
         expected = self._table.number_of(key)
-        if expected is None:  # a table from a stranger
+        if expected is None or abs(key) > 1 << 62:  # a table from a stranger; beyond it sums overflow
             raise PacketsError
         packet = None
         if self._packets is not None and expected - self._expected <= _FAR:

@@ -64,6 +64,8 @@ FOUND = {
     "list-kinetics700": [b"label,youtube_id,time_start,time_end\nrun,a,10,1e999\n"],
     "records": [b"[" * 100_000],
     "search-lines": [[{"settings": {"format": 1, "model": {}, "dims": True, "window": 4, "stride": 2}}]],
+    "config": [{"base": "\0"}],
+    "mixture": [{"data": {"train": [{"path": "a\0", "weight": 1}]}}],
     "work-list": [b'{"settings": ' + b"[" * 100_000 + b"\n"],
 }
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fuzz_text4vis import _report_seeds
 from launch import finish, run, start
 from project import EVALUATE, TRAIN
 from shard_data import make_dataset, serve
@@ -173,6 +174,20 @@ def test_logs_show_neither_escapes_nor_secrets(tmp_path, monkeypatch):
     text = (tmp_path / "log.txt").read_text()
     assert "a\\x1b[31m<b>" in text and "\ntwo" not in text and "two\nlines \\u202e https://h.org/d" in text
     assert not [secret for secret in ("\x1b", "\u202e", "word", "key") if secret in text]
+
+
+def test_a_comparison_shows_no_escapes_of_reports(tmp_path):
+    report = json.loads(_report_seeds(tmp_path)[0])
+    for row in report["per_class"]:
+        row["class"] += "\x1b[2J\u202e\ud800"
+    for name in "ab":
+        (tmp_path / f"{name}.json").write_text(json.dumps(report | {"weights": f"\x1b[31m{name}"}))
+    command = "tools/compare_reports.py", tmp_path / "a.json", tmp_path / "b.json", "--json", tmp_path / "out.json"
+    ((code, output),) = finish(start(*command))
+    out = json.loads((tmp_path / "out.json").read_text())
+    assert code == 0 and "a\x1b[2J\u202e\ud800" in {pair["name"] for pair in out["confused"]}
+    assert "| a\\x1b[2J\\u202e\\ud800 " in output and "| \\x1b[31ma" in output
+    assert output.replace("\n", "").isprintable()
 
 
 def test_what_is_kept_of_a_configuration_holds_no_secret(tmp_path):

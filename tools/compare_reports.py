@@ -16,7 +16,6 @@ classifier, template or views differ.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from shards.text import shown
+from shards.text import json_text, shown
 from text4vis.common.console import console, table
 from text4vis.common.programs import run_program
 from text4vis.config.schema import ConfigError
@@ -118,7 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
         show(found, (str(arguments.reports[0]), str(arguments.reports[1])), arguments.top, screen)
         status = 0 if found.is_comparable else NOT_COMPARABLE
     if arguments.json:
-        arguments.json.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        arguments.json.write_text(json_text(content, indent=1) + "\n", encoding="utf-8")
     return status
 
 

@@ -218,11 +218,11 @@ def show(rows: list[Row], screen: Console) -> None:
         for row in rows:
             best = row["top"][0]
             seconds = f"{row['start']:.1f} to {row['end']:.1f}"
-            drawn.add_row(seconds, printable(best["class"]), f"{100 * best['probability']:.1f}")
+            drawn.add_row(seconds, best["class"], f"{100 * best['probability']:.1f}")
     else:
         drawn = table(("class",), ("%",))
         for entry in rows[0].get("present") or rows[0]["top"]:
-            drawn.add_row(printable(entry["class"]), f"{100 * entry['probability']:.1f}")
+            drawn.add_row(entry["class"], f"{100 * entry['probability']:.1f}")
     screen.print(printable(rows[0]["video"]), style="bold")
     if rows[0].get("sure") is False:
         screen.print("unsure", style="yellow")

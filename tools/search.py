@@ -172,7 +172,7 @@ def find(arguments: argparse.Namespace) -> int:
         rows = table(("", "score", "from", "to", "video"))
         for number, moment in enumerate(moments, start=1):
             times = map(serving.clock, (moment.start, moment.end))
-            rows.add_row(str(number), f"{moment.score:.3f}", *times, printable(moment.video))
+            rows.add_row(str(number), f"{moment.score:.3f}", *times, moment.video)
         console().print(rows)
     if arguments.picture:
         serving.save_moments(moments, opened.frames(moments), title, arguments.picture)

@@ -4,9 +4,11 @@ import importlib.util
 import json
 import math
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from string import ascii_lowercase
 
 import numpy as np
 import pytest
@@ -146,6 +148,11 @@ def test_empty_and_long_names_are_errors_that_name_them(model):
     assert text_classifier(model, [fits], "{}").shape == (1, WIDTH)
     with pytest.raises(ConfigError, match=r"'z z .* is longer than the text tower's context of 32 tokens"):
         text_classifier(model, ["archery", long], "{}")
+    word = "".join(np.random.default_rng(0).choice([*ascii_lowercase], 20_000))
+    began = time.thread_time()
+    with pytest.raises(ConfigError, match=r"class names: '\w{99} is longer than the text tower's context of 32 tokens"):
+        text_classifier(model, ["archery", word], "{}")
+    assert time.thread_time() - began < 1, "a long word was cut into byte pairs"
 
 
 # --- the cache

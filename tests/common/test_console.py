@@ -36,3 +36,12 @@ def test_without_titles_there_is_no_head(capsys):
     rows.add_row("a", "b")
     console().print(rows)
     assert capsys.readouterr().out.split() == ["|", "a", "|", "b", "|"]
+
+
+def test_control_characters_are_shown_as_escapes(capsys):
+    rows = table(("\x1b[2Ja",), ("b\u202e",))
+    rows.add_row("\x1b]0;title\x07\n", "\udcff")
+    console().print(rows)
+    head, _, row = capsys.readouterr().out.strip().splitlines()
+    assert head.split() == ["|", "\\x1b[2Ja", "|", "b\\u202e", "|"]
+    assert row.split() == ["|", "\\x1b]0;title\\x07\\n", "|", "\\udcff", "|"]

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from shards.format import ShardError
 from text4vis.config.keys import schema
 from text4vis.config.loading import load_config, resolve_config
 from text4vis.config.paths import absolute, absolute_model, same_path
 from text4vis.config.schema import ConfigError
+from text4vis.data.datasets import open_split
 
 ROOT = Path(__file__).resolve().parents[2]
 PATHS = {key.name: key for key in schema() if key.path != "no"}
@@ -112,6 +114,23 @@ def test_links_are_followed_as_the_system_does(tmp_path):
 def test_a_home_that_is_not_known_is_said(recipe, monkeypatch):
     with pytest.raises(ConfigError, match=r"data\.label_list: '~nobody-here/x' \(from .*r\.yaml\): .*HOME"):
         given(recipe, "data.label_list", "~nobody-here/x")
+
+
+def test_a_path_that_is_none_is_said(recipe):
+    with pytest.raises(ConfigError, match=r"data\.train: 'a\\x00' \(from .*r\.yaml\): no file's name holds .* NUL"):
+        given(recipe, "data.train", [{"path": "a\0", "weight": 1}])
+    with pytest.raises(ConfigError, match=r"r\.yaml: base: expected a file name, got 'a\\x00'"):
+        given(recipe, "base", "a\0")
+
+
+@pytest.mark.parametrize("name", ["long" * 100, "long/" * 2000])
+def test_a_path_longer_than_the_system_takes_is_named_where_it_is_opened(recipe, name):
+    recipe.write_text(yaml.safe_dump({"data": {"train": [{"path": name, "weight": 1}, {"path": "b", "weight": 2}]}}))
+    config = load_config(recipe)
+    with pytest.raises(ShardError, match=f"data.train: {recipe.parent}/long.*: File name too long; name a folder"):
+        open_split(config, "train")
+    with pytest.raises(ConfigError, match=r"long.*File name too long"):
+        given(recipe, "base", name)
 
 
 def test_a_path_that_still_begins_at_the_working_folder_is_answered_with_what_to_write(recipe):

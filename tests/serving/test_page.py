@@ -8,8 +8,10 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator
+from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from aiohttp import FormData
 from aiohttp.test_utils import TestClient, TestServer
@@ -18,13 +20,16 @@ from tiny import write_export
 from videos import write_video
 
 import text4vis
+from shards.text import printable
 from text4vis.evaluation.calibration import Calibration
 from text4vis.evaluation.multi_label import Decision
+from text4vis.serving.answers import Prediction, Timeline
 from text4vis.serving.indexing import index_videos
 from text4vis.serving.page import Page, Upload, size_in_words, typed_labels
 from text4vis.serving.page_server import _application, serve_page
 from text4vis.serving.pictures import clock
 from text4vis.serving.predictor import PredictionError
+from text4vis.serving.search import Moment
 
 NAMES = ["archery", "surfing", "<img src=x>\x1b"]
 HOSTILE = '<img src=x onerror=alert(1)>{{ 7 * 7 }}"\u202e.mp4'
@@ -284,6 +289,9 @@ def test_requests_that_are_no_forms_or_no_http_are_refused_without_a_traceback(r
         b"POST / HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/x-www-form-urlencoded\r\n"
         b"Content-Length: 5\r\nContent-Encoding: gzip\r\n\r\nask=x": 400,
         b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nExpect: \xff\r\n\r\n": 417,
+        b"OPTIONS * HTTP/1.1\r\nHost: 127.0.0.1\r\nExpect: \xff\r\n\r\n": 417,
+        b"CONNECT x:1 HTTP/1.1\r\nHost: 127.0.0.1\r\nExpect: \xff\r\n\r\n": 417,
+        b"OPTIONS * HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n": 404,
         b"PUT / HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 0\r\n\r\n": 404,
         b"\xff\xfe / HTTP/9\r\n\r\n": 400,
     }
@@ -301,6 +309,56 @@ def test_requests_that_are_no_forms_or_no_http_are_refused_without_a_traceback(r
 
     assert asyncio.run(answers()) == list(requests.values())
     assert not [record for record in caplog.records if record.exc_info]
+
+
+MADE_TO_HURT = (
+    '</textarea><script>alert(1)</script>" onfocus=alert(1) autofocus="<img src=x>{{ 7 }}&lt;b&gt;'
+    "$\\frac{\x1b[2J\u202eexe\udcff\0"
+)
+
+
+class _Elements(HTMLParser):
+    """The elements of a page with the names of their attributes, and all text that it shows."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, ...]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, *(name for name, _ in attributes)))
+        self.text += "\n".join(value or "" for _, value in attributes)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.mark.parametrize("kind", ["recognise", "timeline", "search", "refused"])
+def test_what_users_type_and_files_are_called_is_no_more_than_text(recogniser, index, video, monkeypatch, kind):
+    """A page of hostile texts has the elements of one of harmless texts, and shows their control characters as escapes.
+
+    The model takes any label here: what a tokenizer does with these is not asked.
+    """
+    monkeypatch.setattr(recogniser, "predict", lambda path, labels, accuracy: Prediction(
+        [(name, 0.5) for name in labels], np.arange(2), np.zeros((2, 8, 8, 3), np.uint8)))  # fmt: skip
+    monkeypatch.setattr(recogniser, "scan", lambda path, labels, window_seconds: Timeline(
+        labels, np.array([[0.0, 4.0]]), np.full((1, len(labels)), 0.5), [np.zeros((8, 8, 3), np.uint8)]))  # fmt: skip
+    opened = text4vis.open_index(index)
+    monkeypatch.setattr(opened, "find", lambda text, count: [Moment(text, 0, 2, 0.5)])
+
+    def shown(text: str, labels: list[str]) -> _Elements:
+        page = Page(recogniser, text, index=opened)
+        fields = {"ask": kind, "labels": "\n".join(labels), "text": text}
+        if kind != "refused":
+            return _Elements(page.answer(fields, Upload(video, text)))
+        with pytest.raises(PredictionError) as error:
+            page.answer(fields | {"ask": "timeline", "window": text}, Upload(video, text))
+        return _Elements(page.show(fields | {"window": text}, error=str(error.value)))
+
+    page = shown(MADE_TO_HURT, [MADE_TO_HURT, "long " * 1000])
+    assert page.elements == shown("clip.mp4", ["a cat", "a dog"]).elements
+    assert printable(MADE_TO_HURT) in page.text and page.text.replace("\n", "").isprintable()
 
 
 def test_unsure_answers_say_so(export, video):

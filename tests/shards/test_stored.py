@@ -201,6 +201,18 @@ def test_packets_that_cannot_be_are_named(stored, monkeypatch, column, row, valu
             in_parts(dataset, sample, np.array([60]))
 
 
+@pytest.mark.parametrize("early", [-(1 << 63), -(1 << 63) + 5632])
+def test_times_at_the_end_of_what_a_number_holds_are_refused(stored, early):
+    """As an index from a stranger may have them: the first is FFmpeg's mark of no time, of the second sums overflow."""
+    with open_dataset(str(stored)) as dataset:
+        sample = next(n for n in range(len(dataset)) if dataset.name(n) == "bframes.mp4")
+        rows = dataset._parts[0].index.packet_rows(sample).copy()
+        rows["pts"][rows["pts"].argmin()] = early
+        video = SparseVideo.of(dataset.read_video(sample), rows)
+        with pytest.raises(VideoError, match="its packets are not those that the index describes"):
+            decode_stored(video, [0], num_frames=COUNT)
+
+
 def test_a_video_whose_packets_lie_is_not_listed(videos, monkeypatch):
     """The table must be that of the frames which decoding the whole file gives."""
     data, listed = (videos / "bframes.mp4").read_bytes(), shards.stored._listed

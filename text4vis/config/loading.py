@@ -115,7 +115,7 @@ def _read_yaml(path: Path, including: tuple[Path, ...] = ()) -> tuple[dict[str, 
     merged: dict[str, Any] = {}
     origin: dict[str, str] = {}
     if base is not None:
-        if not isinstance(base, str):
+        if not isinstance(base, str) or "\0" in base:
             raise ConfigError(f"{path}: base: expected a file name, got {base!r}")
         merged, origin = _read_yaml(path.parent / base, (*including, path.resolve()))
     for key, value in _leaves(values):

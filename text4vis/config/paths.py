@@ -23,8 +23,10 @@ def absolute(value: str, folder: Path) -> str:
     """The absolute path of `value` seen from `folder`; addresses and absolute paths are returned unchanged.
 
     The result has no `.` and no leading `..`, and names the file that `folder / value` names, links included. Raises
-    ValueError for a `~` of an unknown home.
+    ValueError for a `~` of an unknown home and for a NUL.
     """
+    if "\0" in value:
+        raise ValueError("no file's name holds the character NUL; write the path without it")
     if not value or SCHEME.match(value) or value.startswith("pipe:") or "::" in value:
         return value  # what is no address at all is refused where it is opened
     if value.startswith("~"):

@@ -32,6 +32,7 @@ INSTALL = "pip install 'text4vis[tokenizers]'"
 ARGUMENTS = {"additional_special_tokens", "bpe_path", "clean", "language", "reduction_mask", "strip_sep_token"}
 TOKENIZER_FILES = ("tokenizer*.json", "*.model", "vocab.*")
 VOCABULARY, TOKENIZER, ENCODER = "bpe.txt.gz", "tokenizer", "encoder"  # in an export
+_CHARACTERS_A_TOKEN = 32  # at most, on average; byte pairs take time that grows with the square of a word's length
 _PROBE = ["A person's café: 42 dogs, RUNNING_fast!", "人が走っている; бежит человек"]
 
 
@@ -109,6 +110,9 @@ class Tokenizer:
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Tokens (C, L) int64. Raises ValueError naming the text that is longer than the context of L tokens."""
         length = self.context_length
+        for text in texts:
+            if len(text) > _CHARACTERS_A_TOKEN * length:
+                raise self._too_long(text)
         tokens_CL = self._tokenizer(list(texts), context_length=length)
         # With room for one more token a truncated row changes; a complete one only gains padding.
         longer = self._tokenizer(list(texts), context_length=length + 1)
@@ -116,8 +120,12 @@ class Tokenizer:
         same = torch.cat([longer[:, :place], longer[:, place + 1 :]], dim=1) == tokens_CL
         for text, complete in zip(texts, (same.all(dim=1) & (longer[:, place] == padding)).tolist(), strict=True):
             if not complete:
-                raise ValueError(f"{text!r} is longer than the text tower's context of {length} tokens; shorten it")
+                raise self._too_long(text)
         return tokens_CL
+
+    def _too_long(self, text: str) -> ValueError:
+        limit = self.context_length
+        return ValueError(f"{text!r:.100} is longer than the text tower's context of {limit} tokens; shorten it")
 
     def _padding(self) -> tuple[int, int]:
         """Where a row of L + 1 tokens has one more padding token than a row of L, and this token."""

@@ -76,20 +76,23 @@ def _application(page: Page) -> web.Application:
     async def nothing(_: web.Request) -> web.Response:
         raise web.HTTPNotFound
 
-    plain: Any = {"expect_handler": _refuse_expectation}
-    routes = [web.get("/", blank, **plain), web.post("/", ask, **plain), web.get("/page.js", code, **plain)]
-    app.add_routes([*routes, web.route("*", "/{path:.*}", nothing, **plain)])
+    resolve = app.router.resolve
+
+    async def unless_expecting(request: web.Request) -> Any:
+        """Refuses any Expect header, so clients send the request without it: aiohttp fails on one that is not UTF-8."""
+        if "Expect" in request.headers:
+            raise web.HTTPExpectationFailed
+        return await resolve(request)
+
+    routes = [web.get("/", blank), web.post("/", ask), web.get("/page.js", code), web.route("*", "/{path:.*}", nothing)]
+    app.add_routes(routes)
+    app.router.resolve = unless_expecting  # type: ignore[method-assign]  # routes alone leave out `OPTIONS *`
     return app
 
 
 def _is_ours(record: logging.LogRecord) -> bool:
     """Whether a traceback that aiohttp logs is of an error in this program, and not of a request that is no HTTP."""
     return not (record.exc_info and isinstance(record.exc_info[1], (HttpProcessingError, web.RequestPayloadError)))
-
-
-async def _refuse_expectation(_: web.Request) -> None:
-    """Clients with an Expect header send their request without it then. aiohttp fails on words that are not UTF-8."""
-    raise web.HTTPExpectationFailed
 
 
 @web.middleware
