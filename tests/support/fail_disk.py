@@ -79,7 +79,11 @@ def try_one(program: Program, variables: dict[str, str], expected: object, outpu
     """What went wrong, or nothing."""
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir()
-    code, text = run(program.command, output, variables)
+    return judge(program, output, expected, *run(program.command, output, variables))
+
+
+def judge(program: Program, output: Path, expected: object, code: int, text: str) -> str:
+    """What is wrong with an end, and with what an undisturbed run makes of what it left; or nothing."""
     if "Traceback" in text or code < 0 or (code and "error" not in text):
         return f"exit code {code}: {text[-1500:]}"
     if not code and program.result(output, text) != expected:
