@@ -1,11 +1,11 @@
 """Makes a mounted file system fail below real programs, so that the kernel itself reports it.
 
-    python tests/support/fail_fuse.py [--tries 5] [--only NAME …]
+    python tests/support/fail_fuse.py [--tries 4] [--only NAME …]
 
 fail_disk.py changes the calls that a process makes through the C library. Here mapped files fail as well, a read can
 take two seconds, and a disk can be full only when a file is synchronised or closed, as on NFS: what was written to the
-file is lost then. Programs are judged as there, but for one thing: a mapped file whose disk fails ends a process with
-SIGBUS (see docs/reliability.md), and the last words must then be those of Python's fault handler.
+file since it was last synchronised or closed is lost then. Programs are judged as there, but for one thing: a mapped
+file whose disk fails ends a process with SIGBUS (see docs/reliability.md), and it must say so.
 
 Needs Linux, root, `pip install mfusepy` and Debian's libfuse3-3.
 """
@@ -65,6 +65,7 @@ class Passing(Operations):
     def __init__(self, back: Path, control: Path, log: Path) -> None:
         self.back, self.control, self.log = back, control, log
         self.fault_text, self.calls = "", 0
+        self.kept_bytes: dict[int, int] = {}  # by inode: what a failing fsync or flush does not lose
 
     def at(self, path: str) -> Path:
         return self.back / path.removeprefix("/")
@@ -85,8 +86,12 @@ class Passing(Operations):
         time.sleep(fault.seconds)
         if fault.code:
             if call in ("fsync", "flush"):
-                os.ftruncate(handle, 0)
+                os.truncate(self.at(path), self.kept_bytes.get(os.fstat(handle).st_ino, 0))
             raise FuseOSError(fault.code)
+
+    def keep(self, handle: int) -> None:
+        found = os.fstat(handle)
+        self.kept_bytes[found.st_ino] = found.st_size
 
     def read(self, path, size, offset, fh):
         self.strike("read", path, fh)
@@ -98,12 +103,13 @@ class Passing(Operations):
 
     def fsync(self, path, datasync, fh):
         self.strike("fsync", path, fh)
-        os.fsync(fh)
+        self.keep(fh)
         return 0
 
     def flush(self, path, fh):
         if fcntl.fcntl(fh, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY:
             self.strike("flush", path, fh)
+            self.keep(fh)
         return 0
 
     def release(self, path, fh):
@@ -114,7 +120,9 @@ class Passing(Operations):
         return os.open(self.at(path), flags & ~os.O_APPEND)  # the kernel gives the offsets
 
     def create(self, path, mode, fi=None):
-        return os.open(self.at(path), os.O_RDWR | os.O_CREAT | os.O_TRUNC, mode)
+        handle = os.open(self.at(path), os.O_RDWR | os.O_CREAT | os.O_TRUNC, mode)
+        self.keep(handle)
+        return handle
 
     def getattr(self, path, fh=None):
         found = os.lstat(self.at(path))
