@@ -100,11 +100,11 @@ def test_files_that_are_gone_stay_until_they_are_to_be_removed(files, tmp_path):
 
 def test_vectors_that_the_disk_lost_are_embedded_again(files, tmp_path, monkeypatch):
     """The synchronisation of the vectors fails once, and what was written is gone."""
-    synchronise, failed = os.fsync, list[str]()
+    synchronise, failed = os.fsync, list[Path]()
 
     def lose_once(descriptor: int) -> None:
-        path = os.readlink(f"/proc/self/fd/{descriptor}")
-        if path.endswith(".f16") and not failed:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        if path.suffix == ".f16" and not failed:
             failed.append(path)
             os.truncate(path, 0)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -129,7 +129,7 @@ def programs(base: Path) -> dict[str, Program]:
     export = write_export(base, ["one", "two", "three"])
     clips.mkdir()
     for number in range(4):
-        write_video(clips / f"clip{number}.mp4", 6 + number, number)
+        write_video(clips / f"clip{number}.mp4", 60 * number, 6 + number)
     build_shards = (
         "tools/build_shards.py", "--annotations", lists / "frames.txt", "--root", project.frames,
         "--labels", lists / "labels.csv", "--output", "OUTPUT/shards", "--shard-bytes", 200_000,
