@@ -56,7 +56,7 @@ constraints:
 # The lowest versions that pyproject.toml allows, in an environment of their own, with the tests of `make check`.
 lowest:
 	rm -rf .lowest && $(PYTHON) -m venv .lowest && .lowest/bin/pip install --quiet uv
-	.lowest/bin/uv pip install --quiet --python .lowest/bin/python --resolution lowest-direct --editable '.[dev]'
+	.lowest/bin/uv pip install --quiet --python .lowest/bin/python --resolution lowest-direct --editable '.[dev]' 'setuptools>=77'
 	PATH="$(CURDIR)/.lowest/bin:$$PATH" .lowest/bin/python -m $(PYTEST) -q \
 	    -m 'not slow and not multihost and not gpu and not long'
 	rm -rf .lowest

@@ -15,8 +15,8 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -69,13 +69,18 @@ class Workspace:
     def __init__(self, output: Path) -> None:
         self.output = output
         self.path = output / FOLDER
-        self._lock = self._take_lock()
+        self._lock: int | None = self._take_lock()
 
     def __enter__(self) -> Workspace:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._lock)
+        self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def _take_lock(self) -> int:
         name = self.path / "lock"
@@ -160,8 +165,16 @@ class Workspace:
             return np.zeros(len(arrays["videos"]) if role == STREAMS_ROLE else 0, table_dtypes(False, True)[role])
 
     def remove(self) -> None:
-        """Ends the build; the lock is held until the end."""
-        shutil.rmtree(self.path)
+        """Ends the build.
+
+        The lock is held until only the folder is left. NFS keeps a removed file that is open in its folder, under
+        another name, so the file is closed before the folder goes.
+        """
+        self._remove_all_but({"lock"})
+        (self.path / "lock").unlink()
+        self._release()
+        with suppress(OSError):  # the next builder has begun here already
+            self.path.rmdir()
 
     def _rows_path(self, number: int) -> Path:
         return self.path / f"{number:06d}.npz"

@@ -225,6 +225,7 @@ class _S3Store(_HttpStore):
             await self._read_by_botocore(name, 0, 1)
         bucket, key, version = self._filesystem.split_path(self._path(name))
         wanted = {"Bucket": bucket, "Key": key, **({"VersionId": version} if version else {})}
+        wanted |= self._filesystem.req_kw  # requester_pays; s3fs adds it itself only since 2026.9
         requests: list[Any] = []
         token = _prepared.set(requests)
         try:

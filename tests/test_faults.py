@@ -113,7 +113,7 @@ def clips(tmp_path_factory):
     base = tmp_path_factory.mktemp("clips")
     (base / "clips").mkdir()
     for number in range(3):
-        write_video(base / "clips" / f"clip{number}.mp4", 6 + number, number)
+        write_video(base / "clips" / f"clip{number}.mp4", 60 * number, 6 + number)
     return base / "clips", write_export(base, ["one", "two", "three"])
 
 

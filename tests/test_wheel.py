@@ -26,8 +26,7 @@ DATA = (".py", ".pyi", ".j2", ".js")
 def installed(tmp_path_factory) -> Path:
     """A folder as pip fills it from the wheel, which is built from a copy of the tree."""
     base = tmp_path_factory.mktemp("wheel")
-    build_meta = pytest.importorskip("setuptools.build_meta")
-    assert build_meta
+    pytest.importorskip("setuptools", minversion="77")
     code = "import sys; from setuptools.build_meta import build_wheel; print(build_wheel(sys.argv[1]))"
     tree = base / "tree"
     for folder in ("shards", "text4vis", "tools"):

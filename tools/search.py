@@ -150,6 +150,7 @@ def describe_index(folder: Path, report: serving.IndexReport) -> None:
     console().print(f"{printable(str(folder))}: {size}")
     if report.broken:
         print(f"search: error: {counted(len(report.broken), 'file')} could not be read", file=sys.stderr)
+        print("search: `touch` them to try them again: a file is read anew when its time changes", file=sys.stderr)
 
 
 def counted(number: int, noun: str) -> str:

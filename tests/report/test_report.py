@@ -321,10 +321,9 @@ def test_the_command(runs, tmp_path):
 
 
 def test_the_template_is_installed_with_the_package(monkeypatch):
-    from setuptools.dist import Distribution
-
+    setuptools = pytest.importorskip("setuptools", minversion="77")
     monkeypatch.chdir(ROOT)
-    distribution = Distribution()
+    distribution = setuptools.Distribution()
     distribution.parse_config_files(["pyproject.toml"])
     room = ROOT / "text4vis" / "report"
     installed = [path for pattern in distribution.package_data["text4vis.report"] for path in room.glob(pattern)]

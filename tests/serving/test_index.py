@@ -1,5 +1,6 @@
 """An index holds every window of every video once, whoever builds it and whatever is killed; it is safe to open."""
 
+import errno
 import json
 import os
 import random
@@ -95,6 +96,26 @@ def test_files_that_are_gone_stay_until_they_are_to_be_removed(files, tmp_path):
     write_stub(files / "4.mp4", 4, 5)  # it comes back
     assert build(tmp_path / "index", files).new == 1
     check_vectors(tmp_path / "index", {name: ALL[name] for name in ALL if name != "1.mp4"})
+
+
+def test_vectors_that_the_disk_lost_are_embedded_again(files, tmp_path, monkeypatch):
+    """The synchronisation of the vectors fails once, and what was written is gone."""
+    synchronise, failed = os.fsync, list[Path]()
+
+    def lose_once(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        if path.suffix == ".f16" and not failed:
+            failed.append(path)
+            os.truncate(path, 0)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        synchronise(descriptor)
+
+    monkeypatch.setattr(os, "fsync", lose_once)
+    with pytest.raises(SearchError, match=r"\.f16: No space left on device; .* give the same command again"):
+        build(tmp_path / "index", files)
+    assert failed
+    build(tmp_path / "index", files)
+    check_vectors(tmp_path / "index", ALL)
 
 
 def test_files_are_known_by_whatever_name_they_have(tmp_path):

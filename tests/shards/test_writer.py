@@ -310,6 +310,26 @@ def test_second_builder_is_refused(frame_folders, tmp_path):
     build(frame_folders, tmp_path / "data")
 
 
+def test_a_builder_that_begins_as_another_ends_keeps_its_folder(tmp_path, monkeypatch):
+    """The last thing to go is the folder: by then its lock is free and closed, as NFS wants it."""
+    workspaces, remove = [shards.building.Workspace(tmp_path)], Path.rmdir
+
+    def begin_then_remove(path: Path) -> None:
+        workspaces.append(shards.building.Workspace(tmp_path))
+        remove(path)
+
+    monkeypatch.setattr(Path, "rmdir", begin_then_remove)
+    with workspaces[0] as workspace:
+        workspace.begin({"of": "the first"})
+        workspace.remove()
+    with workspaces[1] as workspace:
+        assert workspace.settings() is None
+        assert (workspace.path / "lock").exists()
+        monkeypatch.undo()
+        workspace.remove()
+    assert not workspace.path.exists()
+
+
 def test_append_leaves_old_shards_alone(frame_folders, tmp_path):
     output = tmp_path / "data"
     lines = frame_folders.annotations.read_text().splitlines()

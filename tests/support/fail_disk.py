@@ -39,13 +39,15 @@ CALLS = ("open", "read", "write", "sync", "rename")
 class Program:
     """command: script and arguments; OUTPUT in them is a folder of this try. place: part of the paths that count.
 
-    result: what the finished output must equal, taken from the folder and the printed text.
+    result: what the finished output must equal, taken from the folder and the printed text. obey: does in the folder
+    what the program asks for before it is called again.
     """
 
     name: str
     command: tuple[object, ...]
     places: tuple[object, ...]
     result: Callable[[Path, str], object]
+    obey: Callable[[Path], object] = lambda output: None
 
 
 def files(folder: Path, pattern: str = "**/*") -> dict[str, str]:
@@ -79,12 +81,17 @@ def try_one(program: Program, variables: dict[str, str], expected: object, outpu
     """What went wrong, or nothing."""
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir()
-    code, text = run(program.command, output, variables)
+    return judge(program, output, expected, *run(program.command, output, variables))
+
+
+def judge(program: Program, output: Path, expected: object, code: int, text: str) -> str:
+    """What is wrong with an end, and with what an undisturbed run makes of what it left; or nothing."""
     if "Traceback" in text or code < 0 or (code and "error" not in text):
         return f"exit code {code}: {text[-1500:]}"
     if not code and program.result(output, text) != expected:
         return f"ended with 0 and another result: {text[-1500:]}"
     if code:
+        program.obey(output)
         again, text = run(program.command, output, {})
         if again or program.result(output, text) != expected:
             return f"afterwards, exit code {again} or another result: {text[-1500:]}"
@@ -96,6 +103,12 @@ def answers(path: Path) -> dict[str, object]:
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert all("error" not in line for line in lines), lines
     return {line["video"]: line["top"] for line in lines if "video" in line}
+
+
+def delete_errors(path: Path) -> None:
+    """Deletes the lines of a prediction list that have an `error`."""
+    if path.exists():
+        path.write_text("".join(line for line in path.read_text().splitlines(True) if '"error"' not in line))
 
 
 def windows(folder: Path) -> dict[str, object]:
@@ -116,7 +129,7 @@ def programs(base: Path) -> dict[str, Program]:
     export = write_export(base, ["one", "two", "three"])
     clips.mkdir()
     for number in range(4):
-        write_video(clips / f"clip{number}.mp4", 6 + number, number)
+        write_video(clips / f"clip{number}.mp4", 60 * number, 6 + number)
     build_shards = (
         "tools/build_shards.py", "--annotations", lists / "frames.txt", "--root", project.frames,
         "--labels", lists / "labels.csv", "--output", "OUTPUT/shards", "--shard-bytes", 200_000,
@@ -131,8 +144,20 @@ def programs(base: Path) -> dict[str, Program]:
     known = (
         Program("build", build_shards, ("OUTPUT/shards", project.frames), lambda output, _: files(output / "shards")),
         Program("check", check, (project.shards,), lambda _, text: text.splitlines()[-1]),
-        Program("predict", predict, ("OUTPUT/all.jsonl", clips), lambda output, _: answers(output / "all.jsonl")),
-        Program("search", index, ("OUTPUT/index", clips), lambda output, _: windows(output / "index")),
+        Program(
+            "predict",
+            predict,
+            ("OUTPUT/all.jsonl", clips),
+            lambda output, _: answers(output / "all.jsonl"),
+            lambda output: delete_errors(output / "all.jsonl"),
+        ),
+        Program(
+            "search",
+            index,
+            ("OUTPUT/index", clips),
+            lambda output, _: windows(output / "index"),
+            lambda _: [clip.touch() for clip in clips.iterdir()],
+        ),
         Program("train", train, ("OUTPUT/run", project.shards), lambda output, _: trained(output / "run")),
         Program("evaluate", evaluate, ("OUTPUT/", project.shards), lambda output, _: top1(output / "report.json")),
     )

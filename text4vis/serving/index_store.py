@@ -293,20 +293,24 @@ class IndexWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what was added: first the vectors, then the lines that name them."""
-        if self._pending:
+        """Writes what was added: first the vectors, then the lines that name them.
+
+        After an error it is not tried again: rows may be missing on the disk, and the lines would name others.
+        """
+        pending, records = self._pending, self._records
+        self._pending, self._records, self._last_flush = [], [], time.monotonic()
+        if pending:
             if self._stream is None:
                 self._folder.mkdir(exist_ok=True)
                 self._stream = (self._folder / self._part).open("xb")
                 sync(self._folder)
             with disk_errors(self._folder / self._part):
-                for vectors_WD in self._pending:
+                for vectors_WD in pending:
                     self._stream.write(vectors_WD.data)
                     self._num_rows += len(vectors_WD)
                 self._stream.flush()
                 os.fsync(self._stream.fileno())
-        self._work.append(self._records)
-        self._pending, self._records, self._last_flush = [], [], time.monotonic()
+        self._work.append(records)
 
     def __enter__(self) -> IndexWriter:
         return self
@@ -317,7 +321,8 @@ class IndexWriter:
             self.flush()
         finally:
             if self._stream is not None:
-                self._stream.close()
+                with disk_errors(self._folder / self._part):
+                    self._stream.close()
 
 
 def needs_tidying(catalogue: Catalogue) -> bool:
