@@ -12,6 +12,7 @@ from tiny import CONFIG, OPENAI_VIT, openai_state, random_clip, random_frames, t
 
 from text4vis.classifier.embeddings import build_classifier
 from text4vis.config.schema import Config, ConfigError, DataConfig, NetworkConfig
+from text4vis.model import tensors
 from text4vis.model.video_clip import build_model
 from text4vis.saved.weights import export_model, load_export, load_text4vis
 
@@ -271,3 +272,18 @@ def test_a_trained_text_tower_is_exported_and_frozen_again(network, tmp_path):
     assert loaded.text_tower is None
     torch.testing.assert_close(loaded.encode_text(NAMES), model.encode_text(NAMES))
     torch.testing.assert_close(build_classifier(config, loaded, NAMES), classes)
+
+
+@pytest.mark.parametrize("kept", [0, 7, 90])
+def test_weights_that_a_full_disk_loses_at_the_close_are_named(tmp_path, monkeypatch, kept):
+    """The library's writer does not say so. kept: bytes of the file that stay."""
+
+    def save_and_lose(state, path, metadata):
+        save_file(state, path, metadata)
+        with path.open("r+b") as file:
+            file.truncate(kept)
+
+    monkeypatch.setattr(tensors, "save_file", save_and_lose)
+    path = tmp_path / "w.safetensors"
+    with pytest.raises(OSError, match=re.escape(f"{path}: cannot be written (") + ".*; free space on the disk"):
+        tensors.write_tensors(path, {"a": torch.ones(100)})

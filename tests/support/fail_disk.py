@@ -159,13 +159,14 @@ def programs(base: Path) -> dict[str, Program]:
             lambda _: [clip.touch() for clip in clips.iterdir()],
         ),
         Program("train", train, ("OUTPUT/run", project.shards), lambda output, _: trained(output / "run")),
-        Program("evaluate", evaluate, ("OUTPUT/", project.shards), lambda output, _: top1(output / "report.json")),
+        Program("evaluate", evaluate, ("OUTPUT/", project.shards), lambda output, _: evaluated(output)),
     )
     return {program.name: program for program in known}
 
 
-def top1(report: Path) -> float:
-    return json.loads(report.read_text())["top1"]
+def evaluated(output: Path) -> object:
+    """The figure, and the hash of the features."""
+    return json.loads((output / "report.json").read_text())["top1"], files(output, "features.safetensors")
 
 
 def spread(number: int, tries: int) -> list[int]:

@@ -141,8 +141,10 @@ class Passing(Operations):
         os.truncate(self.at(path), length)
 
     def utimens(self, path, times=None):
-        is_now = times is None or UTIME_NOW in times
-        os.utime(self.at(path), ns=None if is_now else times)
+        if times is None or UTIME_NOW in times:
+            os.utime(self.at(path))
+        else:
+            os.utime(self.at(path), ns=times)
 
     def chmod(self, path, mode):
         self.at(path).chmod(mode)

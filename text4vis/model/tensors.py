@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from open_clip.pretrained import get_pretrained_url, list_pretrained_models_by_tag
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -76,10 +76,15 @@ def _unpacked(content: Any) -> Any:
 
 
 def write_tensors(path: Path, state: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes safetensors with the folder's default permissions. Raises OSError, SafetensorError."""
+    """Writes safetensors with the folder's default permissions. Raises OSError."""
     path.touch()
     mode = path.stat().st_mode
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path, metadata)
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path, metadata)
+        with safe_open(path, "pt"):  # save_file is silent where a disk says only at the close that it is full
+            pass
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written ({error}); free space on the disk") from None
     with suppress(OSError):  # not every mount has modes
         path.chmod(mode)  # the library makes files owner-only
 

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError
 from torch import Tensor
 
 from shards.files import replacing_path, write_atomically
@@ -309,11 +308,8 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def write_state(path: Path, state: Mapping[str, Tensor]) -> None:
     """Writes named tensors as safetensors, complete or not at all. Raises OSError."""
-    try:
-        with replacing_path(path) as temporary:  # tensors read from an export may be views of this very file
-            write_tensors(temporary, state)
-    except SafetensorError as error:
-        raise OSError(f"{path}: cannot be written ({error})") from None
+    with replacing_path(path) as temporary:  # tensors read from an export may be views of this very file
+        write_tensors(temporary, state)
 
 
 def weights_fingerprint(state: Mapping[str, Tensor]) -> str:
