@@ -43,9 +43,10 @@ from tiny import write_export
 from videos import write_video
 
 SETTINGS = ("solver.global_batch=6", "data.batch_size=1", "logging.save_steps=20", "logging.eval_freq=20",
-            "logging.pictures=0", "engine.precision=fp32", "engine.zero_stage=1")  # fmt: skip
+            "logging.pictures=0", "engine.precision=fp32", "engine.zero_stage=1",
+            "solver.lr=1e-4")  # fmt: skip  # with 2e-3 two undisturbed runs of one and two ranks part after 700 steps
 NUM_CLIPS = 24
-CLOSE = 2e-3  # relative: sums over other numbers of ranks round otherwise
+CLOSE = 1e-5  # relative: sums over other numbers of ranks round otherwise, by 3e-7 in 2,000 undisturbed steps
 
 
 @dataclass
