@@ -93,6 +93,7 @@ def test_kinetics_files_named_by_their_id_alone_are_taken_where_the_lists_have_o
     [
         ({"x.csv": ""}, "holds none of train.csv"),
         ({"train.csv": "label,id\n"}, "train.csv:1: no column 'youtube_id'"),
+        ({"train.csv": "label," + "x" * 140_000 + "\n"}, "train.csv:1: field larger than field limit"),
         (
             {"train.csv": "label,youtube_id,time_start,time_end\nyogaa,x,0,10\n"},
             "train.csv:2: the class 'yogaa' .*'yoga'",
