@@ -293,7 +293,7 @@ def test_splits_without_videos_to_train_on_are_refused():
         ("path,label\n../1.mp4,a\n", "2: the path '../1.mp4' leaves the root"),
         ("path,label\n/else/1.mp4,a\n", "2: the path '/else/1.mp4' leaves the root folder"),
         ("path,label\nC:\\v\\1.mp4,a\n", "2: the path .* begins with a drive of Windows"),
-        ("path,label\na\0b.mp4,x\n", "2: the path .* holds a control character"),
+        ("path,label\na\0b.mp4,x\n", "2: (the path .* holds a control character|line contains NUL)"),  # Python 3.10
         ("path,label,split\na.mp4,x,tset\n", "2: split is 'tset'"),
         ('path,label\n"a.mp4,x\n', "unexpected end"),
     ],
