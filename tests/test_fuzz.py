@@ -22,6 +22,10 @@ QUICK = settings(max_examples=200, deadline=None, database=None, suppress_health
 WITH_REFUSED_SEEDS = ("address", "page-form", "page-http")
 
 
+# Libraries warn in the words of damaged files, which may be half letters that no report of pytest-xdist can hold.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
 @pytest.fixture(scope="module")
 def seeded(tmp_path_factory):
     """For each target its folder and its valid files, all of which it accepts."""
