@@ -182,9 +182,14 @@ def _open(source: Source) -> InputContainer:
     _refuse_header(source)
     try:
         file = io.BytesIO(source) if isinstance(source, bytes) else f"file:{source}"
-        options = {"format_whitelist": _FORMATS, "max_pixels": str(MOST_PIXELS)}
-        # Titles and the like are not used, and old files have them in any encoding.
-        return av.open(file, "r", options=options, metadata_errors="replace")
+        # PyAV 18 loses a copy of `options` for each stream of a file that it cannot open, so the long one isn't there.
+        return av.open(
+            file,
+            "r",
+            options={"max_pixels": str(MOST_PIXELS)},
+            container_options={"format_whitelist": _FORMATS},
+            metadata_errors="replace",  # titles and the like are not used, and old files have them in any encoding
+        )
     except av.error.ArgumentError:
         raise VideoError("not a video format that is read here") from None
 
