@@ -83,6 +83,8 @@ class LargeTable:
         rows = self.read(video)
         if len(rows) < self.count[video]:
             raise ShardError(f"{self.file.path}: ends before the rows of video {video}; it was cut in use: {_REBUILD}")
+        if self.file.was_reopened and self.checksum(rows) != self.crc32[video]:
+            raise ShardError(f"{self.file.path}: was replaced while it was in use; start again")
         return rows
 
     def read(self, video: int) -> np.ndarray:

@@ -87,10 +87,14 @@ class OpenFile:
 
 
 class MountedFile:
-    """A file that is opened again where its mount went stale or was away for a while. Raises OSError."""
+    """A file that is opened again where its mount went stale or was away for a while. Raises OSError.
+
+    was_reopened: then another file may have taken its place.
+    """
 
     def __init__(self, path: Path, retries: int) -> None:
         self.path, self._retries = path, retries
+        self.was_reopened = False
         self._file = OpenFile(path)
 
     def read(self, start: int, stop: int) -> bytes:
@@ -103,7 +107,7 @@ class MountedFile:
         return _again(self._retries, lambda: self._read_reopened(start, stop))
 
     def _read_reopened(self, start: int, stop: int) -> bytes:
-        self._file = OpenFile(self.path)
+        self._file, self.was_reopened = OpenFile(self.path), True
         return pread_exactly(self._file.descriptor, start, stop)
 
 

@@ -341,6 +341,26 @@ def test_stale_handles_are_opened_again(folder, monkeypatch, code, of_tar, name)
             dataset.read(0, np.array([0]))
 
 
+def test_a_table_that_another_has_replaced_is_not_used(folder, monkeypatch):
+    """Its rows lead to frames of other videos, whose checksums they hold: nothing else would tell."""
+    monkeypatch.setattr(shards.local, "_BACKOFF_SECONDS", 0.001)
+    pread, failures = os.pread, [errno.ESTALE]
+
+    def failing(descriptor, *arguments):
+        if failures and not is_tar(descriptor):
+            raise OSError(failures.pop(), "stale")
+        return pread(descriptor, *arguments)
+
+    (members,) = folder.glob("index/members*.npy")
+    with open_dataset(str(folder)) as dataset:
+        rows = np.load(members)
+        members.unlink()
+        np.save(members, rows[::-1].copy())
+        monkeypatch.setattr(os, "pread", failing)
+        with pytest.raises(ShardError, match=rf"{members}: was replaced while it was in use"):
+            dataset.read(0, np.array([0]))
+
+
 def rewrite(folder: Path, change, *, keep_identity: bool = False) -> None:
     """Applies `change(tables)` to the tables and writes an index and manifest that fit the result."""
     tables, manifest = tables_of(folder)
