@@ -8,8 +8,9 @@ flips, cuts, repeats or splices bytes, or sets a number behind a mark of the con
 Case k is the same in every run. A child looks at each case as building, stored reading, checking, training, prediction,
 an index and extraction do; only documented errors may come out. The kernel ends a child that takes more than
 CASE_SECONDS of processor time or CHILD_BYTES of memory; the parent ends one that is silent for SILENT_SECONDS. A child
-that dies is a failure (the file is kept in --keep), and another one goes on with the next case. A child whose memory in
-use (without what the C library keeps of freed memory) grows by more than GROWTH_BYTES after its 1000th case is one too.
+that dies is a failure (the file is kept in --keep), and another one goes on with the next case. A child in which memory
+is lost is one too: what its C library and Python have given out and not got back grows by more than GROWTH_BYTES after
+its 1000th case. Resident memory would say less: it goes up and down by tens of megabytes with what lies where.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ CASE_SECONDS = 30  # of processor time
 SILENT_SECONDS = 300
 CHILD_BYTES = 2 << 30
 LARGEST_FILE = 1 << 20
-GROWTH_BYTES = 32 << 20  # of a child between its 1000th case and any later one
+GROWTH_BYTES = 4 << 20  # of a child between its 1000th case and any later one
 LOOK_EVERY = 500  # cases
 
 # Where numbers stand that a reader believes: boxes of MP4, chunks of AVI, elements of Matroska, packets of ASF and Ogg.
@@ -267,11 +268,22 @@ def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
+class _Mallinfo2(ctypes.Structure):
+    """What glibc says of its memory: mallinfo(3)."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    )
+
+
 def _in_use() -> int:
-    """Resident bytes without garbage, and without freed memory that the C library has kept."""
+    """Bytes that the C library has given out, and small blocks of Python at their largest, without garbage."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    return _resident()
+    mallinfo2 = ctypes.CDLL(None).mallinfo2  # glibc 2.33
+    mallinfo2.restype = _Mallinfo2
+    given = mallinfo2()
+    return int(given.uordblks + given.hblkhd) + 512 * sys.getallocatedblocks()
 
 
 def _open_files() -> int:
@@ -362,7 +374,7 @@ class Findings:
         """The table."""
         print(f"{self.cases} cases in {seconds:.0f} s; slowest {self.slowest[0]:.1f} s of CPU (case {self.slowest[1]})")
         print(
-            f"  most memory {self.largest[0]} MB (case {self.largest[1]}); growth {self.growth[0] >> 20} MB "
+            f"  most memory {self.largest[0]} MB (case {self.largest[1]}); growth {self.growth[0] >> 10} kB "
             f"(case {self.growth[1]})"
         )
         for name in DOORS:
