@@ -9,6 +9,9 @@ queue; there is no thread and no lock for a single request.
 from __future__ import annotations
 
 import asyncio
+import logging
+import resource
+import sys
 import threading
 import weakref
 from collections import deque
@@ -18,8 +21,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-REQUESTS_IN_FLIGHT = 256
+REQUESTS_IN_FLIGHT = 512
 BYTES_IN_FLIGHT = 256 << 20
+# Each request has a socket, clients keep some that are idle, and a program may read two far data sets.
+_FILES_A_REQUEST = 4
+
+_log = logging.getLogger(__name__)
 
 
 class Request(NamedTuple):
@@ -152,15 +159,21 @@ class _Loop:
 _abandoned: list[_Loop] = []
 
 
+def _most_requests() -> int:
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if files == resource.RLIM_INFINITY else max(1, files // _FILES_A_REQUEST)
+
+
 class Transfers:
     """The loop of one data set. It starts with the first request.
 
-    requests_in_flight: most requests at the same time. bytes_in_flight: bytes that are being fetched or wait to be
-    taken, at most; a single request may be larger.
+    requests_in_flight: most requests at the same time, and at most a quarter of the files that the process may open.
+    bytes_in_flight: bytes that are being fetched or wait to be taken, at most; a single request may be larger.
     """
 
     def __init__(self, requests_in_flight: int = REQUESTS_IN_FLIGHT, bytes_in_flight: int = BYTES_IN_FLIGHT) -> None:
-        self.requests_in_flight = requests_in_flight
+        self._wanted = requests_in_flight
+        self.requests_in_flight = min(requests_in_flight, _most_requests())
         self.bytes_in_flight = bytes_in_flight
         self._running: _Loop | None = None
         self._closed = False
@@ -187,6 +200,9 @@ class Transfers:
         if self._closed:
             raise ValueError("the data set is closed")
         if self._running is None:
+            if self.requests_in_flight < self._wanted:
+                text = "a far store is asked for at most %d ranges at a time instead of %d: raise `ulimit -n`"
+                _log.info(text, self.requests_in_flight, self._wanted)
             running = _Loop()
             running.thread = threading.Thread(target=running.run, name="shards-loop", daemon=True)
             running.thread.start()

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import resource
 import threading
 from concurrent.futures import Future
 
@@ -74,6 +75,18 @@ def test_requests_are_begun_in_order_and_so_many_at_a_time(make):
     empty = requests.submit()
     empty.wait()
     assert empty.result() == []
+
+
+@pytest.mark.parametrize(("files", "most"), [(40, 10), (3, 1), (4000, 500), (resource.RLIM_INFINITY, 500)])
+def test_requests_leave_room_for_other_files(make, monkeypatch, caplog, files, most):
+    """A process that may open few files makes fewer requests and says so: else imports and saves would fail."""
+    caplog.set_level("INFO")
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (files, files))
+    requests = make(requests_in_flight=500)
+    requests.submit(*((str(number), 1) for number in range(600)))
+    assert len(requests.begun) == most
+    assert ("ulimit -n" in caplog.text) == (most < 500)
+    requests.end(*list(requests.ends))
 
 
 def test_bytes_count_until_they_are_taken(make):

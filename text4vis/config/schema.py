@@ -149,9 +149,10 @@ class DataConfig:
     )
     workers: Natural = key(0, Role.EXECUTION, "decoding threads per rank; 0: the cores that the rank owns")
     requests_in_flight: Count = key(
-        256,
+        512,
         Role.EXECUTION,
-        "requests per rank to remote shards at the same time, at most; several batches share them",
+        "requests per rank to remote shards at the same time, at most; several batches share them; never more than a "
+        "quarter of the files that a process may open (ulimit -n)",
     )
     bytes_in_flight: Count = key(
         256 << 20,
