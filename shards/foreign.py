@@ -235,7 +235,7 @@ def _classes(where: str, found: list[tuple[str, list[int | str]]], labels: Seque
         return sorted(map(str, tar_of))
     known = set(labels)
     for label, name in tar_of.items():
-        if (isinstance(label, int) and label >= len(labels)) or (isinstance(label, str) and label not in known):
+        if (isinstance(label, int) and not 0 <= label < len(labels)) or (isinstance(label, str) and label not in known):
             raise ShardError(
                 f"{where}/{printable(name)}: the label {label!r} is not in the class list of {len(labels)} names; add "
                 "it, or correct --labels"
