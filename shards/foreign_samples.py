@@ -24,6 +24,7 @@ import numpy as np
 from isal import isal_zlib
 
 from shards.address import join_address, local_path, scheme_of
+from shards.answers import explain
 from shards.format import (
     BLOCK_BYTES,
     CONTROL_CHARACTER,
@@ -34,7 +35,7 @@ from shards.format import (
     video_crc32,
 )
 from shards.images import ImageProbe
-from shards.text import printable, redact, redact_text
+from shards.text import printable, redact
 from shards.video import VideoError, probe_video
 
 _IMAGES = {"jpg", "jpeg", "png", "webp", "bmp"}
@@ -78,7 +79,7 @@ def read_tar(place: str, name: str, *, label_key: str | None, on_error: str) -> 
     where = redact(address)
     keys: set[str] = set()
     try:
-        with fsspec.open(address if scheme_of(address) else str(local_path(address)), "rb") as stream:
+        with _open_tar(address) as stream:
             for key, files in _samples(stream, where, rows.unused):
                 try:
                     if key in keys:
@@ -96,11 +97,27 @@ def read_tar(place: str, name: str, *, label_key: str | None, on_error: str) -> 
         raise ShardError(
             f"{where}: not a plain tar ({error}); unpack it if compressed, copy it again, or pack its files anew"
         ) from None
-    except OSError as error:
-        raise ShardError(
-            f"{where}: cannot be read: {redact_text(str(error))}; check the store, then start again"
-        ) from None
+    except Exception as error:
+        if isinstance(error, ShardError) or not (isinstance(error, OSError) or scheme_of(address)):
+            raise
+        # Drivers of stores raise what they like.
+        raise ShardError(f"{where}: cannot be read: {explain(error)}; check the store, then start again") from None
     return rows
+
+
+def _open_tar(address: str) -> IO[bytes]:
+    """The file at an address, to be read from its beginning."""
+    if scheme_of(address) is None:
+        return local_path(address).open("rb")
+    filesystem, path = filesystem_of(address)
+    return filesystem.open(path, "rb")
+
+
+def filesystem_of(address: str) -> tuple[Any, str]:
+    """fsspec's file system for a remote address, and what it calls the address."""
+    kind = fsspec.get_filesystem_class(scheme_of(address))
+    # Not fsspec's url_to_fs: it takes the host [::1] for chained addresses.
+    return kind(**kind._get_kwargs_from_urls(address)), kind._strip_protocol(address)
 
 
 _File = tuple[int, bytes]  # offset of the data in the tar, and the data

@@ -2,14 +2,17 @@
 
 import io
 import json
+import socket
 import tarfile
 import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 import webdataset as wds
 from frame_folders import jpeg
-from shard_data import read_everything, serve
+from shard_data import hang_up_fault, read_everything, serve, status_fault
 from videos import write_video
 
 from shards import ShardError, check_datasets, index_tars, open_dataset
@@ -83,6 +86,53 @@ def test_remote_tars_are_indexed_and_read_where_they_lie(tars, tmp_path):
         for cache_bytes in (None, 10**7):
             with open_dataset(str(tmp_path / "index"), cache_dir=tmp_path / "c", cache_bytes=cache_bytes) as dataset:
                 assert read_everything(dataset) == stored()
+
+
+def length_unsaid(handler, body) -> bool:
+    """A body that ends with its connection, as HTTP/1.0 has it."""
+    handler.send_response(200)
+    handler.end_headers()
+    handler.wfile.write(body)
+    handler.close_connection = True
+    return True
+
+
+@pytest.mark.parametrize(
+    ("fault", "first", "message"),
+    [
+        (status_fault(403), 1, "HTTP status 403 Forbidden; name tars"),
+        (status_fault(500), 1, "HTTP status 500"),
+        (hang_up_fault, 1, "ServerDisconnectedError"),
+        (length_unsaid, 1, "the server does not say how large it is"),
+        (status_fault(500), 3, "cannot be read: HTTP status 500"),
+    ],
+)
+def test_what_a_server_answers_is_named(tars, tmp_path, fault, first, message):
+    with serve(tars) as server:
+        server.fault = lambda path, count: fault if count >= first else None
+        with pytest.raises(ShardError, match=f"^{server.address}/00000.tar: {message}"):
+            index_tars(f"{server.address}/00000.tar", output=tmp_path / "index", labels=NAMES)
+
+
+def test_a_host_in_brackets_is_no_chain_of_addresses(tars, tmp_path):
+    class Server6(ThreadingHTTPServer):
+        address_family = socket.AF_INET6
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_) -> None:
+            pass
+
+    try:
+        server = Server6(("::1", 0), partial(Quiet, directory=tars))
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    try:
+        address = f"http://[::1]:{server.server_address[1]}"
+        assert index_tars(address, output=tmp_path / "index", labels=NAMES).tars == address
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_a_remote_index_beside_its_tars_is_read_and_one_that_leads_elsewhere_is_refused(tars, tmp_path):
@@ -193,7 +243,7 @@ def test_numbers_without_names_compressed_tars_and_no_tars_are_refused(tars, tmp
         index_tars(str(tmp_path / "z"), output=tmp_path / "index2")
     with pytest.raises(ShardError, match="the folder holds no"):
         index_tars(str(tmp_path), output=tmp_path / "index3")
-    with pytest.raises(ShardError, match="tokens do not belong into an index"):
+    with pytest.raises(ShardError, match=r"passwords and tokens, .* do not belong into an index"):
         index_tars("http://user:secret@127.0.0.1:9/x.tar", output=tmp_path / "index4")
 
 
