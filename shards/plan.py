@@ -87,7 +87,8 @@ def shuffle_window(shuffle: str) -> int | None:
     if kind == "shards" and window.isascii() and window.isdigit() and len(window) < 10 and int(window) > 0:
         return int(window)
     raise ValueError(
-        f"shuffle: expected 'global', 'shards:K' with K of at least 1 (and at most 999999999), or 'none', got {shuffle[:40]!r}"
+        "shuffle: expected 'global', 'shards:K' with K of at least 1 (and at most 999999999), or 'none', got "
+        f"{shuffle[:40]!r}"
     )
 
 
