@@ -271,8 +271,8 @@ class CachedShards:
         else:
             self._no_room.append(download)  # those under way may leave room when they are finished
             over = []
-            if not self._under_way and not self._waiting:
-                over, self._no_room = self._no_room, []
+        if not self._under_way and not self._waiting:  # none is left that could, whatever became of the last one
+            over, self._no_room = over + self._no_room, []
         for one in over:
             if not one.written.done():  # without an error another process has fetched it
                 one.written.set_result(None) if error is None else one.written.set_exception(error)
