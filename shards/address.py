@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 from braceexpand import braceexpand
 
 from shards.format import ShardError
-from shards.text import SCHEME, redact
+from shards.text import SCHEME, printable, redact
 
 REMOTESCHEMES = frozenset(
     (
@@ -39,9 +39,18 @@ def expand_sources(sources: str | Sequence[str]) -> list[str]:
     addresses = [address for source in given for address in _expand_braces(str(source))]
     if not addresses:
         raise ShardError("no data set given; name at least one shard folder or address")
-    for address in addresses:
-        scheme_of(address)
-    return addresses
+    return [_normalised(address) for address in addresses]
+
+
+def _normalised(address: str) -> str:
+    """The address with its scheme in lower case, as drivers want it. Raises ShardError if it is refused."""
+    scheme = scheme_of(address)
+    if scheme is None:
+        return address
+    rest = address[len(scheme) :]
+    if not rest.strip(":/"):
+        raise ShardError(f"{redact(address)}: names no host or bucket; give {scheme}://NAME/folder")
+    return scheme + rest
 
 
 def _expand_braces(source: str) -> list[str]:
@@ -118,3 +127,8 @@ def join_address(address: str, name: str) -> str:
         parts = urlsplit(address)
         return urlunsplit((parts.scheme, parts.netloc, f"{parts.path.rstrip('/')}/{name}", parts.query, ""))
     return f"{address.rstrip('/')}/{name}"
+
+
+def shown_address(address: str, name: str) -> str:
+    """Address of the file `name` below `address` as it may be shown; another for each name, whatever is redacted."""
+    return f"{redact(address).rstrip('/')}/{printable(name)}"

@@ -45,12 +45,13 @@ class _Download:
     """A shard that is on its way, or waits to be.
 
     is_wanted: a reader waits for it. spare: see ShardCache.fetch. written: done when all bytes are in `file`, which is
-    not synced yet.
+    not synced yet. began: how many downloads had ended when it was begun.
     """
 
     shard: int
     is_wanted: bool
     spare: float = -math.inf
+    began: int = 0
     written: Future[None] = field(default_factory=Future)
     file: OpenFile | None = None
 
@@ -88,6 +89,7 @@ class CachedShards:
         self._waiting: list[_Download] = []
         self._no_room: list[_Download] = []  # until one that is under way has ended
         self._under_way: dict[int, _Download] = {}
+        self._num_ended = 0  # downloads
         self._not_ahead: set[int] = set()  # it has failed; a reader will see why
         self._in_use: Counter[int] = Counter()  # shards of fetches that are not done with
         self._done_with: deque[tuple[int, ...]] = deque()  # appended to without a lock: by finalisers
@@ -192,6 +194,7 @@ class CachedShards:
         download = self._waiting.pop(0) if self._waiting else self._next_ahead()
         if download is not None:
             self._under_way[download.shard] = download
+            download.began = self._num_ended
         return download
 
     def _next_ahead(self) -> _Download | None:
@@ -251,6 +254,8 @@ class CachedShards:
 
     def _end(self, download: _Download, error: Exception | None) -> None:
         """Settles a download that is over. The caller holds the lock."""
+        was_alone = download.began == self._num_ended
+        self._num_ended += 1
         del self._under_way[download.shard]
         self._meanwhile_bytes.pop(download.shard, None)
         download.file = None
@@ -271,8 +276,12 @@ class CachedShards:
         else:
             self._no_room.append(download)  # those under way may leave room when they are finished
             over = []
-            if not self._under_way and not self._waiting:
-                over, self._no_room = self._no_room, []
+        if not self._under_way and not self._waiting:  # none is left that could, whatever became of the last one
+            if was_alone:
+                over = over + self._no_room
+            else:  # others have ended since it looked for room
+                self._waiting += self._no_room
+            self._no_room = []
         for one in over:
             if not one.written.done():  # without an error another process has fetched it
                 one.written.set_result(None) if error is None else one.written.set_exception(error)

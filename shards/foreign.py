@@ -14,13 +14,13 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 
-from shards.address import expand_sources, local_path, scheme_of
+from shards.address import expand_sources, join_address, local_path, scheme_of
+from shards.answers import explain
 from shards.building import Workspace, clean_up, write_index
 from shards.files import require_folder
-from shards.foreign_samples import read_tar
+from shards.foreign_samples import filesystem_of, read_tar
 from shards.format import (
     BLOCK_BYTES,
     MANIFEST,
@@ -32,7 +32,7 @@ from shards.format import (
     tar_place_problem,
 )
 from shards.index import read_local_manifest
-from shards.text import printable, redact, redact_text
+from shards.text import printable, redact
 
 
 def index_tars(
@@ -84,15 +84,19 @@ def _find_tars(sources: str | Sequence[str]) -> tuple[str, list[tuple[str, int]]
         where = redact(address)
         if scheme_of(address) is not None and where != printable(address):
             raise ShardError(
-                f"{where}: user names, passwords and tokens do not belong into an index; give them by the environment, "
-                "as for training"
+                f"{where}: user names, passwords and tokens, or what follows '?' or '#', do not belong into an index; "
+                "give credentials by the environment, as for training"
             )
         try:
             found |= _local_tars(local_path(address)) if scheme_of(address) is None else _remote_tars(address)
-        except (OSError, ImportError, ValueError) as error:
-            raise ShardError(
-                f"{where}: {redact_text(str(error)) or type(error).__name__}; name tars, or a folder that holds *.tar"
-            ) from None
+        except ShardError:
+            raise
+        except FileNotFoundError as error:
+            # fsspec's own says no more than the address; the store's answer is what it came from.
+            reason = explain(error.__cause__) if error.__cause__ else "not found, or the folder holds no *.tar"
+            raise ShardError(f"{where}: {reason}; name tars, or their folder") from None
+        except Exception as error:  # drivers raise what they like
+            raise ShardError(f"{where}: {explain(error)}; check the address and the credentials") from None
     place = _common_place(found)
     tars = sorted((address[len(place) + 1 :], size) for address, size in found.items())
     for name, size in tars:
@@ -121,16 +125,34 @@ def _common_place(addresses: Iterable[str]) -> str:
 def _local_tars(path: Path) -> dict[str, int]:
     paths = sorted(path.glob("*.tar")) if path.is_dir() else [path]
     if not paths:
-        raise FileNotFoundError("the folder holds no *.tar")
+        raise FileNotFoundError
     return {str(one.absolute()): one.stat().st_size for one in paths}
 
 
 def _remote_tars(address: str) -> dict[str, int]:
-    filesystem, path = fsspec.url_to_fs(address)
-    paths = [path] if path.endswith(".tar") else sorted(filesystem.glob(f"{path.rstrip('/')}/*.tar"))
+    filesystem, path = filesystem_of(address)
+    paths = {address: path}
+    if not path.endswith(".tar"):
+        # Not glob: a host like [::1] and a folder's own brackets and stars are no patterns.
+        found = filesystem.ls(f"{path.rstrip('/')}/", detail=False)
+        listed = [(one, *one.replace("/./", "/").rpartition("/")) for one in found]
+        folder = path.replace("/./", "/").strip("/")
+        # Below the address itself: some drivers leave out the host.
+        paths = {
+            join_address(address, name): one
+            for one, parent, _, name in listed
+            if parent.strip("/") == folder and name.endswith(".tar")
+        }
     if not paths:
-        raise FileNotFoundError("the folder holds no *.tar")
-    return {str(filesystem.unstrip_protocol(one)): int(filesystem.size(one)) for one in paths}
+        raise FileNotFoundError
+    sizes = {tar: filesystem.size(paths[tar]) for tar in sorted(paths)}
+    for tar, size in sizes.items():
+        if size is None:
+            raise ShardError(
+                f"{redact(tar)}: the server does not say how large it is (Content-Length); have it sent uncompressed "
+                "and whole, or copy it to a local folder"
+            )
+    return {tar: int(size) for tar, size in sizes.items()}
 
 
 def _record_all(
@@ -235,7 +257,7 @@ def _classes(where: str, found: list[tuple[str, list[int | str]]], labels: Seque
         return sorted(map(str, tar_of))
     known = set(labels)
     for label, name in tar_of.items():
-        if (isinstance(label, int) and label >= len(labels)) or (isinstance(label, str) and label not in known):
+        if (isinstance(label, int) and not 0 <= label < len(labels)) or (isinstance(label, str) and label not in known):
             raise ShardError(
                 f"{where}/{printable(name)}: the label {label!r} is not in the class list of {len(labels)} names; add "
                 "it, or correct --labels"

@@ -4,7 +4,8 @@ Keys and extensions are found by webdataset's own rule: the key of a member is i
 name, the extension is what follows, in lower case; a sample is a run of members with one key. Members that are used:
 
     KEY.mp4 (avi, mkv, webm, mov ...)           one stored video, or
-    KEY.jpg, KEY.000.jpg KEY.001.jpg ...        frames (jpg, png, webp, bmp), in the order of their numbers
+    KEY.jpg, KEY.000.jpg KEY.001.jpg ...        frames (jpg, png, webp, bmp), in the order of their numbers; what comes
+                                                before the number, as in KEY.img_1.jpg, is the same for all
     KEY.cls, KEY.json or KEY.txt                the label: a number or a class name
 """
 
@@ -23,6 +24,7 @@ import numpy as np
 from isal import isal_zlib
 
 from shards.address import join_address, local_path, scheme_of
+from shards.answers import explain
 from shards.format import (
     BLOCK_BYTES,
     CONTROL_CHARACTER,
@@ -33,7 +35,7 @@ from shards.format import (
     video_crc32,
 )
 from shards.images import ImageProbe
-from shards.text import printable, redact, redact_text
+from shards.text import printable, redact
 from shards.video import VideoError, probe_video
 
 _IMAGES = {"jpg", "jpeg", "png", "webp", "bmp"}
@@ -75,10 +77,14 @@ def read_tar(place: str, name: str, *, label_key: str | None, on_error: str) -> 
     rows = TarRows()
     address = join_address(place, name)
     where = redact(address)
+    keys: set[str] = set()
     try:
-        with fsspec.open(address if scheme_of(address) else str(local_path(address)), "rb") as stream:
+        with _open_tar(address) as stream:
             for key, files in _samples(stream, where, rows.unused):
                 try:
+                    if key in keys:
+                        raise _SampleError("it comes a second time; the members of a key must follow one another")
+                    keys.add(key)
                     _add_sample(rows, f"{name.removesuffix('.tar')}/{key}", files, label_key)
                 except _SampleError as problem:
                     if on_error == "fail":
@@ -88,12 +94,30 @@ def read_tar(place: str, name: str, *, label_key: str | None, on_error: str) -> 
                         ) from None
                     rows.skipped.append({"name": f"{name}/{printable(key)}", "line": 0, "reason": str(problem)})
     except (tarfile.TarError, EOFError) as error:
-        raise ShardError(f"{where}: not a plain tar ({error}); unpack it if compressed, or copy it again") from None
-    except OSError as error:
         raise ShardError(
-            f"{where}: cannot be read: {redact_text(str(error))}; check the store, then start again"
+            f"{where}: not a plain tar ({error}); unpack it if compressed, copy it again, or pack its files anew"
         ) from None
+    except Exception as error:
+        if isinstance(error, ShardError) or not (isinstance(error, OSError) or scheme_of(address)):
+            raise
+        # Drivers of stores raise what they like.
+        raise ShardError(f"{where}: cannot be read: {explain(error)}; check the store, then start again") from None
     return rows
+
+
+def _open_tar(address: str) -> IO[bytes]:
+    """The file at an address, to be read from its beginning."""
+    if scheme_of(address) is None:
+        return local_path(address).open("rb")
+    filesystem, path = filesystem_of(address)
+    return filesystem.open(path, "rb")
+
+
+def filesystem_of(address: str) -> tuple[Any, str]:
+    """fsspec's file system for a remote address, and what it calls the address."""
+    kind = fsspec.get_filesystem_class(scheme_of(address))
+    # Not fsspec's url_to_fs: it takes the host [::1] for chained addresses.
+    return kind(**kind._get_kwargs_from_urls(address)), kind._strip_protocol(address)
 
 
 _File = tuple[int, bytes]  # offset of the data in the tar, and the data
@@ -108,7 +132,8 @@ def _samples(stream: IO[bytes], where: str, unused: Counter[str]) -> Iterator[tu
     with tarfile.open(fileobj=stream, mode="r|") as archive:
         for member in archive:
             if not member.isfile() or _META.match(member.name):
-                unused["no file" if not member.isfile() else "meta"] += not member.isdir()
+                kind = "meta" if member.isfile() else "link" if member.islnk() or member.issym() else "no file"
+                unused[kind] += not member.isdir()
                 continue
             key, extension = base_plus_ext(member.name)
             if key is None or not extension:
@@ -137,8 +162,18 @@ def _samples(stream: IO[bytes], where: str, unused: Counter[str]) -> Iterator[tu
             if len(data) != member.size:
                 raise EOFError(f"it ends within {printable(member.name)!r}")
             files[extension] = member.offset_data, data
+        _check_end(archive)
     if current is not None:
         yield current, files
+
+
+def _check_end(archive: tarfile.TarFile) -> None:
+    """Raises tarfile.ReadError if more follows: tarfile takes a damaged header, and the end of a first tar, for the
+    end of all."""
+    assert archive.fileobj is not None
+    while rest := archive.fileobj.read(1 << 20):
+        if rest.strip(b"\0"):
+            raise tarfile.ReadError("more data follows where its members end: a header is damaged, or tars were joined")
 
 
 def _is_used(extension: str) -> bool:
@@ -148,12 +183,16 @@ def _is_used(extension: str) -> bool:
 def _add_sample(rows: TarRows, name: str, files: dict[str, _File], label_key: str | None) -> None:
     """Adds the rows of a sample. Raises _SampleError, and then adds none."""
     videos = [extension for extension in files if extension in _VIDEOS]
-    frames = sorted((extension for extension in files if extension.rpartition(".")[2] in _IMAGES), key=_frame_number)
+    frames = [extension for extension in files if extension.rpartition(".")[2] in _IMAGES]
     if len(videos) > 1 or (videos and frames):
         some = ", ".join([*videos, *frames][:3])
         raise _SampleError(f"it holds {some}: one video can be used, or frames")
     if not videos and not frames:
-        raise _SampleError(f"it holds no video and no image, only {', '.join(files) or 'unused members'}")
+        raise _SampleError(
+            f"it holds no video and no image, only {', '.join(files) or 'unused members'}; a key ends at the first dot "
+            "of the name, and KEY.mp4, KEY.jpg or KEY.0.jpg are used"
+        )
+    frames = _in_order(frames)
     content = "video" if videos else "frames"
     if rows.content and content != rows.content:
         raise _SampleError(f"it holds {content}, those before it {rows.content}; a tar holds one kind")
@@ -188,9 +227,26 @@ def _add_sample(rows: TarRows, name: str, files: dict[str, _File], label_key: st
     rows.num_name_bytes += len(encoded)
 
 
-def _frame_number(extension: str) -> tuple[int, str]:
-    number = extension.rpartition(".")[0]
-    return (int(number) if number.isdecimal() else -1, extension)
+def _in_order(frames: list[str]) -> list[str]:
+    """Extensions of a sample's images by their numbers; a single one needs none. Raises _SampleError."""
+    if len(frames) < 2:
+        return frames
+    found: dict[tuple[int, str], str] = {}
+    names = [extension.rpartition(".")[0] for extension in frames]
+    before = names[0].rstrip("0123456789")
+    for name, extension in zip(names, frames, strict=True):
+        number = name.removeprefix(before)
+        if not (name.startswith(before) and number.isascii() and number.isdecimal()):
+            other = frames[0] if extension != frames[0] else frames[1]
+            raise _SampleError(
+                f"its images .{printable(other)} and .{printable(extension)} are not numbered as frames of one video, "
+                ".0.jpg, .1.jpg and so on"
+            )
+        number = number.lstrip("0")
+        other = found.setdefault((len(number), number), extension)
+        if other != extension:
+            raise _SampleError(f"its images .{printable(other)} and .{printable(extension)} have the same number")
+    return [found[number] for number in sorted(found)]
 
 
 def _measure(table: np.ndarray, used: list[str], files: dict[str, _File], content: str) -> int:
@@ -230,6 +286,8 @@ def _label_of(files: dict[str, _File], label_key: str | None) -> int | str:
                 return value
             if isinstance(value, list):
                 raise _SampleError(f"{key!r} of its json is a list, {_SEVERAL}")
+            if isinstance(value, (bool, float)):
+                raise _SampleError(f"{key!r} of its json is {json.dumps(value)}, no whole number and no class name")
         if label_key is None and isinstance(facts, dict) and isinstance(facts.get("labels"), list):
             raise _SampleError(f"'labels' of its json is a list, {_SEVERAL}")
     if label_key is None and "txt" in files:

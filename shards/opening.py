@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from shards.address import join_address, local_path, scheme_of
+from shards.address import local_path, scheme_of, shown_address
 from shards.cache import ShardCache, entry_name, fetch_once
 from shards.cached import CachedShards
 from shards.format import MANIFEST, PACKETS_ROLE, Manifest, ShardError, video_key
@@ -18,7 +18,7 @@ from shards.index import MAX_MANIFEST_BYTES, Index, crc32_of, open_index, read_l
 from shards.local import LocalShards, ShardSource
 from shards.remote import RemoteFiles, RemoteShards
 from shards.rows import WHOLE_TABLE_BYTES, FarRows, cannot_keep, prepare_rows
-from shards.text import printable, redact
+from shards.text import printable
 from shards.transfer import Transfers
 
 _ROWS_SUFFIX = ".rows"  # of a table that is not here whole
@@ -65,7 +65,7 @@ class Part:
         """Where a video is."""
         index = self.index
         shard = index.manifest.shards[int(index.videos["shard"][video])]
-        url = redact(join_address(self.place, shard.name))
+        url = shown_address(self.place, shard.name)
         if index.manifest.tars is not None:
             return TarSample(index.name(video).removeprefix(f"{shard.name.removesuffix('.tar')}/"), url)
         return TarSample(video_key(video), url)

@@ -84,9 +84,12 @@ def shuffle_window(shuffle: str) -> int | None:
     if shuffle in ("global", "none"):
         return None
     kind, _, window = shuffle.partition(":")
-    if kind == "shards" and window.isascii() and window.isdigit() and int(window) > 0:
+    if kind == "shards" and window.isascii() and window.isdigit() and len(window) < 10 and int(window) > 0:
         return int(window)
-    raise ValueError(f"shuffle: expected 'global', 'shards:K' with K of at least 1, or 'none', got {shuffle!r}")
+    raise ValueError(
+        "shuffle: expected 'global', 'shards:K' with K of at least 1 (and at most 999999999), or 'none', got "
+        f"{shuffle[:40]!r}"
+    )
 
 
 def epoch_order(

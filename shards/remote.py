@@ -17,7 +17,7 @@ from functools import partial
 from itertools import chain
 from typing import Any, TypeVar
 
-from shards.address import join_address
+from shards.address import shown_address
 from shards.answers import RangesIgnoredError, Span, WriteError, explain, is_transient, is_wrong_clock
 from shards.format import SampleError, ShardError, ShardInfo
 from shards.local import Check, Extent, Range, join_ranges
@@ -71,7 +71,7 @@ class RemoteFiles:
 
     def place(self, name: str) -> str:
         """Address of a file as it may be shown."""
-        return redact(join_address(self._address, name))
+        return shown_address(self._address, name)
 
     def read(self, name: str, start: int, stop: int, total: int) -> bytes:
         """The bytes start <= offset < stop of a file of `total` bytes. Raises ShardError."""

@@ -312,7 +312,10 @@ class _OtherStore:
 
     def __init__(self, address: str, timeout_seconds: float, options: dict[str, Any]) -> None:
         self._address, self._timeout_seconds = address, timeout_seconds
-        self._filesystem = _asynchronous(scheme_of(address), options)
+        scheme = scheme_of(address)
+        # Host, port and user of an address of ftp, sftp, smb, hdfs ... are options of the driver.
+        named = fsspec.get_filesystem_class(scheme)._get_kwargs_from_urls(address)
+        self._filesystem = _asynchronous(scheme, {**named, **options})
         self._one_at_a_time = asyncio.Lock()
 
     async def get(self, name: str, span: Span, write: Write | None = None) -> bytes:

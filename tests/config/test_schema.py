@@ -94,6 +94,7 @@ def test_base_files_are_laid_under(recipe, tmp_path):
             "data.train: the environment variable NONE in '$NONE/a' is",
         ),
         ("data.val=[{path: a, weight: 1}]", "data.val: input should be a valid string"),
+        ("data.shuffle=shards:10000000000", "data.shuffle: string should match pattern"),
         ("data.streams=4", "data.streams: 4 streams need data.shuffle shards:K"),
         ("network.template=[a {}, b {}]", '; quote a text with braces, e.g. "a video of {}."'),
     ],

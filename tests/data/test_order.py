@@ -65,6 +65,8 @@ def test_the_videos_of_a_mixture_come_by_weight(shards, small):
     assert order.mixture == [(NUM_VIDEOS, 1), (NUM_SMALL, 3)]
     assert order.shares() == {str(shards): 0.25, str(small): 0.75}
     assert order.samples_by_source(120) == {str(shards): 30, str(small): 90}
+    huge = mixed(shards, small, (1e308, 1e308), epoch_samples=40)
+    assert huge.shares() == {str(shards): 0.5, str(small): 0.5}
 
 
 def test_a_video_is_replaced_by_one_of_its_source(shards, small):

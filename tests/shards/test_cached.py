@@ -305,6 +305,27 @@ def test_nobody_waits_for_room_after_the_end(make, monkeypatch):
     closing.join(10)
 
 
+def test_a_reader_does_not_wait_for_room_after_the_last_download_has_found_none_ahead(make, monkeypatch):
+    """What fills the cache belongs to another data set or job, and leaves with no word to this one."""
+    files, source = make([100] * 2, 1000)
+    full = threading.Event()
+
+    def fetch(name: str, *_: object, **__: object) -> None:
+        if name == source._names[1]:
+            assert full.wait(10)
+        raise CacheFullError("full")
+
+    monkeypatch.setattr(source._cache, "fetch", fetch)
+    source.follow(plan_of([1]))
+    until(lambda: 1 in source._under_way)
+    reading = source.start([Extent(0, [(0, 5)])])
+    until(lambda: source._no_room)
+    full.set()
+    settle(source)
+    assert not source._no_room
+    assert reading.read(0, lambda _: None) == [b"\1" * 5] and len(files.ranges) == 1
+
+
 def test_what_finds_no_room_ahead_is_tried_with_more_right_for_a_reader(make, monkeypatch):
     files, source = make([100], 1000)
     fetch, spares, full = source._cache.fetch, [], threading.Event()

@@ -2,14 +2,17 @@
 
 import io
 import json
+import socket
 import tarfile
 import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 import webdataset as wds
 from frame_folders import jpeg
-from shard_data import read_everything, serve
+from shard_data import hang_up_fault, read_everything, serve, status_fault
 from videos import write_video
 
 from shards import ShardError, check_datasets, index_tars, open_dataset
@@ -83,6 +86,53 @@ def test_remote_tars_are_indexed_and_read_where_they_lie(tars, tmp_path):
         for cache_bytes in (None, 10**7):
             with open_dataset(str(tmp_path / "index"), cache_dir=tmp_path / "c", cache_bytes=cache_bytes) as dataset:
                 assert read_everything(dataset) == stored()
+
+
+def length_unsaid(handler, body) -> bool:
+    """A body that ends with its connection, as HTTP/1.0 has it."""
+    handler.send_response(200)
+    handler.end_headers()
+    handler.wfile.write(body)
+    handler.close_connection = True
+    return True
+
+
+@pytest.mark.parametrize(
+    ("fault", "first", "message"),
+    [
+        (status_fault(403), 1, "HTTP status 403 Forbidden; name tars"),
+        (status_fault(500), 1, "HTTP status 500"),
+        (hang_up_fault, 1, "ServerDisconnectedError"),
+        (length_unsaid, 1, "the server does not say how large it is"),
+        (status_fault(500), 3, "cannot be read: HTTP status 500"),
+    ],
+)
+def test_what_a_server_answers_is_named(tars, tmp_path, fault, first, message):
+    with serve(tars) as server:
+        server.fault = lambda path, count: fault if count >= first else None
+        with pytest.raises(ShardError, match=f"^{server.address}/00000.tar: {message}"):
+            index_tars(f"{server.address}/00000.tar", output=tmp_path / "index", labels=NAMES)
+
+
+def test_a_host_in_brackets_is_no_chain_of_addresses(tars, tmp_path):
+    class Server6(ThreadingHTTPServer):
+        address_family = socket.AF_INET6
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_) -> None:
+            pass
+
+    try:
+        server = Server6(("::1", 0), partial(Quiet, directory=tars))
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    try:
+        address = f"http://[::1]:{server.server_address[1]}"
+        assert index_tars(address, output=tmp_path / "index", labels=NAMES).tars == address
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_a_remote_index_beside_its_tars_is_read_and_one_that_leads_elsewhere_is_refused(tars, tmp_path):
@@ -161,6 +211,16 @@ def test_damage_is_found(tars, tmp_path):
         ([("a.jpg", jpeg(0)), ("a.cls", b"\x1b[2J")], r"its label '\\\\x1b\[2J' is no class"),
         ([("a.jpg", jpeg(0)), ("a.JPG", jpeg(1)), ("a.cls", b"0")], "two members .jpg"),
         ([("a.json", b"{"), ("a.jpg", jpeg(0))], "its json cannot be read"),
+        ([("a.jpg", jpeg(0)), ("a.json", b'{"label": -1}')], "the label -1 is not in the class list of 2 names"),
+        ([("a.jpg", jpeg(0)), ("a.json", b'{"label": 1.0}')], "'label' of its json is 1.0, no whole number"),
+        ([("a.jpg", jpeg(0)), ("a.mask.png", jpeg(1)), ("a.cls", b"0")], "images .mask.png and .jpg are not numbered"),
+        ([("a.left.0.jpg", jpeg(0)), ("a.right.0.jpg", jpeg(1)), ("a.cls", b"0")], "are not numbered as frames of one"),
+        ([("a.1.jpg", jpeg(0)), ("a.01.png", jpeg(1)), ("a.cls", b"0")], "images .1.jpg and .01.png have the same num"),
+        (
+            [*frames_sample("a", 2, "0"), *frames_sample("b", 1, "0"), *frames_sample("a", 1, "1")],
+            "'a': it comes a sec",
+        ),
+        ([("a.b.mp4", b""), ("a.cls", b"0")], "only cls; a key ends at the first dot"),
     ],
 )
 def test_what_cannot_be_used_is_named(tmp_path, members, message):
@@ -183,8 +243,35 @@ def test_numbers_without_names_compressed_tars_and_no_tars_are_refused(tars, tmp
         index_tars(str(tmp_path / "z"), output=tmp_path / "index2")
     with pytest.raises(ShardError, match="the folder holds no"):
         index_tars(str(tmp_path), output=tmp_path / "index3")
-    with pytest.raises(ShardError, match="tokens do not belong into an index"):
+    with pytest.raises(ShardError, match=r"passwords and tokens, .* do not belong into an index"):
         index_tars("http://user:secret@127.0.0.1:9/x.tar", output=tmp_path / "index4")
+
+
+def test_frames_may_have_a_name_before_their_number(tmp_path):
+    names = [(f"{before}{number}.jpg", jpeg(number)) for before in ("a.img_", "b.frame.") for number in range(11)]
+    labels = [("a.cls", b"1"), ("b.cls", b"0")]
+    write_tar(tmp_path / "t" / "x.tar", sorted([*names, *labels]))
+    index_tars(str(tmp_path / "t"), output=tmp_path / "index", labels=NAMES)
+    with open_dataset(str(tmp_path / "index")) as dataset:
+        assert read_everything(dataset) == [[jpeg(number) for number in range(11)]] * 2
+
+
+@pytest.mark.parametrize("damage", ["header", "zeros", "joined"])
+def test_a_tar_whose_rest_would_be_lost_is_refused(tars, tmp_path, damage):
+    """tarfile ends at a header that is damaged or empty as it does at the tar's end."""
+    path = tars / "00000.tar"
+    data = bytearray(path.read_bytes())
+    with tarfile.open(path) as archive:
+        start = archive.getmember("a.5.jpg").offset
+    if damage == "header":
+        data[start] ^= 0xFF
+    elif damage == "zeros":
+        data[start : start + 512] = bytes(512)
+    else:
+        data = data + data
+    path.write_bytes(data)
+    with pytest.raises(ShardError, match=r"00000.tar: not a plain tar \(more data follows where its members end"):
+        index_tars(str(tars), output=tmp_path / "index", labels=NAMES)
 
 
 def test_a_killed_call_goes_on_and_a_second_changes_nothing(tars, tmp_path, monkeypatch):

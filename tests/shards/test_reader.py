@@ -498,6 +498,9 @@ def test_damaged_files_only_raise_documented_errors(tmp_path_factory, data):
 
 
 def test_brace_notation(tmp_path):
+    assert expand_sources("S3://B/Part") == ["s3://B/Part"]
+    with pytest.raises(ShardError, match="HTTP://: names no host or bucket; give http://NAME/folder"):
+        expand_sources("HTTP://")
     assert expand_sources("s3://b/part{0..3}") == [f"s3://b/part{number}" for number in range(4)]
     assert expand_sources(["a{x,y}", "https://h/p{08..10}"]) == [
         "ax",

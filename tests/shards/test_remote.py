@@ -535,6 +535,22 @@ def test_s3_equals_local(bucket, s3_endpoint, stored, tmp_path):
         assert read_everything(dataset) == stored
 
 
+def test_a_folder_of_a_bucket_may_have_any_name(bucket, s3_endpoint, tmp_path):
+    """What follows # or ? is not shown, but keys hold it: shards of equal sizes must not take each other's place."""
+    stored = make_dataset(tmp_path / "equal", [1, 1], videos_per_shard=1, frame_bytes=200, seed=3)
+    options = s3_options(s3_endpoint)
+    files = fsspec.filesystem("s3", **options)
+    files.put(str(tmp_path / "equal"), f"{bucket}/c#1+é x%20", recursive=True)
+    sizes = {shard.stat().st_size for shard in (tmp_path / "equal").glob("*.tar")}
+    address = f"S3://{bucket}/c#1+é x%20"
+    for cache_bytes in (None, 10**6):
+        with open_dataset(
+            address, storage_options=options, cache_bytes=cache_bytes, cache_dir=tmp_path / "c"
+        ) as dataset:
+            assert read_everything(dataset) == stored
+    assert len(sizes) == 1 and len(list((tmp_path / "c" / "shards").glob("*.tar"))) == 2
+
+
 def test_s3_is_configured_by_the_environment(bucket, s3_endpoint, stored, monkeypatch):
     """What a run relies on: its configuration holds no credentials."""
     options = s3_options(s3_endpoint)

@@ -5,6 +5,7 @@ import ssl
 from types import SimpleNamespace
 
 import aiohttp
+import fsspec
 import pytest
 from multidict import CIMultiDict, CIMultiDictProxy
 from shard_data import serve
@@ -311,3 +312,19 @@ def test_an_asynchronous_driver_has_time_for_the_bytes(monkeypatch):
     assert asyncio.run(read()) == [b"memory://b/x", b"memory", b"", b"memory"]
     small = 5 + 6 / (64 << 10)
     assert limits == [5, small, small, 6] and closed == [True]
+
+
+def test_the_address_names_the_host_of_other_stores(monkeypatch):
+    opened = []
+
+    def connect(self) -> None:
+        opened.append((self.host, self.port, *self.cred[:2]))
+
+    monkeypatch.setattr(fsspec.get_filesystem_class("ftp"), "_connect", connect)
+    monkeypatch.setattr(fsspec.get_filesystem_class("ftp"), "__del__", lambda self: None)
+
+    async def open_one() -> None:
+        shards.stores.open_store("ftp://u:p@h:2121/a", timeout_seconds=1, storage_options={"tls": False})
+
+    asyncio.run(open_one())
+    assert opened == [("h", 2121, "u", "p")]

@@ -135,7 +135,7 @@ class DataConfig:
         "Kinetics-600's three, say",
         path="path",
     )
-    shuffle: Annotated[StrictStr, Field(pattern=r"^(global|shards:[1-9][0-9]*)$")] = key(
+    shuffle: Annotated[StrictStr, Field(pattern=r"^(global|shards:[1-9][0-9]{0,8})$")] = key(
         "global", Role.DATA, "global: any order; shards:K: a window of K shards at a time, for remote stores and disks"
     )
     streams: Annotated[StrictInt, Field(ge=1, le=1 << 16)] = key(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import accumulate
 
 import numpy as np
@@ -105,8 +106,8 @@ class TrainOrder:
 
     def shares(self) -> dict[str, float]:
         """Each source's share of the samples, by its name; empty without weights."""
-        total = sum(weight for _, weight in self.mixture)
-        return {name: weight / total for name, (_, weight) in zip(self._names(), self.mixture, strict=False)}
+        weights = [Fraction(weight) for _, weight in self.mixture]
+        return {name: float(weight / sum(weights)) for name, weight in zip(self._names(), weights, strict=False)}
 
     def _names(self) -> list[str]:
         """The sources' names, numbered where one occurs twice."""
