@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from shards.format import CONTROL_CHARACTER
+from shards.format import CONTROL_CHARACTER, ShardError
 
 # What PyAV's demuxers read under such a name. A file's content decides; a list is read without its files.
 VIDEO_EXTENSIONS = (
@@ -28,6 +28,18 @@ _HEADER = re.compile(
 def is_video_file(name: str) -> bool:
     """Whether a name of an annotation list means a video file."""
     return name.lower().endswith(VIDEO_EXTENSIONS)
+
+
+def lines_with_paths(path: Path) -> list[str]:
+    """The lines of a file with a path on each, without the empty ones. Bytes that are not UTF-8 are part of a name.
+
+    Raises ShardError for a NUL byte, which no path holds; OSError.
+    """
+    lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if "\0" in line:
+            raise ShardError(f"{path}:{number}: holds a NUL byte, as UTF-16 does; save the file as UTF-8")
+    return [line for line in lines if line.strip()]
 
 
 def path_below(name: str, root: Path | None) -> str:

@@ -25,7 +25,10 @@ class Matched:
 
 
 class VideoFiles:
-    """The video files below a folder, by name without ending and by class folder and name; letters' case is ignored."""
+    """The video files below a folder, by name without ending and by class folder and name.
+
+    A name whose letters differ in case alone is taken where no file has the very name.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -47,7 +50,8 @@ class VideoFiles:
         """The file of the first key that has one; of several files, the likeliest by the names of their folders."""
         for key in keys:
             if found := self._by_key.get(key.lower()):
-                return min(found, key=lambda path: _rank(path, split))
+                stem = key.rpartition("/")[2]
+                return min(found, key=lambda path: (file_stem(PurePosixPath(path).name) != stem, _rank(path, split)))
         return None
 
 

@@ -37,7 +37,7 @@ from shards.annotations import parse_labels
 from shards.files import require_file
 from shards.folders import find_videos as list_videos
 from shards.format import ShardError
-from shards.list_lines import is_video_file
+from shards.list_lines import is_video_file, lines_with_paths
 from shards.text import json_text, printable, redact, shown
 from shards.walk import describe, is_hidden
 from text4vis import cluster, saved, serving  # faces: they load torch where it is first needed
@@ -88,7 +88,9 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--picture: expected a name that ends with .png, got {arguments.picture}")
     if arguments.window is not None and (arguments.accuracy or arguments.coverage):
         parser.error("--accuracy and --coverage were measured on whole videos; leave --window out")
-    if arguments.window is not None and arguments.window <= 0:
+    if arguments.json and arguments.csv and arguments.json.absolute() == arguments.csv.absolute():
+        parser.error(f"--json and --csv: both name {arguments.json}; name two files")
+    if arguments.window is not None and not arguments.window > 0:
         parser.error(f"--window: expected seconds above 0, got {arguments.window}")
     return arguments
 
@@ -108,8 +110,7 @@ def find_videos(arguments: argparse.Namespace) -> list[str]:
     """The videos that the command's VIDEO arguments and list stand for, each once, in order. Raises PredictionError."""
     given = list(arguments.videos)
     if arguments.list is not None:
-        lines = arguments.list.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
-        given += [line for line in lines if line.strip()]
+        given += lines_with_paths(arguments.list)
     found: list[str] = []
     for argument in given:
         if scheme_of(argument) is not None or not any(character in argument for character in "*?["):

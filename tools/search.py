@@ -28,6 +28,7 @@ import text4vis
 from shards.files import require_file
 from shards.folders import find_videos
 from shards.format import ShardError
+from shards.list_lines import lines_with_paths
 from shards.text import printable, shown
 from shards.walk import describe
 from text4vis import saved, serving  # faces: they load torch where it is first needed
@@ -97,8 +98,7 @@ def list_videos(sources: list[str], index: Path, quiet: bool) -> list[str]:
                 print(f"search: notice: {shown(path)}: {notice}", file=sys.stderr)
             videos += [str(path / name) for name in found]
         elif path.suffix.lower() == ".txt":
-            lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
-            videos += [str(path.parent / line) for line in lines if line]
+            videos += [str(path.parent / line) for line in lines_with_paths(path)]
         else:
             videos.append(source)
     if not videos:

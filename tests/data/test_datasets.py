@@ -28,3 +28,6 @@ def test_class_names_are_those_of_the_shards_or_of_the_list(shards, tmp_path):
         given.write_text("id,name\n0,run\n1,jump\n")
         with pytest.raises(ConfigError, match=r"data.label_list: .* names 2 classes, but the shards hold label 2"):
             class_names(settings(shards, label_list=str(given)), dataset)
+        given.write_text("id,name\n0,run\n1,class 2\n2,class 1\n")
+        with pytest.raises(ConfigError, match=r"class 1 of .* is 'class 2', which is class 2 of the shards"):
+            class_names(settings(shards, label_list=str(given)), dataset)

@@ -187,6 +187,17 @@ class TestFeatures:
         project.evaluate(config, features=path)
         assert not caplog.text
 
+    def test_of_other_pixels_are_made_again_in_both_directions(self, project, tmp_path, caplog):
+        path = tmp_path / "features.safetensors"
+        plain = project.config
+        for other, what in (("interpolation", "frames"), ("synthetic", "synthetic")):
+            changed = project.with_data(**{other: {"interpolation": "bilinear", "synthetic": True}[other]})
+            project.evaluate(changed, features=path)
+            caplog.clear()
+            again = project.evaluate(plain, features=path)
+            assert f"{path}: made with other {what}; embedding the videos again" in caplog.text
+            assert again | {"date": ""} == project.evaluate(plain) | {"date": ""}
+
     def test_of_other_weights_data_or_architecture_are_made_again(self, project, tmp_path, caplog):
         path = tmp_path / "features.safetensors"
         project.evaluate(features=path)

@@ -376,11 +376,18 @@ def test_files_are_found_again_by_the_names_in_the_output(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("options", "code", "message"), [
     (["--jsonl", "a.jsonl", "--json", "b.json"], 2, "--jsonl: leave --json, --csv and --picture out"),
+    (["--json", "a.out", "--csv", "./a.out"], 2, "--json and --csv: both name a.out; name two files"),
+    (["--window", "nan"], 2, "--window: expected seconds above 0, got nan"),
     ([], 2, "no videos: give VIDEO or --list FILE"),
 ])  # fmt: skip
 def test_wrong_usage_of_lists_is_named(options, code, message):
     result = predict("--model", "gone", *options, *(["x.mp4"] if options else []))
     assert result.returncode == code and message in result.stderr
+
+
+def test_windows_that_are_too_short_to_count_are_refused(export, videos):
+    with pytest.raises(PredictionError, match=r"windows of 1e-09 s every 5e-10 s: expected at least 0\.001 s"):
+        text4vis.load(export).scan(videos / "deep" / "video0.mp4", window_seconds=1e-9)
 
 
 def test_frames_ahead_of_the_model_are_bounded_and_batches_fill_across_unreadable_videos(export, videos, monkeypatch):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from shards.annotations import Annotation, format_annotation, parse_annotations, parse_labels
 from shards.format import Manifest, ShardError
-from shards.list_lines import is_video_file
+from shards.list_lines import is_video_file, lines_with_paths
 
 REAL_LISTS = Path(__file__).parents[3] / "shared" / "lists"
 IN_FILE = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -321,3 +321,12 @@ def test_a_line_holds_a_name_or_refuses_it(tmp_path, name, frames, label):
         return
     (parsed,) = parse(tmp_path, line + "\n")
     assert (parsed.name, parsed.num_frames, parsed.label) == (name, frames, label)
+
+
+def test_a_list_of_paths_keeps_names_as_they_are_and_names_a_line_of_utf16(tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_bytes(b"\xef\xbb\xbfa b.mp4\r\n \r\n\xe9.mp4\n")
+    assert lines_with_paths(path) == ["a b.mp4", "\udce9.mp4"]
+    path.write_bytes("a.mp4\nb.mp4\n".encode("utf-16"))
+    with pytest.raises(ShardError, match=r"list\.txt:1: holds a NUL byte, as UTF-16 does; save the file as UTF-8"):
+        lines_with_paths(path)

@@ -312,6 +312,15 @@ def test_no_video_at_all_is_an_error_with_an_example(tmp_path):
         read("kinetics400", tmp_path)
 
 
+def test_names_that_differ_in_case_are_two_videos(tmp_path):
+    """YouTube tells `abC` from `aBc`."""
+    touch(tmp_path, "v/aBc.mp4", "v/abC.mp4", "replacement/ABC.mp4")
+    files = VideoFiles(tmp_path)
+    assert [files.find((key,), "val") for key in ("abC", "aBc", "abc")] == [
+        "v/abC.mp4", "v/aBc.mp4", "replacement/ABC.mp4"
+    ]  # fmt: skip
+
+
 def test_of_several_files_that_of_the_split_is_taken_and_a_replacement_before_it(tmp_path):
     touch(tmp_path, "a/x.mp4", "a/val.mp4", "b/val.mp4", "val_256/x.mp4", "val_256/y.mp4", "replacement_k400/y.mp4")
     files = VideoFiles(tmp_path)

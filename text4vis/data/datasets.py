@@ -40,7 +40,8 @@ def class_names(config: Config, dataset: ShardDataset, recorded: list[str] | Non
     """The class names by label: those of `data.label_list`, or those that the shards hold.
 
     recorded: names that were read from `data.label_list` before; they count where it is gone.
-    Raises ConfigError if `data.label_list` has fewer names than the data set has labels.
+    Raises ConfigError if `data.label_list` has fewer names than the data set has labels, or names of the shards in
+    another order.
     """
     if config.data.label_list is None:
         return list(dataset.classes)
@@ -52,6 +53,14 @@ def class_names(config: Config, dataset: ShardDataset, recorded: list[str] | Non
             f"data.label_list: {config.data.label_list} names {len(names)} classes, but the shards hold label "
             f"{largest}; give the list that the shards were built with"
         )
+    known = {name: label for label, name in enumerate(dataset.classes)}
+    for label, name in enumerate(names):
+        if known.get(name, label) != label:
+            raise ConfigError(
+                f"data.label_list: class {label} of {config.data.label_list} is {name!r}, which is class {known[name]} "
+                "of the shards, so videos would get the names of other classes; give the list that the shards were "
+                "built with"
+            )
     return names
 
 

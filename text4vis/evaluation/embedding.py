@@ -172,7 +172,7 @@ def _read_features(path: Path, origin: Mapping[str, Any]) -> list[Embeddings]:
             found = json.loads((file.metadata() or {}).get(FEATURES, "null"))
             if not isinstance(found, dict):
                 raise ConfigError(f"--features: {path} holds something else; name another file")
-            changed = [key for key in origin if found.get(key) != origin[key]]
+            changed = [key for key in {**origin, **found} if found.get(key) != origin.get(key)]
             if not changed:
                 read = Embeddings(**{name: file.get_tensor(name) for name in Embeddings.__dataclass_fields__})
                 read.check()
@@ -236,6 +236,8 @@ def evaluate(
         origin = {key: card[key] for key in FEATURES_ORIGIN} | {"architecture": _architecture(model)}
         if (how := (data.resize, data.interpolation)) != tuple(EARLIER["data"].values()):  # which files don't name
             origin["frames"] = list(how)
+        if data.synthetic:
+            origin["synthetic"] = True
         embedded = embed_or_read(model, loader, features, origin)
     if embedded is None:
         return None

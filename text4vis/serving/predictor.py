@@ -40,6 +40,7 @@ from text4vis.serving.footage import (
     local_copy,
     open_long,
 )
+from text4vis.serving.index_store import LEAST_SECONDS
 
 # Starts and ends (W, 2) in seconds of windows, a row for each, and their pictures (S, S, 3).
 Windows: TypeAlias = tuple[np.ndarray, np.ndarray, list[np.ndarray]]
@@ -232,8 +233,10 @@ class Predictor:
         once. threads: that decode (0: the cores of this rank). Raises PredictionError.
         """
         step = window_seconds / 2 if step_seconds is None else step_seconds
-        if not step > 0 or not window_seconds > 0:
-            raise PredictionError(f"windows of {window_seconds} s every {step} s: expected lengths above 0")
+        if not step >= LEAST_SECONDS or not window_seconds >= LEAST_SECONDS:
+            raise PredictionError(
+                f"windows of {window_seconds} s every {step} s: expected at least {LEAST_SECONDS:g} s"
+            )
         if batch_size < 1 or threads < 0:
             raise PredictionError(f"batch_size {batch_size}: expected at least 1; threads {threads}: 0 or more")
         names, classes_CD = self._classes(labels)

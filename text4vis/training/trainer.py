@@ -82,7 +82,7 @@ class Trainer:
             self.val_loader = opened.enter_context(self._loader("val"))
             self.train_loader = opened.enter_context(self._loader("train", start.consumed if start else 0))
             self.class_names = class_names(config, self.train_loader.dataset)
-            joining.check_same_classes(config, self.train_loader.dataset.classes, self.val_loader.dataset.classes)
+            joining.check_same_classes(config, self.class_names, class_names(config, self.val_loader.dataset))
             for loader in (self.train_loader, self.val_loader):
                 check_labels(config, loader.split, loader.dataset)
             self.num_steps = math.ceil(config.solver.epochs * self.train_loader.epoch_samples / self.sizes.global_batch)
