@@ -130,14 +130,15 @@ def lines_of(path: Path) -> Iterator[tuple[str, str]]:
 
 def csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
     """Place and fields of each row below the header, which must have these columns."""
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""))
+    # strict: a quote that is never closed would swallow the rows behind it
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
     try:
         if missing := [column for column in columns if column not in (reader.fieldnames or ())]:
             raise ShardError(f"{path}:1: no column {missing[0]!r}; expected the header {','.join(columns)},…")
         for row in reader:
             yield f"{path}:{reader.line_num}", {name: (text or "").strip() for name, text in row.items() if name}
     except csv.Error as error:
-        raise ShardError(f"{path}:{reader.line_num or 1}: {error}; download it again") from None
+        raise ShardError(f"{path}:{reader.line_num + 1}: {error}; download it again") from None
 
 
 def from_json(path: Path, what: str, extract: Callable[[Any], T]) -> T:

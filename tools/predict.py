@@ -121,6 +121,8 @@ def find_videos(arguments: argparse.Namespace) -> list[str]:
                 raise serving.PredictionError(f"{argument}: no file fits this pattern")
         for path in paths:
             found += [path] if scheme_of(path) or not Path(path).is_dir() else _in_folder(Path(path))
+    if not found:
+        raise serving.PredictionError(f"--list: {arguments.list} names no video; write one path on each line")
     return list(dict.fromkeys(found))
 
 

@@ -379,9 +379,10 @@ def test_files_are_found_again_by_the_names_in_the_output(tmp_path):
     (["--json", "a.out", "--csv", "./a.out"], 2, "--json and --csv: both name a.out; name two files"),
     (["--window", "nan"], 2, "--window: expected seconds above 0, got nan"),
     ([], 2, "no videos: give VIDEO or --list FILE"),
+    (["--list", "/dev/null"], 1, "--list: /dev/null names no video"),
 ])  # fmt: skip
 def test_wrong_usage_of_lists_is_named(options, code, message):
-    result = predict("--model", "gone", *options, *(["x.mp4"] if options else []))
+    result = predict("--model", "gone", *options, *(["x.mp4"] if options and "--list" not in options else []))
     assert result.returncode == code and message in result.stderr
 
 

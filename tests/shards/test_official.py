@@ -95,6 +95,10 @@ def test_kinetics_files_named_by_their_id_alone_are_taken_where_the_lists_have_o
         ({"train.csv": "label,id\n"}, "train.csv:1: no column 'youtube_id'"),
         ({"train.csv": "label," + "x" * 140_000 + "\n"}, "train.csv:1: field larger than field limit"),
         (
+            {"train.csv": 'label,youtube_id,time_start,time_end\nyoga,"x,0,10\nyoga,y,0,10\n'},
+            "train.csv:2: unexpected end",
+        ),
+        (
             {"train.csv": "label,youtube_id,time_start,time_end\nyogaa,x,0,10\n"},
             "train.csv:2: the class 'yogaa' .*'yoga'",
         ),
