@@ -90,6 +90,13 @@ def read_ucf101(folder: Path, labels: Path | None, split: int) -> Official:
         raise ShardError(
             f"{index}: the classes are not numbered 1 to {len(names)}, as the class list {labels} has them"
         )
+    plain = {_letters(name): number for name, number in ids.items()}
+    for number, name in enumerate(names):  # other words for a class are fine, those of another class are not
+        if plain.get(_letters(name), number) != number:
+            raise ShardError(
+                f"{labels}: {name!r} is class {number + 1} there, and class {plain[_letters(name)] + 1} in {index}; "
+                "put the names in that order"
+            )
     official = Official(names, {"train": [], "val": []})
     for role, name in lists.items():
         for where, line in lines_of(named_file(folder, name)):
@@ -102,6 +109,10 @@ def read_ucf101(folder: Path, labels: Path | None, split: int) -> Official:
             stem = file_stem(match[2])
             official.splits[role].append(Entry((f"{match[1]}/{stem}", stem), (label,)))
     return official
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[\W_]", "", name).casefold()
 
 
 def read_hmdb51(folder: Path, labels: Path | None, split: int) -> Official:

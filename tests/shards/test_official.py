@@ -147,6 +147,19 @@ def test_bad_files_of_ucf101_are_named(tmp_path, train, message):
         read_ucf101(tmp_path, CLASSES / "ucf101.csv", 1)
 
 
+def test_ucf101s_names_may_be_other_words_but_not_those_of_another_class(tmp_path):
+    train = {"trainlist01.txt": "Archery/v_Archery_g08_c01.avi 2\n", "testlist01.txt": ""}
+    write(tmp_path, {"classInd.txt": "1 ApplyLipstick\n2 Archery\n3 YoYo\n", **train})
+    for names, fits in (("id,name\n0,Lippenstift\n1,archery\n2,yo yo\n", True),
+                        ("id,name\n0,apply lipstick\n1,yo yo\n2,archery\n", False)):  # fmt: skip
+        (tmp_path / "names.csv").write_text(names)
+        if fits:
+            assert read_ucf101(tmp_path, tmp_path / "names.csv", 1).splits["train"][0].labels == (1,)
+        else:
+            with pytest.raises(ShardError, match=r"names.csv: 'yo yo' is class 2 there, and class 3 in .*classInd.txt"):
+                read_ucf101(tmp_path, tmp_path / "names.csv", 1)
+
+
 def hmdb(root: Path, split: int, **lines: str) -> None:
     for name in parse_labels(CLASSES / "hmdb51.csv"):
         folder = name.replace(" ", "_")
