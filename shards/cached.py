@@ -200,11 +200,10 @@ class CachedShards:
     def _next_ahead(self) -> _Download | None:
         if time.monotonic() < max(self._next_look, self._paused_until):
             return None
-        needed_before = 0
+        needed_before, left_out = 0, self._not_ahead | {one.shard for one in self._no_room}
         for shard in self._upcoming.in_order():
             needed_before += self._shards[shard].bytes
-            is_coming = shard in self._under_way or shard in self._not_ahead
-            if not is_coming and not self._has(shard):
+            if shard not in self._under_way and shard not in left_out and not self._has(shard):
                 is_near = needed_before <= self._cache.limit_bytes * _NEAR_SHARE
                 return _Download(shard, is_wanted=False, spare=self._upcoming.next_use(shard) if is_near else math.inf)
         self._next_look = time.monotonic() + _LOOK_SECONDS

@@ -326,6 +326,31 @@ def test_a_reader_does_not_wait_for_room_after_the_last_download_has_found_none_
     assert reading.read(0, lambda _: None) == [b"\1" * 5] and len(files.ranges) == 1
 
 
+def test_a_shard_that_waits_for_room_is_not_fetched_ahead_too(make, monkeypatch):
+    """Of two downloads of one shard the end of the first took the place of the second: readers waited for ever."""
+    files, source = make([100] * 3, 1000)
+    files.hold(1, 2)
+    fetch, tries = source._cache.fetch, []
+
+    def full_once(name: str, *arguments: object, **keywords: object) -> None:
+        tries.append(name)
+        if tries.count(name) == 1 and name == source._names[0]:
+            raise CacheFullError("full")
+        fetch(name, *arguments, **keywords)
+
+    monkeypatch.setattr(source._cache, "fetch", full_once)
+    source.start([Extent(1, [(0, 5)])])
+    until(lambda: 1 in source._under_way)
+    reading = source.start([Extent(0, [(0, 5)])])
+    until(lambda: source._no_room)
+    source.follow(plan_of([0], [2]))
+    until(lambda: source.advanced() or source._names[2] in tries)
+    assert tries.count(source._names[0]) == 1
+    files.let(1, 2)
+    settle(source)
+    assert reading.read(0, lambda _: None) == [b"\1" * 5] and sorted(files.downloads) == [0, 1, 2]
+
+
 def test_what_finds_no_room_ahead_is_tried_with_more_right_for_a_reader(make, monkeypatch):
     files, source = make([100], 1000)
     fetch, spares, full = source._cache.fetch, [], threading.Event()
