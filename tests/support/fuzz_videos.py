@@ -276,12 +276,18 @@ class _Mallinfo2(ctypes.Structure):
 
 
 def _in_use() -> int:
-    """Bytes that the C library has given out, and small blocks of Python at their largest, without garbage."""
+    """Bytes that the C library has given out, and small blocks of Python at their largest, without garbage.
+
+    Before glibc 2.33 the C library does not say, and only Python's count.
+    """
     gc.collect()
-    mallinfo2 = ctypes.CDLL(None).mallinfo2  # glibc 2.33
-    mallinfo2.restype = _Mallinfo2
-    given = mallinfo2()
-    return int(given.uordblks + given.hblkhd) + 512 * sys.getallocatedblocks()
+    mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    given = 0
+    if mallinfo2 is not None:
+        mallinfo2.restype = _Mallinfo2
+        found = mallinfo2()
+        given = found.uordblks + found.hblkhd
+    return given + 512 * sys.getallocatedblocks()
 
 
 def _open_files() -> int:

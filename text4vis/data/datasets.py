@@ -58,8 +58,8 @@ def class_names(config: Config, dataset: ShardDataset, recorded: list[str] | Non
         if known.get(name, label) != label:
             raise ConfigError(
                 f"data.label_list: class {label} of {config.data.label_list} is {name!r}, which is class {known[name]} "
-                "of the shards, so videos would get the names of other classes; give the list that the shards were "
-                "built with"
+                f"of the shards of {', '.join(dataset.places)}, so videos would get the names of other classes; give "
+                "the list that the shards were built with"
             )
     return names
 
