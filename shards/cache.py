@@ -167,19 +167,24 @@ class ShardCache:
         finally:
             os.close(descriptor)
 
+    def _contents(self, entry: Path) -> tuple[dict[Path, os.stat_result], int]:
+        """The entries, and the bytes of downloads of others than `entry`; removes what killed downloads have left.
+
+        A file that goes meanwhile may have got another name, so all is looked at again then.
+        """
+        while True:
+            paths = list(self.folder.iterdir())
+            with suppress(FileNotFoundError):
+                parts = [path for path in paths if path.suffix == ".part" and path.stem != entry.name]
+                downloads = [part.stat().st_size for part in parts if not _remove_if_abandoned(part)]
+                return {path: path.stat() for path in paths if path.suffix == ".tar"}, sum(downloads)
+
     def _make_room(self, entry: Path, part: int, size: int, need: Need, spare: float) -> None:
         """Evicts until `size` more bytes fit, and reserves them by giving the open .part of `entry` its full size."""
         with self._locked():
-            kept: list[tuple[float, int, int, Path]] = []
-            used = 0
-            for path in self.folder.iterdir():
-                with suppress(FileNotFoundError):
-                    status = path.stat()
-                    if path.suffix == ".tar":
-                        kept.append((-need(path.stem), status.st_mtime_ns, status.st_size, path))
-                        used += status.st_size
-                    elif path.suffix == ".part" and path.stem != entry.name and not _remove_if_abandoned(path):
-                        used += status.st_size
+            entries, used = self._contents(entry)
+            used += sum(status.st_size for status in entries.values())
+            kept = [(-need(path.stem), status.st_mtime_ns, status.st_size, path) for path, status in entries.items()]
             going = [(bytes_, path) for needed, _, bytes_, path in sorted(kept) if -needed > spare]
             if used + size - sum(bytes_ for bytes_, _ in going) > self.limit_bytes:
                 raise CacheFullError(
@@ -195,12 +200,17 @@ class ShardCache:
 
 
 def _remove_if_abandoned(part: Path) -> bool:
-    """Removes the leftover of a killed download, known by its free lock. Returns whether it was one."""
+    """Removes the leftover of a killed download, known by its free lock. Returns whether it was one.
+
+    Raises FileNotFoundError where the download has ended.
+    """
     descriptor = os.open(part, os.O_RDWR)
     try:
-        abandoned = try_lock(descriptor)
-        if abandoned and is_at(descriptor, part):
-            part.unlink()
-        return abandoned
+        if not try_lock(descriptor):
+            return False
+        if not is_at(descriptor, part):
+            raise FileNotFoundError(part)
+        part.unlink()
+        return True
     finally:
         os.close(descriptor)

@@ -225,6 +225,48 @@ def test_limit_holds_with_concurrent_ranks(tmp_path):
     assert sum(path.stat().st_size for path in (tmp_path / "shards").iterdir()) <= 450
 
 
+@pytest.mark.parametrize("moment", ["listed", "opened", "locked"])
+def test_a_download_that_ends_while_room_is_made_counts(tmp_path, monkeypatch, moment):
+    """It has another name then than in the listing, and a moment later its lock is free."""
+    cache = ShardCache(tmp_path, 250)
+    part, entry = tmp_path / "first.tar.part", tmp_path / "first.tar"
+    part.write_bytes(bytes(200))
+    descriptor = os.open(part, os.O_RDWR)
+    assert try_lock(descriptor)
+
+    def end() -> None:
+        nonlocal descriptor
+        if part.exists() and descriptor >= 0:
+            part.rename(entry)
+            os.close(descriptor)
+            descriptor = -1
+
+    iterdir, tries = Path.iterdir, []
+
+    def listed(folder: Path) -> list[Path]:
+        found = list(iterdir(folder))
+        if moment == "listed":
+            end()
+        return found
+
+    def locked(other: int) -> bool:
+        if os.fstat(other).st_size == 200 and moment != "listed":
+            tries.append(other)
+            if moment == "opened":
+                end()
+            taken = try_lock(other)
+            end()
+            return taken
+        return try_lock(other)
+
+    monkeypatch.setattr(Path, "iterdir", listed)
+    monkeypatch.setattr(shards.cache, "try_lock", locked)
+    cache.fetch("second", 200, lambda part: os.pwrite(part, bytes(200), 0))
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.glob("*.tar")] == ["second.tar"] and descriptor == -1
+    assert (moment == "listed") != bool(tries)
+
+
 def test_small_limit_still_reads_right(server, stored, tmp_path):
     limit = max(path.stat().st_size for path in (tmp_path / "served" / "data").glob("*.tar"))
     with open_cached(server, tmp_path, cache_bytes=limit) as dataset:
