@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from isal import isal_zlib
 
-from shards.files import is_at, replacing, sync, try_lock, write_atomically
+from shards.files import is_at, leftovers, replacing, sync, try_lock, write_atomically
 from shards.format import (
     FORMAT_VERSION,
     INDEX_ROLES,
@@ -317,11 +317,12 @@ def write_index(
 
 
 def clean_up(workspace: Workspace, manifest: Manifest) -> None:
-    """Removes what a published data set no longer needs: index files of the one before, and the workspace."""
+    """Removes what a published data set no longer needs: index files of the one before, half a manifest that a killed
+    builder left, and the workspace."""
     used = {Path(entry["file"]).name for entry in manifest.index.values()}
-    for path in (workspace.output / "index").iterdir():
-        if path.name not in used:
-            path.unlink()
+    unused = [path for path in (workspace.output / "index").iterdir() if path.name not in used]
+    for path in [*unused, *leftovers(workspace.output / MANIFEST)]:
+        path.unlink()
     workspace.remove()
 
 

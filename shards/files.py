@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import os
 import tempfile
 from collections.abc import Iterator
@@ -38,9 +39,9 @@ def replacing_path(path: Path) -> Iterator[Path]:
     """Atomic replace: the file that this yields takes the place of `path` at the end, or `path` stays as it was.
 
     Readers see the old file or the new one, never a mix, and the new one survives a power cut. The yielded file lies
-    beside `path` under a name of this process; a killed process leaves it behind.
+    beside `path` under a name of this process; a killed process leaves it behind (`leftovers`).
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(_temporary_name(path.name, str(os.getpid())))
     try:
         yield temporary
         sync(temporary)
@@ -49,6 +50,15 @@ def replacing_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def leftovers(path: Path) -> list[Path]:
+    """What killed processes left of `replacing_path(path)`, and what living ones are writing."""
+    return sorted(path.parent.glob(_temporary_name(glob.escape(path.name), "*")))
+
+
+def _temporary_name(name: str, process: str) -> str:
+    return f".{name}.{process}.part"
 
 
 @contextmanager

@@ -172,6 +172,40 @@ def test_fifty_kills(frame_folders, built, tmp_path):
         assert content(output) == content(built)
 
 
+KILLED = """import os, pathlib, runpy, signal, sys
+kind, left = sys.argv[1], iter(range(int(sys.argv[2]), -1, -1))
+original = getattr(pathlib.Path, kind)
+def step(self, *arguments, **options):
+    if next(left) == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, *arguments, **options)
+setattr(pathlib.Path, kind, step)
+sys.argv = sys.argv[3:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [
+        *(("replace", number) for number in (0, 1, 2, 17, 20)),  # settings, a shard, its rows, index, manifest
+        *(("unlink", number) for number in (0, 9)),  # the first file of the workspace, its lock
+        ("rmdir", 0),
+    ],
+)
+def test_a_kill_before_a_file_is_put_in_place_or_removed_leaves_nothing_behind(
+    frame_folders, built, tmp_path, kind, number
+):
+    arguments = command(frame_folders, tmp_path / "data")
+    program = [sys.executable, "-c", KILLED, kind, str(number), *arguments[1:]]
+    killed = subprocess.run(program, stdout=subprocess.DEVNULL, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert (tmp_path / "data" / "manifest.json").exists() == (kind != "replace")
+    build(frame_folders, tmp_path / "data")
+    assert content(tmp_path / "data") == content(built)
+    assert not (tmp_path / "data" / ".building").exists()
+
+
 @pytest.mark.parametrize("step", range(0, 21, 2))
 def test_a_failing_write_loses_nothing(frame_folders, built, tmp_path, monkeypatch, step):
     """The disk is full at the step-th file that is put in place; the next run goes on and ends equal."""
