@@ -4,8 +4,9 @@ import pytest
 from batches import settings
 
 from shards.format import ShardError
-from text4vis.config.schema import ConfigError
-from text4vis.data.datasets import class_names, open_split
+from text4vis.config.loading import config_from_dict
+from text4vis.config.schema import Config, ConfigError
+from text4vis.data.datasets import check_same_classes, class_names, open_split
 
 
 def test_shards_that_are_not_there_are_named_with_their_key(shards, tmp_path):
@@ -31,3 +32,22 @@ def test_class_names_are_those_of_the_shards_or_of_the_list(shards, tmp_path):
         given.write_text("id,name\n0,run\n1,class 2\n2,class 1\n")
         with pytest.raises(ConfigError, match=r"class 1 of .* is 'class 2', which is class 2 of the shards"):
             class_names(settings(shards, label_list=str(given)), dataset)
+
+
+def test_splits_that_name_other_classes_are_refused():
+    """Labels of both splits are counted under the names of one."""
+    check_same_classes(Config(), ["a", "b"], ["a", "b"])
+    for other in (["b", "a"], ["a"], ["a", "b", "c"]):
+        with pytest.raises(ConfigError, match=r"data\.val: its shards name .* data\.label_list"):
+            check_same_classes(Config(), ["a", "b"], other)
+
+
+def test_a_list_gives_other_words_to_both_splits_and_no_class_another_label():
+    listed = config_from_dict({"data": {"label_list": "x.csv"}}, "test")
+    for other in (["a", "b"], ["A", "B", "C"], ["a"], ["A", "b"]):
+        check_same_classes(listed, ["a", "b"], other)
+    for other in (["b", "a"], ["A", "a"], ["b"]):
+        with pytest.raises(
+            ConfigError, match=r"data\.val: '[ab]' is class . of its shards and class . of those of data"
+        ):
+            check_same_classes(listed, ["a", "b"], other)

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import open_clip
 import pytest
+from frame_folders import make_frame_folders
 from launch import program
 
+from shards.annotations import parse_annotations, parse_labels
+from shards.writer import build_shards
 from text4vis.config.schema import ConfigError
 from text4vis.doctor import checks as doctor
 from text4vis.doctor.checks import FINE, PROBLEM, WARNING
@@ -163,6 +166,22 @@ def test_what_is_wrong_with_a_job_is_found(project, tmp_path, monkeypatch):
     assert "26 videos are fewer than data.batch_size (30)" in "".join(of_level(findings, WARNING))
     typo = doctor.diagnose(project.config, ["data.bach_size=3"], None, tmp_path / "run")
     assert "did you mean data.batch_size?" in "".join(of_level(typo, PROBLEM))
+
+
+def test_splits_whose_labels_mean_other_classes_are_found(project, tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "probe", lambda paths: HEALTHY)
+    folders = make_frame_folders(tmp_path, [4, 4, 4])
+    annotations, names = parse_annotations(folders.annotations, 3), parse_labels(folders.labels)
+    build_shards(annotations, root=folders.root, labels=names[::-1], output=tmp_path / "val")
+    words = tmp_path / "words.csv"
+    words.write_text("id,name\n0,run\n1,jump\n2,swim\n")
+    for setting, message in (
+        ("data.label_list=", "its shards name 3 classes that are not the 3 of data.train in their order"),
+        (f"data.label_list={words}", "is class 0 of its shards and class 2 of those of data.train"),
+    ):
+        findings = list(doctor.diagnose(project.config, [f"data.val={tmp_path}/val", setting], None, tmp_path / "run"))
+        (problem,) = of_level(findings, PROBLEM)
+        assert message in problem and "build both with one --labels file" in problem
 
 
 @pytest.mark.slow

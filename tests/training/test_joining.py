@@ -12,22 +12,12 @@ from text4vis.saved.inputs import TOKENIZER
 from text4vis.training import joining
 from text4vis.training.joining import (
     check_joins,
-    check_same_classes,
     check_streams,
     check_world_size,
     first_state,
     settled,
     with_tokenizer,
 )
-
-
-def test_splits_that_name_other_classes_are_refused():
-    """Labels of both splits are counted under the names of one."""
-    check_same_classes(Config(), ["a", "b"], ["a", "b"])
-    check_same_classes(config_from_dict({"data": {"label_list": "x.csv"}}, "test"), ["a", "b"], ["b", "a"])
-    for other in (["b", "a"], ["a"], ["a", "b", "c"]):
-        with pytest.raises(ConfigError, match=r"data\.val: its shards name .* data\.label_list"):
-            check_same_classes(Config(), ["a", "b"], other)
 
 
 def test_a_job_of_another_size_than_expected_is_refused():

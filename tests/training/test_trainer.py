@@ -609,7 +609,7 @@ def test_a_finished_run_stays_finished_and_another_is_never_mixed_in(project, wh
 def test_the_loss_must_take_the_labels_of_both_splits(project, tmp_path, monkeypatch):
     checked = []
     monkeypatch.setattr(module, "check_labels", lambda config, split, dataset: checked.append((split, dataset)))
-    monkeypatch.setattr(module.joining, "check_same_classes", lambda config, *splits: checked.append(splits))
+    monkeypatch.setattr(module, "check_same_classes", lambda config, *splits: checked.append(splits))
     with start(project, tmp_path) as trainer:
         train, val = trainer.train_loader.dataset, trainer.val_loader.dataset
         assert checked == [(train.classes, val.classes), ("train", train), ("val", val)]

@@ -64,6 +64,25 @@ def class_names(config: Config, dataset: ShardDataset, recorded: list[str] | Non
     return names
 
 
+def check_same_classes(config: Config, train: list[str], val: list[str]) -> None:
+    """Labels of both splits mean the same classes, as far as the shards' class names tell. Raises ConfigError.
+
+    With `data.label_list` the shards may hold other words for the classes, but none with another label.
+    """
+    if config.data.label_list is None and train != val:
+        raise ConfigError(
+            f"data.val: its shards name {len(val)} classes that are not the {len(train)} of data.train in their order; "
+            "build both with one --labels file, name data.label_list, or evaluate other classes with evaluate.py"
+        )
+    known = {name: label for label, name in enumerate(train)}
+    for label, name in enumerate(val):
+        if known.get(name, label) != label:
+            raise ConfigError(
+                f"data.val: {name!r} is class {label} of its shards and class {known[name]} of those of data.train, so "
+                "its videos would count for other classes; build both with one --labels file"
+            )
+
+
 def check_labels(config: Config, split: str, dataset: ShardDataset) -> None:
     """Training's loss can take as many labels a video as the split has. Raises ConfigError."""
     if dataset.multi_label and not config.solver.multi_label:

@@ -156,7 +156,7 @@ def _settled(config: Config) -> tuple[Config, list[Finding]]:
 
 def _data(config: Config) -> Iterator[Finding]:
     """Opens both data sets and makes a batch of each."""
-    from text4vis.data.datasets import check_labels, class_names
+    from text4vis.data.datasets import check_labels, check_same_classes, class_names
     from text4vis.data.loader import build_loader
     from text4vis.data.traps import find_traps
 
@@ -170,7 +170,7 @@ def _data(config: Config) -> Iterator[Finding]:
                 batches.close()
                 names = class_names(config, loader.dataset)
                 check_labels(config, split, loader.dataset)
-                classes[split] = names
+                classes[split] = loader.dataset.classes
                 count = len(loader.dataset)
                 traps = find_traps(config, names, loader.dataset) if split == "train" else []
         except (ConfigError, ShardError, OSError, RuntimeError) as error:  # the last: what DALI and CUDA raise
@@ -190,11 +190,12 @@ def _data(config: Config) -> Iterator[Finding]:
             )  # fmt: skip
         for trap in traps:
             yield Finding(subject, WARNING, trap.message, trap.fix)
-    if len(classes) == 2 and classes["train"] != classes["val"]:
-        yield Finding(
-            "data", PROBLEM, "data.train and data.val do not name the same classes in the same order",
-            "build both with one --labels file, or name data.label_list",
-        )  # fmt: skip
+    if len(classes) == 2:
+        try:
+            check_same_classes(config, classes["train"], classes["val"])
+        except ConfigError as error:
+            what, _, fix = str(error).removeprefix("data.val: ").partition("; ")
+            yield Finding("data.val", PROBLEM, what, fix)
 
 
 def _model_and_output(config: Config, output: Path) -> Iterator[Finding]:

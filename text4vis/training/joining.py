@@ -21,15 +21,6 @@ from text4vis.saved.runs import check_same_run, check_same_tokenizer
 logger = logging.getLogger("text4vis")
 
 
-def check_same_classes(config: Config, train: list[str], val: list[str]) -> None:
-    """Labels of both splits mean the same classes. Raises ConfigError."""
-    if config.data.label_list is None and train != val:
-        raise ConfigError(
-            f"data.val: its shards name {len(val)} classes that are not the {len(train)} of data.train in their order; "
-            "build both with one --labels file, name data.label_list, or evaluate other classes with evaluate.py"
-        )
-
-
 def check_world_size(config: Config, world_size: int) -> None:
     """Raises ConfigError where the job has another number of ranks than engine.world_size."""
     expected = config.engine.world_size

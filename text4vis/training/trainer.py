@@ -23,7 +23,7 @@ from text4vis.cluster import distributed
 from text4vis.cluster.stop import NonFiniteError, Stopped, StopRequest
 from text4vis.config.batches import BatchSizes
 from text4vis.config.schema import Config
-from text4vis.data.datasets import check_labels, class_names, positive_share
+from text4vis.data.datasets import check_labels, check_same_classes, class_names, positive_share
 from text4vis.data.loader import Batch, Loader, build_loader
 from text4vis.data.traps import log_traps
 from text4vis.evaluation.embedding import evaluate, join_bad_videos
@@ -82,7 +82,8 @@ class Trainer:
             self.val_loader = opened.enter_context(self._loader("val"))
             self.train_loader = opened.enter_context(self._loader("train", start.consumed if start else 0))
             self.class_names = class_names(config, self.train_loader.dataset)
-            joining.check_same_classes(config, self.class_names, class_names(config, self.val_loader.dataset))
+            class_names(config, self.val_loader.dataset)  # the list must fit its labels too
+            check_same_classes(config, self.train_loader.dataset.classes, self.val_loader.dataset.classes)
             for loader in (self.train_loader, self.val_loader):
                 check_labels(config, loader.split, loader.dataset)
             self.num_steps = math.ceil(config.solver.epochs * self.train_loader.epoch_samples / self.sizes.global_batch)
