@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from shards.annotations import Annotation, format_annotation
-from shards.files import require_folder, try_lock, write_atomically
+from shards.files import leftovers, require_folder, try_lock, write_atomically
 from shards.format import ShardError
 from shards.sources import InputError, SourceOptions, encoded_frames, probe_file, video_positions
 
@@ -64,6 +64,8 @@ def extract_frames(
 
     with _locked(output, options), ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
         shutil.rmtree(output / _PARTS, ignore_errors=True)
+        for left in leftovers(output / ANNOTATIONS):
+            left.unlink()
         futures = [pool.submit(extract, position) for position in range(len(videos))]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)

@@ -515,14 +515,18 @@ def many(tmp_path, monkeypatch):
         yield server, frames
 
 
-def read_epochs(dataset, frames, num_epochs: int, pause_seconds: float = 0.0) -> None:
-    """Goes over the data in windows of two shards, the order of which each epoch draws anew."""
+def read_epochs(dataset, frames, num_epochs: int, before_later: Callable[[np.ndarray], None] = lambda ids: None):
+    """Goes over the data in windows of two shards, the order of which each epoch draws anew.
+
+    before_later: called with the samples of each batch but the first before it is read.
+    """
     stream = Stream(48, 3, "shards:2", dataset.shard_of)
     batches = (stream.take(first, first + 4) for first in range(0, 48 * num_epochs, 4))
-    for ids, _ in dataset.ahead(batches, lambda batch: batch[0]):
+    for number, (ids, _) in enumerate(dataset.ahead(batches, lambda batch: batch[0])):
+        if number:
+            before_later(ids)
         for sample, got in zip(ids, dataset.read_many([(sample, np.array([0, 2])) for sample in ids]), strict=True):
             assert got == [frames[sample][0], frames[sample][2]]
-        time.sleep(pause_seconds)
 
 
 def test_shards_come_before_they_are_needed(many, tmp_path, monkeypatch):
@@ -533,8 +537,15 @@ def test_shards_come_before_they_are_needed(many, tmp_path, monkeypatch):
         waited = []
         want = source._want
         monkeypatch.setattr(source, "_want", lambda shard: waited.append(shard) or want(shard))
-        read_epochs(dataset, frames, 2, pause_seconds=0.03)
-        assert len(set(waited)) <= 6  # of 24: the first window's, and a few while the machine is busy
+
+        def wait(ids: np.ndarray) -> None:
+            names, deadline = {source._names[shard] for shard in dataset.shard_of[ids]}, time.monotonic() + 20
+            while not names <= {path.stem for path in kept(tmp_path)}:
+                assert time.monotonic() < deadline, "nobody fetches what is needed next"
+                time.sleep(0.005)
+
+        read_epochs(dataset, frames, 2, wait)
+        assert len(set(waited)) == 2  # of 24: the first window's
         assert all(count == 1 for count in tar_requests(server).values())
 
 
@@ -558,7 +569,7 @@ def test_a_second_epoch_gains_although_the_cache_is_smaller_than_the_data(many, 
     server, frames = many
     sizes = [path.stat().st_size for path in (tmp_path / "served" / "data").glob("*.tar")]
     with open_cached(server, tmp_path, cache_bytes=12 * max(sizes)) as dataset:
-        read_epochs(dataset, frames, 5, pause_seconds=0.01)
+        read_epochs(dataset, frames, 5, lambda ids: settle(dataset))
         settle(dataset)
     downloads = sum(tar_requests(server).values())
     assert downloads <= 24 + 4 * 13  # 24 + 4 * 12 at best; in the order of least recent use 24 + 4 * 19
@@ -607,14 +618,14 @@ def test_a_shard_larger_than_the_bound_is_fetched_in_many_parts_at_once(tmp_path
     """What is on the disk no longer counts as bytes in flight."""
     monkeypatch.setattr(shards.remote, "PART_BYTES", 5000)
     stored = make_dataset(tmp_path / "served" / "data", [50], frame_bytes=3000)
-    under_way, most, lock = [0], [0], threading.Lock()
+    under_way, most, changed = [0], [0], threading.Condition()
 
     def count(handler, body):
-        with lock:
+        with changed:
             under_way[0] += 1
             most.append(under_way[0])
-        time.sleep(0.02)
-        with lock:
+            changed.notify_all()
+            changed.wait_for(lambda: under_way[0] >= 2, timeout=0.5)  # no answer to one alone, unless it is the last
             under_way[0] -= 1
         return False
 
