@@ -7,20 +7,24 @@ tables of `shards.format`. The manifest names the tars; the member table says wh
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import closing
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import fsspec
 import numpy as np
 
 from shards.address import expand_sources, join_address, local_path, scheme_of
-from shards.answers import explain
+from shards.answers import explain, is_transient
 from shards.building import Workspace, clean_up, write_index
 from shards.files import require_folder
-from shards.foreign_samples import filesystem_of, read_tar
+from shards.foreign_samples import TarRows, read_tar
 from shards.format import (
     BLOCK_BYTES,
     MANIFEST,
@@ -32,7 +36,15 @@ from shards.format import (
     tar_place_problem,
 )
 from shards.index import read_local_manifest
+from shards.remote import RemoteFiles
 from shards.text import printable, redact
+from shards.transfer import Transfers
+
+T = TypeVar("T")
+
+_RETRIES = 5  # of a range
+_TIMEOUT_SECONDS = 30
+_PAUSES_SECONDS = (0.5, 1, 2, 4, 8)
 
 
 def index_tars(
@@ -130,11 +142,13 @@ def _local_tars(path: Path) -> dict[str, int]:
 
 
 def _remote_tars(address: str) -> dict[str, int]:
-    filesystem, path = filesystem_of(address)
+    kind = fsspec.get_filesystem_class(scheme_of(address))
+    # Not fsspec's url_to_fs: it takes the host [::1] for chained addresses.
+    filesystem, path = kind(**kind._get_kwargs_from_urls(address)), kind._strip_protocol(address)
     paths = {address: path}
     if not path.endswith(".tar"):
         # Not glob: a host like [::1] and a folder's own brackets and stars are no patterns.
-        found = filesystem.ls(f"{path.rstrip('/')}/", detail=False)
+        found = _patiently(lambda: filesystem.ls(f"{path.rstrip('/')}/", detail=False))
         listed = [(one, *one.replace("/./", "/").rpartition("/")) for one in found]
         folder = path.replace("/./", "/").strip("/")
         # Below the address itself: some drivers leave out the host.
@@ -145,7 +159,7 @@ def _remote_tars(address: str) -> dict[str, int]:
         }
     if not paths:
         raise FileNotFoundError
-    sizes = {tar: filesystem.size(paths[tar]) for tar in sorted(paths)}
+    sizes = {tar: _patiently(partial(filesystem.size, paths[tar])) for tar in sorted(paths)}
     for tar, size in sizes.items():
         if size is None:
             raise ShardError(
@@ -153,6 +167,18 @@ def _remote_tars(address: str) -> dict[str, int]:
                 "and whole, or copy it to a local folder"
             )
     return {tar: int(size) for tar, size in sizes.items()}
+
+
+def _patiently(ask: Callable[[], T]) -> T:
+    """The store's answer; asked for again after faults that pass."""
+    for pause in _PAUSES_SECONDS:
+        try:
+            return ask()
+        except Exception as error:  # drivers raise what they like, fsspec a FileNotFoundError for most answers
+            if not is_transient(error.__cause__ or error):
+                raise
+        time.sleep(pause)
+    return ask()
 
 
 def _record_all(
@@ -169,7 +195,8 @@ def _record_all(
     def record(number: int) -> None:
         found = workspace.recorded(number)
         if found is None:
-            rows = read_tar(place, tars[number][0], **options)
+            name, size = tars[number]
+            rows = _read(tar_files, place, name, size, options)
             tables = {
                 "videos": np.array(rows.videos, VIDEO_DTYPE),
                 "members": np.concatenate([np.empty(0, MEMBER_DTYPE), *rows.members]),
@@ -181,15 +208,33 @@ def _record_all(
         else:
             progress(len(found[1]["videos"]))
 
-    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)), "index") as pool:
-        futures = [pool.submit(record, number) for number in range(len(tars))]
-        try:
-            wait(futures, return_when=FIRST_EXCEPTION)
-        finally:
-            pool.shutdown(cancel_futures=True)
+    with closing(Transfers()) as transfers:
+        tar_files = None if scheme_of(place) is None else _remote_files(place, transfers)
+        with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)), "index") as pool:
+            futures = [pool.submit(record, number) for number in range(len(tars))]
+            try:
+                wait(futures, return_when=FIRST_EXCEPTION)
+            finally:
+                pool.shutdown(cancel_futures=True)
     for future in futures:
         if not future.cancelled():
             future.result()
+
+
+def _remote_files(place: str, transfers: Transfers) -> RemoteFiles:
+    return RemoteFiles(place, transfers, retries=_RETRIES, timeout_seconds=_TIMEOUT_SECONDS, storage_options=None)
+
+
+def _read(files: RemoteFiles | None, place: str, name: str, size: int, options: Mapping[str, Any]) -> TarRows:
+    """Index rows of one tar. files: where it is, None for a local folder. Raises ShardError."""
+    address = join_address(place, name)
+    try:
+        with local_path(address).open("rb") if files is None else files.stream(name, size) as stream:
+            return read_tar(stream, redact(address), name, **options)
+    except OSError as error:
+        raise ShardError(
+            f"{redact(address)}: cannot be read: {explain(error)}; check the disk, then start again"
+        ) from None
 
 
 def _publish(

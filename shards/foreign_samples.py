@@ -19,12 +19,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-import fsspec
 import numpy as np
 from isal import isal_zlib
 
-from shards.address import join_address, local_path, scheme_of
-from shards.answers import explain
 from shards.format import (
     BLOCK_BYTES,
     CONTROL_CHARACTER,
@@ -35,7 +32,7 @@ from shards.format import (
     video_crc32,
 )
 from shards.images import ImageProbe
-from shards.text import printable, redact
+from shards.text import printable
 from shards.video import VideoError, probe_video
 
 _IMAGES = {"jpg", "jpeg", "png", "webp", "bmp"}
@@ -72,52 +69,29 @@ class _SampleError(ValueError):
     """A sample that cannot be used: what is wrong with it."""
 
 
-def read_tar(place: str, name: str, *, label_key: str | None, on_error: str) -> TarRows:
-    """Index rows of one tar. Raises ShardError."""
+def read_tar(stream: IO[bytes], where: str, name: str, *, label_key: str | None, on_error: str) -> TarRows:
+    """Index rows of one tar, read from its beginning. where: its address, for errors. Raises ShardError, OSError."""
     rows = TarRows()
-    address = join_address(place, name)
-    where = redact(address)
     keys: set[str] = set()
     try:
-        with _open_tar(address) as stream:
-            for key, files in _samples(stream, where, rows.unused):
-                try:
-                    if key in keys:
-                        raise _SampleError("it comes a second time; the members of a key must follow one another")
-                    keys.add(key)
-                    _add_sample(rows, f"{name.removesuffix('.tar')}/{key}", files, label_key)
-                except _SampleError as problem:
-                    if on_error == "fail":
-                        raise ShardError(
-                            f"{where}: sample {printable(key)!r}: {problem}; fix the tar, or leave such samples out "
-                            "with --on-error skip"
-                        ) from None
-                    rows.skipped.append({"name": f"{name}/{printable(key)}", "line": 0, "reason": str(problem)})
+        for key, files in _samples(stream, where, rows.unused):
+            try:
+                if key in keys:
+                    raise _SampleError("it comes a second time; the members of a key must follow one another")
+                keys.add(key)
+                _add_sample(rows, f"{name.removesuffix('.tar')}/{key}", files, label_key)
+            except _SampleError as problem:
+                if on_error == "fail":
+                    raise ShardError(
+                        f"{where}: sample {printable(key)!r}: {problem}; fix the tar, or leave such samples out "
+                        "with --on-error skip"
+                    ) from None
+                rows.skipped.append({"name": f"{name}/{printable(key)}", "line": 0, "reason": str(problem)})
     except (tarfile.TarError, EOFError) as error:
         raise ShardError(
             f"{where}: not a plain tar ({error}); unpack it if compressed, copy it again, or pack its files anew"
         ) from None
-    except Exception as error:
-        if isinstance(error, ShardError) or not (isinstance(error, OSError) or scheme_of(address)):
-            raise
-        # Drivers of stores raise what they like.
-        raise ShardError(f"{where}: cannot be read: {explain(error)}; check the store, then start again") from None
     return rows
-
-
-def _open_tar(address: str) -> IO[bytes]:
-    """The file at an address, to be read from its beginning."""
-    if scheme_of(address) is None:
-        return local_path(address).open("rb")
-    filesystem, path = filesystem_of(address)
-    return filesystem.open(path, "rb")
-
-
-def filesystem_of(address: str) -> tuple[Any, str]:
-    """fsspec's file system for a remote address, and what it calls the address."""
-    kind = fsspec.get_filesystem_class(scheme_of(address))
-    # Not fsspec's url_to_fs: it takes the host [::1] for chained addresses.
-    return kind(**kind._get_kwargs_from_urls(address)), kind._strip_protocol(address)
 
 
 _File = tuple[int, bytes]  # offset of the data in the tar, and the data

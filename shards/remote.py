@@ -8,13 +8,16 @@ original exception, whose text may hold them.
 from __future__ import annotations
 
 import asyncio
+import io
 import logging
 import os
 import random
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import tempfile
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, TypeVar
 
 from shards.address import shown_address
@@ -32,6 +35,7 @@ _log = logging.getLogger(__name__)
 _BACKOFF_SECONDS = 0.25
 _MAX_BACKOFF_SECONDS = 10.0
 PART_BYTES = 8 << 20
+_PARTS_AHEAD = 2  # of a stream
 
 
 class RemoteFiles:
@@ -116,6 +120,30 @@ class RemoteFiles:
                 self._write_parts(name, [(0, total)], total, descriptor)
         except WriteError as error:
             raise error.cause from None
+
+    def stream(self, name: str, total: int) -> io.BufferedReader:
+        """The file of `total` bytes, to be read once from its beginning; what comes next is fetched meanwhile. Reading
+        raises ShardError, OSError if a local copy is needed and cannot be written."""
+        return io.BufferedReader(_Stream(self._in_order(name, total)))
+
+    def _in_order(self, name: str, total: int) -> Iterator[bytes]:
+        parts = [(start, min(total, start + PART_BYTES)) for start in range(0, total, PART_BYTES)]
+        submitted = (self.submit([self.request(name, *part, total)]) for part in parts)
+        ahead = deque(islice(submitted, _PARTS_AHEAD))
+        for number in range(len(parts)):
+            ahead.extend(islice(submitted, 1))
+            try:
+                body = ahead.popleft().result()[0]
+            except RangesIgnoredError:
+                if number:
+                    raise
+                break
+            yield body
+        else:
+            return
+        with tempfile.TemporaryFile() as copy:
+            self.download(name, total, copy.fileno())
+            yield from iter(partial(copy.read, PART_BYTES), b"")
 
     def _write_parts(self, name: str, parts: Sequence[Range], total: int, descriptor: int) -> None:
         requests = [
@@ -221,6 +249,24 @@ def _pwrite_all(descriptor: int, data: bytes, offset: int) -> None:
         written = os.pwrite(descriptor, view, offset)
         offset += written
         view = view[written:]
+
+
+class _Stream(io.RawIOBase):
+    """Bytes that come in pieces, as a file."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+        self._left = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._left = self._left or memoryview(next(self._pieces, b""))
+        size = min(len(buffer), len(self._left))
+        buffer[:size] = self._left[:size]
+        self._left = self._left[size:]
+        return size
 
 
 class _RemoteFetch:

@@ -12,13 +12,21 @@ import numpy as np
 import pytest
 import webdataset as wds
 from frame_folders import jpeg
-from shard_data import hang_up_fault, read_everything, serve, status_fault
+from shard_data import hang_up_fault, read_everything, serve, status_fault, truncated_fault
 from videos import write_video
 
+import shards.foreign
+import shards.remote
 from shards import ShardError, check_datasets, index_tars, open_dataset
 from shards.format import MANIFEST
 
 NAMES = ["archery", "surfing"]
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(shards.foreign, "_PAUSES_SECONDS", (0,) * 5)
+    monkeypatch.setattr(shards.remote, "_BACKOFF_SECONDS", 0.001)
 
 
 def write_tar(path, members) -> None:
@@ -104,14 +112,28 @@ def length_unsaid(handler, body) -> bool:
         (status_fault(500), 1, "HTTP status 500"),
         (hang_up_fault, 1, "ServerDisconnectedError"),
         (length_unsaid, 1, "the server does not say how large it is"),
-        (status_fault(500), 3, "cannot be read: HTTP status 500"),
+        (status_fault(500), 2, "HTTP status 500 Internal Server Error; gave up after 6 attempts"),
+        (status_fault(403), 2, "HTTP status 403 Forbidden"),
     ],
 )
-def test_what_a_server_answers_is_named(tars, tmp_path, fault, first, message):
+def test_what_a_server_answers_is_named(tars, tmp_path, impatient, fault, first, message):
     with serve(tars) as server:
         server.fault = lambda path, count: fault if count >= first else None
         with pytest.raises(ShardError, match=f"^{server.address}/00000.tar: {message}"):
             index_tars(f"{server.address}/00000.tar", output=tmp_path / "index", labels=NAMES)
+
+
+@pytest.mark.parametrize("fault", [status_fault(503), hang_up_fault, truncated_fault])
+def test_what_passes_is_tried_again(tars, tmp_path, monkeypatch, impatient, fault):
+    monkeypatch.setattr(shards.remote, "PART_BYTES", 4096)
+    index_tars(str(tars), output=tmp_path / "local", labels=NAMES)
+    with serve(tars) as server:
+        server.fault = lambda path, count: fault if count % 2 else None
+        sources = [f"{server.address}/0000{number}.tar" for number in range(2)]
+        index_tars(sources, output=tmp_path / "remote", labels=NAMES)
+        assert sum(server.requests.values()) > 2 * 8, "of each tar several parts"
+    for path in sorted((tmp_path / "local" / "index").iterdir()):
+        assert (tmp_path / "remote" / "index" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_a_host_in_brackets_is_no_chain_of_addresses(tars, tmp_path):
@@ -279,11 +301,11 @@ def test_a_killed_call_goes_on_and_a_second_changes_nothing(tars, tmp_path, monk
 
     done, read = threading.Event(), module.read_tar
 
-    def fail_at_the_second(place, name, **options):
+    def fail_at_the_second(stream, where, name, **options):
         if name == "00001.tar":
             assert done.wait(20)
             raise KeyboardInterrupt
-        return read(place, name, **options)
+        return read(stream, where, name, **options)
 
     def note(count):
         done.set()
@@ -292,7 +314,9 @@ def test_a_killed_call_goes_on_and_a_second_changes_nothing(tars, tmp_path, monk
     with pytest.raises(KeyboardInterrupt):
         index_tars(str(tars), output=tmp_path / "index", labels=NAMES, workers=2, progress=note)
     names = []
-    monkeypatch.setattr(module, "read_tar", lambda place, name, **more: names.append(name) or read(place, name, **more))
+    monkeypatch.setattr(
+        module, "read_tar", lambda stream, where, name, **more: names.append(name) or read(stream, where, name, **more)
+    )
     first = index_tars(str(tars), output=tmp_path / "index", labels=NAMES)
     assert names == ["00001.tar"]
     files = {path: path.read_bytes() for path in (tmp_path / "index").rglob("*") if path.is_file()}

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gzip
+import io
 import itertools
 import json
 import os
@@ -10,6 +11,7 @@ import random
 import shutil
 import signal
 import socket
+import tarfile
 import threading
 import time
 import traceback
@@ -19,6 +21,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+from frame_folders import jpeg
 from fsspec.implementations.http import HTTPFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,6 +39,7 @@ import shards.answers
 import shards.reader
 import shards.remote
 import shards.stores
+from shards.foreign import index_tars
 from shards.format import ShardError
 from shards.local import join_ranges
 from shards.ranges import RangeClient
@@ -319,6 +323,33 @@ def test_an_endless_manifest_is_not_read(server, tmp_path, is_announced):
         transfers.close()
 
 
+@pytest.mark.parametrize("has_ranges", [True, False])
+@pytest.mark.parametrize("size", [0, 1, 999, 1000, 1001, 7000, 7500])
+def test_a_stream_is_the_file(server, tmp_path, monkeypatch, size, has_ranges):
+    monkeypatch.setattr(shards.remote, "PART_BYTES", 1000)
+    content = random.Random(size).randbytes(size)
+    (tmp_path / "served" / "data" / "x.bin").write_bytes(content)
+    server.ranges = has_ranges
+    with contextlib.closing(Transfers(bytes_in_flight=2500)) as transfers:
+        files = RemoteFiles(f"{server.address}/data", transfers, retries=0, timeout_seconds=5, storage_options=None)
+        with files.stream("x.bin", size) as left, files.stream("x.bin", size) as stream:
+            left.read(1)  # one that is not read to its end holds nobody up
+            pieces = list(iter(lambda: stream.read(700), b""))
+    assert b"".join(pieces) == content and {len(piece) for piece in pieces[:-1]} <= {700}
+
+
+def test_a_stream_whose_server_no_longer_knows_ranges_does_not_begin_again(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards.remote, "PART_BYTES", 1000)
+    (tmp_path / "served" / "data" / "x.bin").write_bytes(bytes(9000))
+    with contextlib.closing(Transfers()) as transfers:
+        files = RemoteFiles(f"{server.address}/data", transfers, retries=0, timeout_seconds=5, storage_options=None)
+        with files.stream("x.bin", 9000) as stream:
+            assert stream.read(1000) == bytes(1000)
+            server.ranges = False
+            with pytest.raises(ShardError, match="the whole file"):
+                stream.read()
+
+
 class BusyStore:
     """Fails `failures` times, then answers."""
 
@@ -559,6 +590,26 @@ def test_s3_is_configured_by_the_environment(bucket, s3_endpoint, stored, monkey
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", options["secret"])
     with open_dataset(f"s3://{bucket}/part0") as dataset:
         assert dataset.read(0, np.zeros(1, np.int64)) == [stored[0][0]]
+
+
+def test_tars_that_others_wrote_into_a_bucket(bucket, s3_endpoint, tmp_path, monkeypatch):
+    options = s3_options(s3_endpoint)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", options["key"])
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", options["secret"])
+    monkeypatch.setattr(shards.remote, "PART_BYTES", 1500)
+    files = {
+        f"{number}.{suffix}": data for number in range(3) for suffix, data in [("jpg", jpeg(number)), ("cls", b"0")]
+    }
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    fsspec.filesystem("s3", **options).put(str(tmp_path / "x.tar"), f"{bucket}/theirs/x.tar")
+    index_tars(f"s3://{bucket}/theirs", output=tmp_path / "index", labels=["a"])
+    with open_dataset(str(tmp_path / "index")) as dataset:
+        assert read_everything(dataset) == [[jpeg(number)] for number in range(3)]
 
 
 def test_s3_faults_are_named(bucket, s3_endpoint, stored):

@@ -285,7 +285,8 @@ def _foreign_seeds(folder: Path) -> list[bytes]:
 
 def _parse_foreign(path: Path) -> None:
     for on_error in ("fail", "skip"):
-        read_tar(str(path.parent), path.name, label_key=None, on_error=on_error)
+        with path.open("rb") as stream:
+            read_tar(stream, str(path), path.name, label_key=None, on_error=on_error)
 
 
 def _parse_foreign_json(data: bytes, folder: Path) -> None:
@@ -293,7 +294,8 @@ def _parse_foreign_json(data: bytes, folder: Path) -> None:
     path = folder / "labelled.tar"
     path.write_bytes(_tar([("a.jpg", jpeg(0, 16, 16)), ("a.json", data)]))
     for label_key in (None, "label.inner"):
-        read_tar(str(folder), path.name, label_key=label_key, on_error="skip")
+        with path.open("rb") as stream:
+            read_tar(stream, str(path), path.name, label_key=label_key, on_error="skip")
     with tempfile.TemporaryDirectory(dir=folder) as place:
         index_tars(str(path), output=Path(place), workers=1)
 
