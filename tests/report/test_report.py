@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -193,6 +194,20 @@ def test_the_frames_are_those_that_the_model_saw(browser, page, runs, project):
         apart = np.abs(np.stack(decoded).astype(float) - seen[name, frames]).mean()
         others = np.abs(np.stack(decoded).astype(float) - seen[name, frames][::-1]).mean()
         assert apart < 8 < others  # JPEG, and another order of frames
+
+
+@pytest.mark.parametrize("resize", ["squash", "longest"])
+def test_frames_that_were_not_cropped_are_shown(runs, tmp_path, resize):
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    content = report_of(run)
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["data"] |= {"resize": resize, "scale_size": None}
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    content["views"] = {**content.get("views", {}), "scale_size": 36, "input_size": 32}
+    content["pixels"] = {"resize": resize, "interpolation": "bicubic"}
+    (run / "report.json").write_text(json.dumps(content))
+    assert _all(run).right
 
 
 def test_what_cannot_be_shown_is_said(runs, tmp_path):
