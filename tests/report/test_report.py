@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -361,6 +361,7 @@ def tick_labels(chart: Chart, kind: str) -> list[float]:
     st.lists(st.one_of(st.none(), st.floats(allow_nan=True, allow_infinity=True, width=64)), min_size=1, max_size=3),
     st.integers(1, 900),
 )
+@example([6.4e-288], 1)
 def test_every_curve_stays_in_its_chart(values, count):
     records = [{"kind": "train", "step": n, "loss": values[n % len(values)]} for n in range(count)]
     finite = [one["loss"] for one in records if one["loss"] is not None and abs(one["loss"]) < TOO_LARGE]
