@@ -266,6 +266,8 @@ def test_a_graph_and_an_evaluation_are_added_to_an_export(exported, tmp_path, mo
         ("text", {"views.frames": 2}, False),
         ("text", {"views.sampling": "dense"}, False),
         ("text", {"pixels.resize": "squash"}, False),
+        ("text", {"step": 7}, True),
+        ("text", {"step": 9}, False),  # where only the classifier trains, the weights are those of step 7
     ],
 )
 def test_a_calibration_is_kept_if_it_is_of_the_answers_that_prediction_gives(tmp_path, classifier, measured, keeps):
