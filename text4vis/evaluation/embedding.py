@@ -278,8 +278,6 @@ def protocol_card(
         "skipped": [],
         "classes_fingerprint": hashlib.sha256(json.dumps(list(class_names)).encode()).hexdigest(),
         **measured_with(model, config),
-        "activation": "quick_gelu" if model.clip_config.get("quick_gelu") else "gelu",
-        "tokenizer": model.text.tokenizer.facts(),
         "class_embeddings": classes_fingerprint(class_embeddings_CD),
         "weights": weights,
         "precision": "amp" if model.autocast else str(parameter.dtype).removeprefix("torch."),
@@ -308,6 +306,8 @@ def measured_with(model: VideoClip, config: Config) -> dict[str, Any]:
             "mean": list(model.mean),
             "std": list(model.std),
         },
+        "activation": "quick_gelu" if model.clip_config.get("quick_gelu") else "gelu",
+        "tokenizer": model.text.tokenizer.facts(),
         "classifier": config.network.classifier if model.classifier is None else "trained",
         "template": config.network.template,
     }
