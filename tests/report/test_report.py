@@ -14,7 +14,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from hypothesis import given
+import yaml
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -195,6 +196,20 @@ def test_the_frames_are_those_that_the_model_saw(browser, page, runs, project):
         assert apart < 8 < others  # JPEG, and another order of frames
 
 
+@pytest.mark.parametrize("resize", ["squash", "longest"])
+def test_frames_that_were_not_cropped_are_shown(runs, tmp_path, resize):
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    content = report_of(run)
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["data"] |= {"resize": resize, "scale_size": None}
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    content["views"] = {**content.get("views", {}), "scale_size": 36, "input_size": 32}
+    content["pixels"] = {"resize": resize, "interpolation": "bicubic"}
+    (run / "report.json").write_text(json.dumps(content))
+    assert _all(run).right
+
+
 def test_what_cannot_be_shown_is_said(runs, tmp_path):
     for name in ("moved", "new"):
         shutil.copytree(runs[0], tmp_path / name)
@@ -346,6 +361,7 @@ def tick_labels(chart: Chart, kind: str) -> list[float]:
     st.lists(st.one_of(st.none(), st.floats(allow_nan=True, allow_infinity=True, width=64)), min_size=1, max_size=3),
     st.integers(1, 900),
 )
+@example([6.4e-288], 1)
 def test_every_curve_stays_in_its_chart(values, count):
     records = [{"kind": "train", "step": n, "loss": values[n % len(values)]} for n in range(count)]
     finite = [one["loss"] for one in records if one["loss"] is not None and abs(one["loss"]) < TOO_LARGE]

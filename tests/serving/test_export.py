@@ -19,6 +19,7 @@ from videos import write_video
 import text4vis
 from text4vis.classifier.embeddings import build_classifier
 from text4vis.config.schema import Config, ConfigError, DataConfig, NetworkConfig
+from text4vis.evaluation.embedding import classes_fingerprint, measured_with
 from text4vis.evaluation.multi_label import Decision
 from text4vis.evaluation.protocols import class_scores
 from text4vis.model import heads
@@ -38,6 +39,7 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'text4vis[o
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ["archery", "<b>*a*|", "`x_y_z`"]
 T, S = 4, 32
+ROW = {"videos": 8, "confidence": 25.0, "accuracy": 25.0}
 CLOSE = 1e-3  # of logits between -100 and 100, in fp32
 
 
@@ -251,6 +253,40 @@ def test_a_graph_and_an_evaluation_are_added_to_an_export(exported, tmp_path, mo
     assert {path.name for path in folder.iterdir()} == {path.name for path in complete.iterdir()}
     capsys.readouterr()
     assert command(monkeypatch, folder) == 1 and "add to it with --onnx or --report" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("classifier", "measured", "keeps"),
+    [
+        ("text", {}, True),
+        ("text", {"views.clips": 4, "views.crops": 3, "class_embeddings": "of another device"}, True),
+        ("text", {"template": "a {}.", "class_embeddings": "another"}, False),
+        ("text", {"classifier": "lda", "class_embeddings": "another"}, False),
+        ("orthogonal", {"class_embeddings": "of another seed"}, False),
+        ("text", {"views.frames": 2}, False),
+        ("text", {"views.sampling": "dense"}, False),
+        ("text", {"pixels.resize": "squash"}, False),
+        ("text", {"step": 7}, True),
+        ("text", {"step": 9}, False),  # where only the classifier trains, the weights are those of step 7
+    ],
+)
+def test_a_calibration_is_kept_if_it_is_of_the_answers_that_prediction_gives(tmp_path, classifier, measured, keeps):
+    trained = trained_model(tmp_path / "clip", classifier=classifier)
+    own = {"temperature": 2.0, "ece": 1.0, "ece_calibrated": 1.0, "reliability": [ROW], "reliability_calibrated": [ROW]}
+    report = {
+        "videos": 8, "top1": 25.0, "top1_correct": 2, "calibration": {**own, "answers": [], "sets": []},
+        "per_class": [{"class": name, "videos": 0, "correct": 0} for name in NAMES],
+        "weights": weights_fingerprint(trained.model.state_dict()),
+        "class_embeddings": classes_fingerprint(trained.class_embeddings_CD),
+        **measured_with(trained.model, trained.config),
+    }  # fmt: skip
+    for key, value in measured.items():
+        part, _, name = key.rpartition(".")
+        (report[part] if part else report)[name] = value
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    export(tmp_path / "export", trained, report=tmp_path / "report.json")
+    found = text4vis.load(tmp_path / "export").calibration
+    assert (found.temperature if found else None) == (2.0 if keeps else None)
 
 
 def test_an_export_that_was_killed_is_written_again(exported, tmp_path, monkeypatch):

@@ -111,6 +111,7 @@ class _Report(_Checked):
     map: float | None = None
     skipped: list[_Skipped] = []
     views: dict[str, Any] = {}
+    pixels: dict[str, Any] = {}
     by_views: list[_ViewsRow] = []
     half_classes: _Splits | None = None
     class_splits: _Splits | None = None

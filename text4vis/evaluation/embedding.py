@@ -277,6 +277,20 @@ def protocol_card(
         "missing": len(loader.dataset.skipped),
         "skipped": [],
         "classes_fingerprint": hashlib.sha256(json.dumps(list(class_names)).encode()).hexdigest(),
+        **measured_with(model, config),
+        "class_embeddings": classes_fingerprint(class_embeddings_CD),
+        "weights": weights,
+        "precision": "amp" if model.autocast else str(parameter.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else "cpu",
+        "decode": loader.device.type,
+        "versions": versions(),
+    }
+
+
+def measured_with(model: VideoClip, config: Config) -> dict[str, Any]:
+    """The part of the protocol card that tells which frames and which classes a model is measured with."""
+    data = config.data
+    return {
         "views": {
             "clips": data.test_clips,
             "crops": data.test_crops,
@@ -286,28 +300,22 @@ def protocol_card(
             "input_size": data.input_size,
             "fusion": FUSION,
         },
-        "pixels": _pixels(model, config),
+        "pixels": {
+            "resize": data.resize,
+            "interpolation": data.interpolation,
+            "mean": list(model.mean),
+            "std": list(model.std),
+        },
         "activation": "quick_gelu" if model.clip_config.get("quick_gelu") else "gelu",
         "tokenizer": model.text.tokenizer.facts(),
         "classifier": config.network.classifier if model.classifier is None else "trained",
         "template": config.network.template,
-        "class_embeddings": fingerprint({"class_embeddings": class_embeddings_CD.float()}),
-        "weights": weights,
-        "precision": "amp" if model.autocast else str(parameter.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else "cpu",
-        "decode": loader.device.type,
-        "versions": versions(),
     }
 
 
-def _pixels(model: VideoClip, config: Config) -> dict[str, Any]:
-    data = config.data
-    return {
-        "resize": data.resize,
-        "interpolation": data.interpolation,
-        "mean": list(model.mean),
-        "std": list(model.std),
-    }
+def classes_fingerprint(class_embeddings_CD: torch.Tensor) -> str:
+    """SHA-256 in hex of class embeddings (C, D), as the protocol card has it."""
+    return fingerprint({"class_embeddings": class_embeddings_CD.float()})
 
 
 def _architecture(model: VideoClip) -> str:

@@ -199,7 +199,8 @@ def draw(curves: Sequence[Curve], x_label: str, description: str, *, diagonal: b
 
 def _ticks(low: float, high: float) -> np.ndarray:
     """Round numbers from at most `low` to at least `high`, two or more."""
-    low, high = (0.0, 1.0) if low == high == 0 else nonsingular(low, high, expander=0.1, tiny=1e-5)
+    is_zero = max(abs(low), abs(high)) < 1 / TOO_LARGE  # below about 1e-287 matplotlib's ticks fall together
+    low, high = (0.0, 1.0) if is_zero else nonsingular(low, high, expander=0.1, tiny=1e-5)
     return np.asarray(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], min_n_ticks=2).tick_values(low, high))
 
 

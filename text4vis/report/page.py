@@ -219,6 +219,8 @@ def _evaluated(run: Run) -> dict[str, Any]:
     values["data"] |= {key: views[name] for key, name in same.items() if name in views}
     pixels = run.report.get("pixels", {})
     values["data"] |= {key: pixels.get(key, before) for key, before in EARLIER["data"].items()}
+    if values["data"]["resize"] != "shortest":
+        values["data"]["scale_size"] = None  # the card names one though nothing is cropped
     values["data"] |= {
         "dense": views.get("sampling") == "dense",
         "on_error": "fail",

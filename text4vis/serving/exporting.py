@@ -8,6 +8,7 @@ predict_onnx.py   text4vis/serving/standalone.py, which runs the graph without t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import import_module
 from operator import attrgetter
@@ -19,7 +20,7 @@ from text4vis.config.keys import schema
 from text4vis.config.schema import DENSE_WINDOW, Config, ConfigError
 from text4vis.data.augmentation import frame_rule
 from text4vis.evaluation.comparison import read_report
-from text4vis.evaluation.embedding import versions
+from text4vis.evaluation.embedding import classes_fingerprint, measured_with, versions
 from text4vis.evaluation.multi_label import Decision
 from text4vis.evaluation.protocols import is_multi_label
 from text4vis.model.sources import CLIP_NAMES
@@ -168,12 +169,31 @@ def quote_report(path: Path, trained: TrainedModel) -> dict[str, Any]:
     report = read_report(path)
     quoted = {key: value for key, value in report.items() if key not in TABLES}
     same = report.get("weights") == weights_fingerprint(trained.model.state_dict())
+    # The fingerprint leaves out a classifier that trains, maybe alone; reports of a run have its step.
+    same = same and report.get("step") in (None, trained.card.get("step"))
     trained_on = report.get("data_fingerprint") == trained.card.get("data_fingerprint", "")
     quoted["model"] = file_name(report.get("model"))
     names = [row["class"] for row in report.get("per_class", [])]
-    if not same or names != list(trained.class_names):
-        quoted |= {"calibration": None, "decision": None}  # of other weights or other classes
+    if not same or names != list(trained.class_names) or not _answers_alike(report, trained):
+        quoted |= {"calibration": None, "decision": None}  # of other weights, classes or frames
     return {"of these weights": same, "of the training data": trained_on, **quoted}
+
+
+def _answers_alike(report: Mapping[str, Any], trained: TrainedModel) -> bool:
+    """Whether a report was measured with the frames and the class embeddings that prediction uses.
+
+    The number of views does not matter: the calibration is that of one. What an older report lacks counts as equal.
+    Embeddings of text differ in their last bits from device to device, so there the prompts are compared.
+    """
+    own = measured_with(trained.model, trained.config)
+    ours, found = ({**card.get("views", {}), **card.get("pixels", {})} for card in (own, report))
+    keys = found.keys() & ours.keys() - {"clips", "crops", "fusion"}
+    if any(found[key] != ours[key] for key in keys):
+        return False
+    embeddings = classes_fingerprint(trained.class_embeddings_CD)
+    made = [(card.get("classifier"), card.get("template")) for card in (own, report)]
+    is_remade = own["classifier"] in ("text", "trained") and made[0] == made[1]
+    return is_remade or report.get("class_embeddings", embeddings) == embeddings
 
 
 def preprocessing(config: Config) -> dict[str, Any]:
