@@ -15,8 +15,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 from frame_folders import FrameFolders, make_frame_folders
 
-# How long an example takes says how busy the machine is.
-hypothesis.settings.register_profile("text4vis", deadline=None)
+# How long an example takes says how busy the machine is. In CI the examples follow from the code alone, so that a
+# commit has one result; elsewhere each run tries others.
+hypothesis.settings.register_profile("text4vis", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("text4vis")
 
 
