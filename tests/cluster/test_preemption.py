@@ -72,7 +72,7 @@ def test_a_signal_to_deepspeed_alone_reaches_the_ranks(project, tmp_path, whole,
     import psutil
 
     output = tmp_path / "run"
-    options = [ROOT / "tests/support/train_with.py", "--slow", "0.2", "--", *project.arguments(output)]
+    options = [ROOT / "tests/support/train_with.py", "--slow", "1", "--", *project.arguments(output)]
     deepspeed = Path(sys.executable).parent / "deepspeed"
     command = [deepspeed, "--num_gpus", 2, "--master_port", free_port(), *options]
     with (tmp_path / "printed").open("w") as printed:
@@ -109,7 +109,7 @@ def test_an_output_that_cannot_be_is_named_with_the_fix(tmp_path):
 def test_two_jobs_never_write_one_run(project, tmp_path):
     """A job that is started again too early, or ranks without a launcher's variables: the later one ends at once."""
     output = tmp_path / "run"
-    processes = project.start_with(output, "--slow 0.2", "solver.epochs=1")
+    processes = project.start_with(output, "--slow 1", "solver.epochs=1")
     wait_for((output / "metrics.jsonl").exists, processes)
     before = (output / "log.txt").read_text()
     for code, text in finish(start(TRAIN, *project.arguments(output, "solver.epochs=1"), ranks=2)):
@@ -185,7 +185,7 @@ def test_a_full_disk_is_noticed_before_and_leaves_the_last_checkpoint(project, t
         code, text = finish(start(TRAIN, *project.arguments(output, "logging.keep_checkpoints=50")))[0]
         assert code == 1 and "51 more checkpoints need" in text.splitlines()[-1] and "are free" in text.splitlines()[-1]
         filler = disk / "other"
-        processes = project.start_with(output, "--slow 0.2", "logging.save_steps=1", ranks=1)
+        processes = project.start_with(output, "--slow 0.5", "logging.save_steps=1", ranks=1)
         wait_for(lambda: len(list(output.glob("checkpoints/step-*"))) > 1, processes)
         filler.write_bytes(bytes(_free(disk) - (1 << 20)))
         code, text = finish(processes)[0]
