@@ -588,7 +588,7 @@ def test_short_side_scales_down_only(tmp_path):
 
 
 def test_a_rate_of_frames_that_have_no_times_is_refused(frame_folders, tmp_path):
-    with pytest.raises(ShardError, match="frames of a folder have no times, so --fps 5 cannot .* leave --fps out"):
+    with pytest.raises(ShardError, match=r"frames of a folder have no times, so --fps 5 cannot .* leave --fps out"):
         build(frame_folders, tmp_path / "data", fps=5)
 
 
