@@ -35,7 +35,7 @@ MAX_MANIFEST_BYTES = 256 << 20
 _REBUILD = "copy the data set again or rebuild it with build_shards"
 # numpy parses headers with `ast`, which raises SystemError in Python 3.11.0 to 3.11.7 and 3.12.0 to 3.12.1 where two
 # threads use it at the same time (python/cpython#106905); data sets are opened in several.
-_one_header_at_a_time = threading.Lock()
+one_header_at_a_time = threading.Lock()
 
 
 class RowFetcher(Protocol):
@@ -275,7 +275,7 @@ def _open_table(role: str, path: Path, entry: dict[str, Any], dtype: np.dtype) -
     if size != entry["bytes"]:
         raise ShardError(f"{path}: has {size} bytes, the manifest says {entry['bytes']}; {_REBUILD}")
     try:
-        with _one_header_at_a_time:
+        with one_header_at_a_time:
             table = np.lib.format.open_memmap(path, mode="r")
     except Exception as error:
         # A damaged header makes numpy's parser raise almost anything.
