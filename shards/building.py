@@ -44,7 +44,7 @@ from shards.format import (
     table_dtypes,
     table_header,
 )
-from shards.index import Index
+from shards.index import Index, one_header_at_a_time
 
 FOLDER = ".building"
 SETTINGS = "settings.json"
@@ -150,7 +150,7 @@ class Workspace:
     def recorded(self, number: int) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
         """What `record` has written about a shard; None if that is missing or damaged."""
         try:
-            with np.load(self._rows_path(number), allow_pickle=False) as arrays:
+            with one_header_at_a_time, np.load(self._rows_path(number), allow_pickle=False) as arrays:
                 optional = [role for role in (LABELS_ROLE, STREAMS_ROLE, PACKETS_ROLE) if role in arrays]
                 return json.loads(arrays["meta"].tobytes()), {role: arrays[role] for role in (*INDEX_ROLES, *optional)}
         except Exception:  # a damaged archive fails in any way

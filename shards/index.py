@@ -6,6 +6,7 @@ rows are checked when they are used and not here. Of a far data set only the row
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +33,9 @@ from shards.local import MountedFile
 # Far above any real manifest (1,400 shards take 150 kB); a hostile server cannot fill the memory.
 MAX_MANIFEST_BYTES = 256 << 20
 _REBUILD = "copy the data set again or rebuild it with build_shards"
+# numpy parses headers with `ast`, which raises SystemError in Python 3.11.0 to 3.11.7 and 3.12.0 to 3.12.1 where two
+# threads use it at the same time (python/cpython#106905); data sets are opened in several.
+one_header_at_a_time = threading.Lock()
 
 
 class RowFetcher(Protocol):
@@ -271,7 +275,8 @@ def _open_table(role: str, path: Path, entry: dict[str, Any], dtype: np.dtype) -
     if size != entry["bytes"]:
         raise ShardError(f"{path}: has {size} bytes, the manifest says {entry['bytes']}; {_REBUILD}")
     try:
-        table = np.lib.format.open_memmap(path, mode="r")
+        with one_header_at_a_time:
+            table = np.lib.format.open_memmap(path, mode="r")
     except Exception as error:
         # A damaged header makes numpy's parser raise almost anything.
         raise ShardError(f"{path}: not an index table ({type(error).__name__}: {error}); {_REBUILD}") from error

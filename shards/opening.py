@@ -47,10 +47,14 @@ class Options:
 
 
 class TarSample(NamedTuple):
-    """Where a video is, in webdataset's words: its key, and the address of its tar as it may be shown."""
+    """A video in webdataset's words: its key, and the address of its tar as it may be shown.
+
+    multi_label: whether its JSON has a list of labels, as in all of a data set whose videos may have several, or none.
+    """
 
     key: str
     url: str
+    multi_label: bool
 
 
 @dataclass(frozen=True)
@@ -62,13 +66,13 @@ class Part:
     place: str
 
     def tar_sample(self, video: int) -> TarSample:
-        """Where a video is."""
-        index = self.index
+        """A video in webdataset's words."""
+        index, several = self.index, self.index.manifest.multi_label
         shard = index.manifest.shards[int(index.videos["shard"][video])]
         url = shown_address(self.place, shard.name)
         if index.manifest.tars is not None:
-            return TarSample(index.name(video).removeprefix(f"{shard.name.removesuffix('.tar')}/"), url)
-        return TarSample(video_key(video), url)
+            return TarSample(index.name(video).removeprefix(f"{shard.name.removesuffix('.tar')}/"), url, several)
+        return TarSample(video_key(video), url, several)
 
     def renew(self) -> None:
         """Drops what does not survive a fork. Called in the child."""

@@ -247,7 +247,7 @@ class ShardDataset:
         return f"{printable(part.index.name(video))} (sample {sample}, {shard.name} of {part.index.where})"
 
     def tar_sample(self, sample: int) -> TarSample:
-        """Where the sample is, in webdataset's words."""
+        """The sample in webdataset's words."""
         part, video = self._locate(sample)
         return part.tar_sample(video)
 

@@ -148,6 +148,9 @@ def read_source(root: Path, annotation: Annotation, options: SourceOptions) -> I
     if annotation.num_frames is not None:
         if options.store == "video":
             raise InputError(annotation.name, "a folder of frames cannot be stored as video", "leave --store video out")
+        if options.fps is not None:
+            reason = f"the frames of a folder have no times, so --fps {options.fps:g} cannot choose among them"
+            raise InputError(annotation.name, reason, "leave --fps out, or extract the frames anew at that rate")
         return _read_folder(root, annotation.name, annotation.num_frames, options)
     if options.store == "video":
         return _read_video_file(root, annotation.name, options)

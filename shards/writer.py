@@ -80,7 +80,7 @@ def build_shards(
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
     root, output, labels = Path(root), Path(output), list(labels)
-    _check_annotations(annotations, labels, list_name)
+    _check_annotations(annotations, labels, list_name, append)
     if not root.is_dir():
         raise ShardError(f"{root}: no such folder; give the folder that the list's paths begin in as --root")
     record = {
@@ -277,7 +277,9 @@ def _default_workers(annotations: Sequence[Annotation], options: SourceOptions) 
     return min(cores, COPY_WORKERS) if copies else cores
 
 
-def _check_annotations(annotations: Sequence[Annotation], labels: Sequence[str], list_name: str | Path) -> None:
+def _check_annotations(
+    annotations: Sequence[Annotation], labels: Sequence[str], list_name: str | Path, append: bool
+) -> None:
     if not annotations:
         raise ShardError(f"{list_name}: no videos; give a list with at least one")
     for annotation in annotations:
@@ -287,7 +289,7 @@ def _check_annotations(annotations: Sequence[Annotation], labels: Sequence[str],
                 f"{list_name}:{annotation.line}: label {wrong} of {annotation.name!r} has no class: the class list has "
                 f"the ids 0 to {len(labels) - 1}; correct the label or add the class"
             )
-    if not any(annotation.labels for annotation in annotations):
+    if not append and not any(annotation.labels for annotation in annotations):
         raise ShardError(f"{list_name}: none of the {len(annotations)} videos has a label; write them in place of `-`")
 
 

@@ -1,5 +1,7 @@
 """Batches of videos with several labels or none, and what cannot be done with them."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from text4vis.config.schema import ConfigError
 from text4vis.data.datasets import class_names, open_split
 from text4vis.data.loader import build_loader
 from text4vis.data.plan import Planner
+from text4vis.data.samples import iterate_samples
 from text4vis.data.traps import find_traps
 
 LABELS = ["0,2", "1", "-", "0,1,2", "2"]
@@ -48,6 +51,12 @@ def test_single_labels_beside_several_are_targets_too(several, shards):
     with build_loader(config, "val") as loader:
         targets_NC = torch.cat([batch.labels for batch in loader])
     assert targets_NC.shape == (28, 3) and (targets_NC[5:].sum(dim=1) == 1).all()
+
+
+def test_samples_for_other_programs_keep_the_json_of_their_data_set(several, shards):
+    with iterate_samples([str(several[0]), str(shards)], "val") as samples:
+        facts = [json.loads(sample["json"]) for sample in samples]
+    assert [("labels" in fact, "label" in fact) for fact in facts] == [(True, False)] * 5 + [(False, True)] * 23
 
 
 def test_few_shot_training_is_refused(several):

@@ -5,6 +5,8 @@ import json
 import socket
 import tarfile
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -18,7 +20,8 @@ from videos import write_video
 import shards.foreign
 import shards.remote
 from shards import ShardError, check_datasets, index_tars, open_dataset
-from shards.format import MANIFEST
+from shards.building import Workspace
+from shards.format import INDEX_ROLES, MANIFEST
 
 NAMES = ["archery", "surfing"]
 
@@ -294,6 +297,25 @@ def test_a_tar_whose_rest_would_be_lost_is_refused(tars, tmp_path, damage):
     path.write_bytes(data)
     with pytest.raises(ShardError, match=r"00000.tar: not a plain tar \(more data follows where its members end"):
         index_tars(str(tars), output=tmp_path / "index", labels=NAMES)
+
+
+def test_threads_take_recorded_rows_one_after_another(tmp_path, monkeypatch):
+    """As in test_index: with Python 3.11.7 some failed, and their tars were read again."""
+    free, load = threading.Lock(), np.load
+
+    def alone(path, **options):
+        assert free.acquire(blocking=False)
+        time.sleep(0.01)
+        free.release()
+        return load(path, **options)
+
+    monkeypatch.setattr(np, "load", alone)
+    tables = {role: np.zeros(1, np.uint8) for role in INDEX_ROLES}
+    with Workspace(tmp_path / "index") as workspace, ThreadPoolExecutor(4) as pool:
+        for number in range(4):
+            workspace.record(number, {"number": number}, tables)
+        found = list(pool.map(workspace.recorded, range(4)))
+    assert [one and one[0] for one in found] == [{"number": number} for number in range(4)]
 
 
 def test_a_killed_call_goes_on_and_a_second_changes_nothing(tars, tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 """The index of a data set: its rows at the borders of what they may say, and files that are not what they should be."""
 
 import dataclasses
+import threading
+import time
 import zlib
 
 import numpy as np
@@ -10,6 +12,7 @@ from shard_data import make_dataset, write_index
 import shards.index
 from shards.format import INDEX_ROLES, MANIFEST, MEMBER_DTYPE, VIDEO_DTYPE, SampleError, ShardError
 from shards.index import Index, check_crc32, open_index, read_local_manifest
+from shards.reader import open_dataset
 
 COUNTS = (3, 5, 1, 8)
 
@@ -112,6 +115,21 @@ def test_checksums_of_files_larger_than_a_piece(tmp_path):
     check_crc32(tmp_path / "file", zlib.crc32(content))
     with pytest.raises(ShardError, match=r"file: has the CRC-32 0x[0-9a-f]{8}, the manifest says 0x00000001"):
         check_crc32(tmp_path / "file", 1)
+
+
+def test_threads_parse_headers_one_after_another(folder, monkeypatch):
+    """Python 3.11.7's `ast` fails where two threads use it: openings of several data sets did."""
+    free, open_memmap = threading.Lock(), np.lib.format.open_memmap
+
+    def alone(path, mode):
+        assert free.acquire(blocking=False)
+        time.sleep(0.01)
+        free.release()
+        return open_memmap(path, mode=mode)
+
+    monkeypatch.setattr(np.lib.format, "open_memmap", alone)
+    with open_dataset([str(folder)] * 4) as dataset:
+        assert len(dataset) == 4 * len(COUNTS)
 
 
 def test_the_member_table_is_mapped_and_the_videos_are_not(folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tarfile
 import zlib
 
@@ -166,6 +167,12 @@ def test_videos_with_several_labels_are_not_added_to_those_with_one(tmp_path):
 def test_a_list_without_a_single_label_is_refused(tmp_path):
     with pytest.raises(ShardError, match="none of the 2 videos has a label"):
         build(write(tmp_path, ["-", "-"]), tmp_path / "shards")
+
+
+def test_videos_without_a_label_are_added_to_those_with_several(built, tmp_path):
+    shutil.copytree(built, tmp_path / "shards")
+    manifest = build(write(tmp_path / "2", ["-", "-"], prefix="second"), tmp_path / "shards", append=True)
+    assert manifest.num_videos == len(LABELS) + 2 and check_datasets([tmp_path / "shards"]).sound
 
 
 def test_the_checker_proves_it_sound_and_counts(built):

@@ -587,6 +587,11 @@ def test_short_side_scales_down_only(tmp_path):
     assert (text["width"], text["height"]) == (None, None)
 
 
+def test_a_rate_of_frames_that_have_no_times_is_refused(frame_folders, tmp_path):
+    with pytest.raises(ShardError, match=r"frames of a folder have no times, so --fps 5 cannot .* leave --fps out"):
+        build(frame_folders, tmp_path / "data", fps=5)
+
+
 def test_max_frames_thins_uniformly(frame_folders, tmp_path):
     assert thinned(10, 4).tolist() == [1, 3, 6, 8]
     assert thinned(3, 4).tolist() == [0, 1, 2]

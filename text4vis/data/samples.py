@@ -207,9 +207,10 @@ class SampleStream(IterableDataset[Sample]):
         number, is_video = begun.sample, self.dataset.content(begun.sample) == "video"
         num_members = 1 if is_video else len(begun.numbers)
         stored_json, members = files[:-num_members], files[-num_members:]
-        key, url = self.dataset.tar_sample(number)
-        facts = self._checked(number, stored_json[0]) if stored_json else json.dumps(self._facts(number)).encode()
-        sample: Sample = {"__key__": key, "__url__": url, "__frames__": begun.shown.tolist(), "json": facts}
+        key, url, multi_label = self.dataset.tar_sample(number)
+        facts = self._facts(number, multi_label)
+        facts_json = self._checked(number, stored_json[0], facts) if stored_json else json.dumps(facts).encode()
+        sample: Sample = {"__key__": key, "__url__": url, "__frames__": begun.shown.tolist(), "json": facts_json}
         try:
             if is_video:
                 return sample | {container_extension(members[0]): members[0]}
@@ -220,16 +221,14 @@ class SampleStream(IterableDataset[Sample]):
         except (ValueError, VideoError) as error:
             raise SampleError(undecodable(self.dataset, number, error)) from None
 
-    def _facts(self, number: int) -> dict[str, Any]:
-        """What the index says of a video, as the JSON in our own shards does."""
+    def _facts(self, number: int, multi_label: bool) -> dict[str, Any]:
+        """What the index says of a video, as the JSON in our own shards does: a list of labels with `multi_label`."""
         label, dataset = self.dataset.label_of(number), self.dataset
-        labels = label if isinstance(label, tuple) else [label]
-        labelled = label_facts(labels, dataset.classes, isinstance(label, tuple))
+        labelled = label_facts(label if isinstance(label, tuple) else [label], dataset.classes, multi_label)
         return {"name": dataset.name(number), **labelled, "num_frames": int(dataset.num_frames[number])}
 
-    def _checked(self, number: int, stored: bytes) -> bytes:
+    def _checked(self, number: int, stored: bytes, expected: dict[str, Any]) -> bytes:
         """The JSON as it is stored. Raises SampleError if it contradicts the index: it has no checksum."""
-        expected = self._facts(number)
         try:
             found = json.loads(stored)
             if {name: found.get(name) for name in expected} == expected:

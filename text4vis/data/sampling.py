@@ -51,7 +51,8 @@ def test_indices(num_frames: int, num_segments: int, num_clips: int = 1, dense: 
     """The frames of K evaluation clips, (K * T,) int64, clip after clip.
 
     num_frames: n, num_segments: T, num_clips: K, each at least 1, else ValueError.
-    Uniform: clips start at `linspace(0, n/T - 1, K)`, truncated to integers; frames `int(start + n/T * i) % n`.
+    Uniform: clips start at `linspace(0, n/T - 1, K)`, rounded down; frames `int(start + n/T * i) % n`. So where n < T,
+    all clips but the first start at -1, the video's last frame, as the original's do.
     Dense: windows start at `k * floor(max(0, n - 128) / (K - 1))`; one clip takes the centre window (the original
     divides by zero there).
     """
