@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 _RETRIES = 5  # of a range
 _TIMEOUT_SECONDS = 30
-_PAUSES_SECONDS = (0.5, 1, 2, 4, 8)
+_PAUSES_SECONDS = (0.5, 1, 2)  # of a listing; a host that is misspelt should not be waited for long
 
 
 def index_tars(

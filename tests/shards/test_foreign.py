@@ -28,7 +28,7 @@ NAMES = ["archery", "surfing"]
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr(shards.foreign, "_PAUSES_SECONDS", (0,) * 5)
+    monkeypatch.setattr(shards.foreign, "_PAUSES_SECONDS", (0,) * 3)
     monkeypatch.setattr(shards.remote, "_BACKOFF_SECONDS", 0.001)
 
 
